@@ -1,0 +1,55 @@
+"""The two fused operations of TRM-ML and the choice of path: Triton on a GPU, plain torch elsewhere.
+
+region_pool, region_match   sigmoid + pooling (+ matching)               Eq. 1, 2, 4   region_pool.py
+topk_prototypes             top-K rows into the category queues          Eq. 7         topk_prototypes.py
+
+Both paths have one signature. `use(...)` chooses once (train.py --kernels), `chosen()` is the line that is logged.
+"""
+import os
+
+import torch
+
+try:
+    import triton
+except ImportError:                                     # macOS, Windows: everything runs on the torch references
+    triton = None
+
+_path = "auto"
+
+
+def interpreted():
+    """True when Triton's kernels run in its interpreter, on CPU tensors (how they are tested without a GPU)."""
+    return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use(path):
+    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton"; returns the earlier choice."""
+    global _path
+    if path not in ("auto", "reference", "triton"):
+        raise ValueError(f"kernels: expected auto, reference or triton, got {path!r}")
+    if path == "triton" and triton is None:
+        raise ValueError("kernels: triton was asked for but is not installed; pip install triton (Linux), or use auto")
+    if path == "triton" and not (torch.cuda.is_available() or interpreted()):
+        raise ValueError("kernels: triton was asked for but there is no CUDA device; use auto or reference")
+    earlier, _path = _path, path
+    return earlier
+
+
+def runs_triton(x):
+    """Whether an operation on tensor x launches a Triton kernel."""
+    if triton is None or _path == "reference":
+        return False
+    return x.is_cuda or (_path == "triton" and interpreted())
+
+
+def chosen():
+    """One line: the path in use and why."""
+    if _path != "auto":
+        return f"kernels: {_path} (asked for{', in the interpreter' if _path == 'triton' and interpreted() else ''})"
+    if triton is None:
+        return "kernels: reference (triton is not installed)"
+    return "kernels: triton (CUDA device found)" if torch.cuda.is_available() else "kernels: reference (no CUDA device)"
+
+
+from kernels.region_pool import region_match, region_pool                                               # noqa: E402
+from kernels.topk_prototypes import topk_prototypes                                                     # noqa: E402
