@@ -1,0 +1,78 @@
+"""The four losses and their sum (paper, Sec. 3.3, 3.5, 3.6; Eq. 6, 13, 14, 15). Every one returns a scalar.
+
+B images, C categories, E width of the contrastive space, S samples. Labels: 1 present, -1 absent, 0 unknown.
+"""
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_negative=0.0):
+    """Eq. 14, asymmetric loss: known labels only, easy ones damped. The sign is explicit (the print omits it).
+
+    logits (B, C) float;  labels (B, C) int, 1 / -1 / 0
+    assume_negative   weight of the negative term on unknown labels (0: they contribute nothing, the paper's partial setting)
+    returns the sum over the categories, mean over the images. With gammas and shift 0 it is binary cross-entropy exactly.
+    """
+    log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)                 # (B, C)
+    p = log_p.exp()
+    if shift > 0:
+        p_m = (p - shift).clamp(min=0)                                             # very easy negatives vanish
+        log_not_p_m = torch.log1p(-p_m)
+    else:
+        p_m, log_not_p_m = p, log_not_p
+    positive = (1 - p) ** gamma_pos * log_p
+    negative = p_m**gamma_neg * log_not_p_m
+    loss = -torch.where(labels == 1, positive, negative)
+    weight = (labels != 0) + assume_negative * (labels == 0)
+    return (weight * loss).sum(1).mean()
+
+
+def distillation(logits_r, logits_q, how="softmax", temperature=1.0):
+    """Eq. 6, KL(p^r || p^q): the region scores teach the query scores. No gradient reaches the teacher.
+
+    logits_r, logits_q (B, C);  how "softmax": as printed, p over the C categories; "bernoulli": present / absent per category, summed.
+    Multiplied by temperature squared, so that its gradient keeps its size (Hinton et al., 2015). Mean over the images.
+    """
+    r, q = logits_r.detach() / temperature, logits_q / temperature
+    if how == "bernoulli":
+        r, q = torch.stack([r, torch.zeros_like(r)], -1), torch.stack([q, torch.zeros_like(q)], -1)   # (B, C, 2)
+    log_r, log_q = r.log_softmax(-1), q.log_softmax(-1)
+    kl = (log_r.exp() * (log_r - log_q)).sum(-1)                                   # (B,) or (B, C)
+    return temperature**2 * kl.flatten(1).sum(1).mean() if how == "bernoulli" else temperature**2 * kl.mean()
+
+
+def contrastive(anchors, samples, classes, tau=0.07, chunk=2**26):
+    """Eq. 13, InfoNCE with the text of category c as anchor, against regions and prototypes.
+
+    anchors (C, E) one a category;  samples (S, E);  classes (S,) int: category of each sample, -1 = an empty place
+    Positives P of anchor c are the samples of category c, negatives those of all others. Each positive stands alone against the
+    negatives: -log(e^p / (e^p + sum e^n)) = softplus(logsumexp(n) - p). Mean over P, then over the categories that have any.
+    chunk bounds the (anchors, samples) logits held at once; beyond it they are recomputed in the backward pass.
+    """
+    anchors, samples = F.normalize(anchors.float(), dim=-1), F.normalize(samples.float(), dim=-1)
+    C, S = len(anchors), len(samples)
+
+    def per_anchor(anchors, ids):                                                  # -> (A,) the bracket of Eq. 13
+        s = anchors @ samples.T / tau                                              # (A, S)
+        positive = classes == ids[:, None]
+        negative = (classes >= 0) & ~positive
+        log_n = s.masked_fill(~negative, -1e9).logsumexp(1, keepdim=True)          # (A, 1)
+        loss = F.softplus(log_n - s) * positive
+        return loss.sum(1) / positive.sum(1).clamp(min=1)
+
+    ids = torch.arange(C, device=anchors.device)
+    if C * S <= chunk:
+        loss = per_anchor(anchors, ids)
+    else:
+        step = max(1, chunk // S)
+        loss = torch.cat([checkpoint(per_anchor, anchors[i: i + step], ids[i: i + step], use_reentrant=False)
+                          for i in range(0, C, step)])
+    present = torch.zeros(C + 1, device=anchors.device).index_fill_(0, classes + 1, 1.0)[1:]
+    return (loss * present).sum() / present.sum().clamp(min=1)
+
+
+def total(terms, alpha=1.0, beta=0.05, gamma=0.01):
+    """Eq. 15. terms: dict of scalars L_q, L_r, L_KD, L_NCE; one that is absent counts nothing."""
+    L_q, L_r, L_KD, L_NCE = (terms.get(k, 0.0) for k in ("L_q", "L_r", "L_KD", "L_NCE"))
+    return L_q + alpha * L_r + beta * L_KD + gamma * L_NCE
