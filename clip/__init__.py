@@ -1,5 +1,6 @@
-"""A minimal CLIP: model, tokenizer, weights. `clip.load("tiny")` is the small one that ships; see model.py and weights.py."""
+"""A minimal CLIP: model.py, tokenizer.py, weights.py, and pretrain.py for the small one that ships as `load("tiny")`."""
 from .model import CLIP, build
 from .tokenizer import ClipError, Tokenizer, tokenize
+from .weights import load
 
 fold = CLIP.fold

@@ -22,8 +22,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .tokenizer import ClipError, tokenize
 
 ACTIVATIONS = {"quickgelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
-# Heads are 64 wide, in every OpenAI model; open_clip's three largest image towers have 16 heads instead.
-SIXTEEN_HEADS = (1280, 1408, 1664)
 
 
 def resize_positions(positions, h, w):
@@ -41,8 +39,6 @@ def attend(q, k, v, heads, causal=False):
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))                  # (B, heads, S, C / heads)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)  # (B, S, C)
 
-
-# ---------------------------------------------------------------------------------------------- image tower: ResNet
 
 class Bottleneck(nn.Module):
     """ResNet bottleneck whose stride is an average pool (anti-aliased), in the residual as in the shortcut."""
@@ -126,8 +122,6 @@ class ModifiedResNet(nn.Module):
         return self.attnpool.dense(x)
 
 
-# ---------------------------------------------------------------------------------------------- transformers
-
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -151,11 +145,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width, heads, hidden, activation):
+    def __init__(self, width, heads, activation):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, hidden), "c_proj": nn.Linear(hidden, width)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
         self.activation = activation
 
     def forward(self, x, causal=False, values_only=False):
@@ -165,24 +159,25 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, hidden, activation):
+    def __init__(self, width, layers, heads, activation):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, hidden, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
 
 class VisionTransformer(nn.Module):
     """Dense features: the patch tokens after the last block with value-only attention (its attention is replaced by
     out_proj(v_proj(ln_1(x))), residual and MLP as usual), then ln_post and proj, the path the class token takes."""
 
-    def __init__(self, layers, width, patch, resolution, embed_dim, heads, hidden, activation):
+    def __init__(self, layers, width, patch, resolution, embed_dim, activation):
         super().__init__()
         self.patch = patch
         scale = width ** -0.5
+        heads = 16 if width == 1280 else max(1, width // 64)  # 64 wide in all but open_clip's ViT-H
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch) ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, hidden, activation)
+        self.transformer = Transformer(width, layers, heads, activation)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def grid(self, H, W):
@@ -205,19 +200,16 @@ class VisionTransformer(nn.Module):
         return self.ln_post(self.transformer.resblocks[-1](x[:, 1:], values_only=True)) @ self.proj  # (B, N, D)
 
 
-# ---------------------------------------------------------------------------------------------- both towers
-
 class CLIP(nn.Module):
     """CLIP from plain dimensions, with CLIP's own initialisation.
 
     embed_dim: D. resolution: native image size. layers: blocks of each of the four stages (a ResNet) or the number of blocks
-    (a ViT). vision_width: channels of the stem (even) or of the tokens. patch: ViT only. text_heads, vision_heads: None for
-    heads of 64 channels, the only choice that `build` can infer. *_hidden: MLP width, None for four times the width.
-    activation: "quickgelu" (OpenAI's) or "gelu"."""
+    (a ViT). vision_width: channels of the stem (even) or of the tokens. patch: ViT only. text_heads: None for heads of
+    64 channels, the only choice that `build` can infer. activation: "quickgelu" (OpenAI's) or "gelu".
+    Attributes: D, W, context_length, vocab_size, resolution, and from `load` the name and the sha256 of the file."""
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length, vocab_size, text_width,
-                 text_heads=None, text_layers=12, activation="quickgelu", vision_heads=None, vision_hidden=None,
-                 text_hidden=None):
+                 text_heads=None, text_layers=12, activation="quickgelu"):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ClipError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
@@ -225,13 +217,10 @@ class CLIP(nn.Module):
         self.context_length, self.vocab_size, self.resolution = context_length, vocab_size, resolution
         self.sha256, self.name = "", ""
         if isinstance(layers, int):
-            self.visual = VisionTransformer(layers, vision_width, patch, resolution, embed_dim,
-                                            vision_heads or max(1, vision_width // 64), vision_hidden or 4 * vision_width,
-                                            activation)
+            self.visual = VisionTransformer(layers, vision_width, patch, resolution, embed_dim, activation)
         else:
             self.visual = ModifiedResNet(layers, vision_width, resolution, embed_dim)
-        self.transformer = Transformer(text_width, text_layers, text_heads or max(1, text_width // 64),
-                                       text_hidden or 4 * text_width, activation)
+        self.transformer = Transformer(text_width, text_layers, text_heads or max(1, text_width // 64), activation)
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, text_width))
         self.ln_final = nn.LayerNorm(text_width)
@@ -243,8 +232,6 @@ class CLIP(nn.Module):
             nn.init.normal_(block.attn.out_proj.weight, std=text_width ** -0.5 * (2 * text_layers) ** -0.5)
             nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * text_width) ** -0.5)
             nn.init.normal_(block.mlp["c_proj"].weight, std=text_width ** -0.5 * (2 * text_layers) ** -0.5)
-
-    # ---- text
 
     def tokenize(self, texts):
         """list of T strings -> (T, context_length) int64. A text that is too long raises ClipError."""
@@ -269,8 +256,6 @@ class CLIP(nn.Module):
         tokens = tokens[:, :int(eot.max()) + 1]
         return self.encode_prompts(self.embed(tokens), eot)
 
-    # ---- images
-
     def grid(self, H, W):
         """Rows and columns of the dense features of an H x W image: N = h * w."""
         return self.visual.grid(H, W)
@@ -278,12 +263,9 @@ class CLIP(nn.Module):
     def trunk(self, x):
         H, W = x.shape[-2:]
         if 0 in self.grid(H, W):
-            raise ClipError(f"an image of {H} x {W} has no feature of its own: at least {self.smallest()} pixels a side")
+            raise ClipError(f"images of {H} x {W} pixels are too small for a single feature: "
+                            f"enlarge them, best to {self.resolution} x {self.resolution} or more")
         return self.visual.trunk(x)
-
-    def smallest(self):
-        """The least side, in pixels, that gives one location."""
-        return next(side for side in range(1, 1024) if self.grid(side, side) == (1, 1))
 
     def encode_image(self, x):
         """x (B, 3, H, W), CLIP-normalised, any size -> the global feature (B, D), not normalised."""
@@ -298,17 +280,11 @@ class CLIP(nn.Module):
         x = self.trunk(x)
         return self.visual.pool(x), self.visual.dense(x)
 
-    # ---- frozen
-
-    def freeze(self):
-        """Evaluation mode, no gradient in any parameter. In place; returns self."""
-        return self.eval().requires_grad_(False)
-
     @torch.no_grad()
     def fold(self):
-        """Freezes, folds BatchNorm into the convolutions and v_proj, c_proj into one map for the dense features, and puts the
-        convolutions in channels-last order: the same outputs from fewer operations. In place; returns self."""
-        self.freeze()
+        """The same outputs from fewer operations, for a CLIP that stays frozen: BatchNorm goes into the convolutions, v_proj
+        and c_proj into one map for the dense features, convolutions into channels-last order. In place; returns self."""
+        self.eval()
         for module in list(self.visual.modules()):
             for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
                 if isinstance(getattr(module, bn, None), nn.BatchNorm2d):
@@ -320,7 +296,7 @@ class CLIP(nn.Module):
             pool.folded = nn.Linear(v.in_features, c.out_features, device=v.weight.device)
             pool.folded.weight.copy_(c.weight.double() @ v.weight.double())
             pool.folded.bias.copy_(c.weight.double() @ v.bias.double() + c.bias)
-        return self.freeze().to(memory_format=torch.channels_last)
+        return self.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def dimensions(sd):
@@ -330,14 +306,12 @@ def dimensions(sd):
 
     text_width, embed_dim = sd["text_projection"].shape
     d = dict(embed_dim=embed_dim, text_width=text_width, context_length=len(sd["positional_embedding"]),
-             vocab_size=len(sd["token_embedding.weight"]), text_layers=depth("transformer.resblocks."),
-             text_hidden=len(sd["transformer.resblocks.0.mlp.c_fc.weight"]))
+             vocab_size=len(sd["token_embedding.weight"]), text_layers=depth("transformer.resblocks."))
     if "visual.proj" in sd:
         width, _, patch, _ = sd["visual.conv1.weight"].shape
         grid = math.isqrt(len(sd["visual.positional_embedding"]) - 1)
         return d | dict(layers=depth("visual.transformer.resblocks."), vision_width=width, patch=patch,
-                        resolution=grid * patch, vision_heads=16 if width in SIXTEEN_HEADS else None,
-                        vision_hidden=len(sd["visual.transformer.resblocks.0.mlp.c_fc.weight"]))
+                        resolution=grid * patch)
     grid = math.isqrt(len(sd["visual.attnpool.positional_embedding"]) - 1)
     return d | dict(layers=tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)), patch=None, resolution=32 * grid,
                     vision_width=len(sd["visual.layer1.0.conv1.weight"]))
@@ -349,11 +323,12 @@ def build(state_dict, fold=False, activation="quickgelu"):
     skipped = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives carry these beside the weights
     sd = {k: v.detach() for k, v in state_dict.items() if k not in skipped and not k.endswith("num_batches_tracked")}
     try:
-        with torch.device("meta"):  # shapes alone: nothing is initialised only to be overwritten
-            model = CLIP(**dimensions(sd), activation=activation)
-    except KeyError as e:
-        raise ClipError(f"not a CLIP with OpenAI's parameter names: tensor {e} is missing, found "
-                        f"{len(sd)} tensors ({', '.join(list(sd)[:3])}, ...)") from None
+        shape = dimensions(sd)
+    except (KeyError, ValueError, TypeError) as e:  # a tensor missing, or one without the axes it should have
+        raise ClipError(f"not a CLIP with OpenAI's parameter names, {e} is missing or odd among {len(sd)} tensors "
+                        f"({', '.join(list(sd)[:3])}, ...)") from None
+    with torch.device("meta"):  # shapes alone: nothing is initialised only to be overwritten
+        model = CLIP(**shape, activation=activation)
     want = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     wrong = [f"{k} missing" for k in want if k not in sd] + [f"{k} unexpected" for k in sd if k not in want]
     wrong += [f"{k} is {tuple(sd[k].shape)}, expected {tuple(want[k])}" for k in want
