@@ -1,0 +1,27 @@
+# make demo    the whole method on drawn scenes, minutes on two cores      make test    the tests
+# make bench   timings: kernels, training step, loader                     make clean   forget environment and generated data
+PY := .venv/bin/python
+PYTHON ?= python3
+
+.PHONY: demo test bench clean
+
+.venv/done: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}"'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch .venv/done
+
+demo: .venv/done
+	rm -rf runs/demo-dualcoop runs/demo
+	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --matching dualcoop --out runs/demo-dualcoop
+	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --out runs/demo
+	$(PY) eval.py runs/demo-dualcoop --compare runs/demo
+
+test: .venv/done
+	$(PY) -m pytest -q tests
+
+bench: .venv/done
+	$(PY) -m pytest -q -s tests/bench_*.py
+
+clean:
+	rm -rf .venv generated runs

@@ -1,0 +1,550 @@
+"""Train TRM-ML, a baseline or an ablation; every random number follows from --seed (paper, Sec. 3.6 and 4.1, Eq. 15).
+
+    python train.py --data scenes --ratio 0.1                       the embedded default, minutes on two CPU cores
+    python train.py --data coco --root /data/coco --ratio 0.3       the paper's setting: RN101, 448, batch 128, 40 epochs
+    python train.py --resume runs/NAME                              goes on where it was stopped, bit for bit
+    torchrun --nproc-per-node 4 train.py --data coco ...            several GPUs
+
+A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png, regions.png.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from tqdm import tqdm
+
+import clip
+import data
+import eval as evaluation
+import kernels
+import losses
+from features import Features
+from memory import MemoryBank
+from trm import TRM, Prompts
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: one line for the user."""
+
+
+def option(default, help, **rules):
+    return field(default=default, metadata={"help": help, **rules})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. Defaults are the paper's; where it is silent, the README's table of readings says why."""
+    data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
+    root: Optional[str] = option(None, "folder of the data set")
+    ratio: float = option(1.0, "share of the training labels that is known, in (0, 1]", low=0, open=True, high=1)
+    single_positive: Optional[str] = option(None, "one known positive an image, in the setup of", choices=("largeloss", "splc"))
+    assume_negative: Optional[float] = option(None, "weight of unknown labels as negatives; 0.3 for single positive, else 0: raise it "
+                                              "when known negatives are missing, lower it when recall suffers", low=0, high=1)
+    mask: Optional[str] = option(None, "file of the known cells, instead of drawing them")
+    val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2 (CSV data only)")
+    names: Optional[str] = option(None, "file of prompt names, one category a line")
+    train_images: Optional[int] = option(None, "use only the first n training images", low=1)
+    clip: str = option("RN101", "tiny RN50 RN101 RN50x4 RN50x16 ViT-B/32 ViT-B/16 ViT-L/14, or a weights file")
+    size: int = option(448, "side of the input in pixels", low=32)
+    augment: str = option("taidpt", "training images", choices=("none", "flip", "taidpt"))
+
+    matching: str = option("carl", "carl is the paper's method, the others its baselines", choices=TRM.MATCHING)
+    without: str = option("", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last two: one prototype of MMCP)")
+    carl_from: Optional[str] = option(None, "run whose region module is loaded and kept frozen (Table 4)")
+    queries: str = option("random", "start of the category queries", choices=("random", "text"))
+    alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)", low=0)
+    beta: float = option(0.05, "weight of distillation (Eq. 15)", low=0)
+    gamma: float = option(0.01, "weight of the contrastive loss (Eq. 15)", low=0)
+    gamma_pos: float = option(1.0, "gamma+ of Eq. 14", low=0)
+    gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate", low=0)
+    shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", low=0, high=0.99)
+    kd: str = option("softmax", "Eq. 6 over the categories (as printed) or per category", choices=("softmax", "bernoulli"))
+    kd_temperature: float = option(1.0, "temperature of Eq. 6", low=0, open=True)
+    tau: float = option(0.07, "temperature of Eq. 13", low=0, open=True)
+    context: int = option(16, "learned tokens of a prompt", low=1)
+    topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", low=1)
+    queue: int = option(64, "L: prototypes kept a category", low=1)
+    eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", low=0, high=1)
+    stage_one: float = option(1 / 3, "share of the epochs before the prototypes and the contrastive loss join", low=0, high=1)
+    pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
+    score: str = option("region", "score of inference", choices=("region", "query", "mean"))
+
+    epochs: int = option(40, "epochs", low=1)
+    batch: int = option(128, "images a step, over all GPUs", low=1)
+    lr: float = option(5e-4, "peak of OneCycleLR", low=0, open=True)
+    weight_decay: float = option(0.01, "of AdamW", low=0)
+    clip_grad: float = option(1.0, "largest norm of the gradient", low=0, open=True)
+    seed: int = option(0, "of masks, initialisation, order and augmentation", low=0)
+    eval_every: int = option(1, "epochs between evaluations", low=1)
+
+    amp: str = option("none", "mixed precision on a GPU", choices=("none", "bf16", "fp16"))
+    kernels: str = option("auto", "auto takes Triton on a GPU", choices=("auto", "reference", "triton"))
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment images; 0 decodes in the main one", low=0)
+    cache_features: int = option(0, "keep the frozen features of this many augmented views on disk; 0 runs the backbone every epoch", low=0)
+    cache_dir: str = option("generated/features", "where they are kept")
+    out: Optional[str] = option(None, "run folder")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, rules = getattr(self, f.name), f.metadata
+            kind = f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
+            if value is None and kind is not f.type:
+                continue
+            if kind is float and type(value) is int:
+                value = float(value)
+                setattr(self, f.name, value)
+            if type(value) is not kind:
+                raise ConfigError(f"--{f.name} expects {kind.__name__}, got {value!r}")
+            low, high = rules.get("low"), rules.get("high")
+            if "choices" in rules and value not in rules["choices"]:
+                raise ConfigError(f"--{f.name} expects one of {' '.join(rules['choices'])}, got {value!r}")
+            if not ((low is None or value > low or (value == low and not rules.get("open"))) and (high is None or value <= high)):
+                raise ConfigError(f"--{f.name} expects a number {'above' if rules.get('open') else 'from'} {low}"
+                                  f"{f' up to {high}' if high is not None else ''}, got {value}")
+        unknown = self.parts_left_out - {"kd", "mmcp", "mmcl", "visual", "text"}
+        if unknown:
+            raise ConfigError(f"--without expects any of kd,mmcp,mmcl,visual,text, got {','.join(sorted(unknown))}")
+        if {"visual", "text"} <= self.parts_left_out:
+            raise ConfigError("--without visual,text leaves no prototype: say --without mmcp")
+        if self.assume_negative is None:
+            self.assume_negative = 0.3 if self.single_positive else 0.0
+
+    @property
+    def parts_left_out(self):
+        return set(filter(None, self.without.split(",")))
+
+    def uses(self, part):
+        return self.matching == "carl" and part not in self.parts_left_out
+
+
+# A data set may bring a smaller recipe than the paper's; what the command line says still wins.
+PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, epochs=40, cache_features=2, workers=0)}
+
+
+def parse(argv):
+    """Command line -> (Config, run to resume or None). Order: command line, preset of the data set, the paper's defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(__doc__.split("\n")[2:]))
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run; its own settings are used")
+    for f in dataclasses.fields(Config):
+        kind = f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
+        how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=f.metadata.get("choices") and "{%s}" % ",".join(f.metadata["choices"]))
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **how)
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume", None)
+    if resume:
+        if given:
+            raise ConfigError(f"--resume takes its settings from the run, drop {' '.join('--' + k for k in given)}")
+        return load_config(Path(resume)), Path(resume)
+    return Config(**PRESETS.get(given.get("data", "scenes"), {}) | given), None
+
+
+def load_config(run):
+    file = run / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
+    stored = json.loads(file.read_text())["config"]
+    unknown = set(stored) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise ConfigError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: it was written by another version")
+    return Config(**stored)
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+def gather(x):
+    """(B/world, ...) on every rank -> (B, ...) in the batch's own order; gradients flow back. One process: x itself."""
+    if not dist.is_initialized():
+        return x
+    parts = dist_nn.all_gather(x.contiguous()) if x.requires_grad else _gather_plain(x)
+    return torch.stack(tuple(parts), 1).flatten(0, 1)                              # rank r holds rows r, r + world, ...
+
+
+def _gather_plain(x):
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+def step_terms(model, memory, cfg, out, f, g_pos, labels, stage_two):
+    """The terms of Eq. 15 for one batch. labels (B, C) int8, out: trm.Output. Returns (terms, pseudo-labels (B, C) or None)."""
+    pseudo = None
+    if cfg.uses("mmcp") or cfg.uses("mmcl"):
+        memory.enqueue(out.energy, f, labels, cfg.topk)                                                       # Eq. 7
+    if cfg.uses("mmcp") and stage_two:
+        s = memory.similarities(out.regions)                                                                  # Eq. 8
+        known = torch.where(labels == 0, -1, labels) if cfg.assume_negative else labels
+        memory.update_thresholds(s, known)                                                                    # Eq. 9, 11
+        modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
+        pseudo = memory.pseudo_labels(s, labels, modalities)                                                  # Eq. 10, 12
+    filled = labels if pseudo is None else torch.where(labels == 0, pseudo, labels)
+
+    def asl(logits):
+        return losses.asymmetric(logits, filled, cfg.gamma_pos, cfg.gamma_neg, cfg.shift, cfg.assume_negative)    # Eq. 14
+
+    terms = {"L_r": asl(out.logits_r)}
+    if out.logits_q is not None:
+        terms["L_q"] = asl(out.logits_q)
+        if cfg.uses("kd"):
+            terms["L_KD"] = losses.distillation(out.logits_r, out.logits_q, cfg.kd, cfg.kd_temperature)       # Eq. 6
+    if cfg.uses("mmcl") and stage_two:
+        present = (filled if cfg.pseudo_in_contrastive else labels) == 1                                      # (B, C)
+        terms["L_NCE"] = contrastive_term(model, memory, out.regions, g_pos, present, cfg.tau)                # Eq. 13
+    return terms, pseudo
+
+
+def contrastive_term(model, memory, regions, g_pos, present, tau):
+    """Eq. 13 over the batch's regions of known positives and the bank's prototypes, each through its own MLP."""
+    B, C = present.shape
+    ids = torch.arange(C, device=present.device)
+    filled = memory.filled()                                                       # (C, L)
+    if present.device.type == "cpu":                                               # take what is there
+        region, region_ids = regions[present], ids.expand(B, C)[present]
+        pixel, pixel_ids = memory.bank[filled], ids[:, None].expand_as(filled)[filled]
+    else:                                                                          # fixed shapes: no waiting for the GPU to count
+        region, region_ids = regions.flatten(0, 1), torch.where(present, ids, -1).flatten()
+        pixel, pixel_ids = memory.bank.flatten(0, 1), torch.where(filled, ids[:, None], -1).flatten()
+    samples = torch.cat([model.heads["region"](region), model.heads["pixel"](pixel)])
+    return losses.contrastive(model.heads["text"](g_pos), samples, torch.cat([region_ids, pixel_ids]), tau)
+
+
+def average_gradients(parameters):
+    """Every rank computed the loss of the whole batch from gathered parts, so the mean over the ranks is its exact gradient."""
+    if dist.is_initialized():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g) / dist.get_world_size())
+
+
+class PseudoCount:
+    """Pseudo-labels of an epoch against the truth where it is known: precision and coverage, in percent."""
+
+    def __init__(self, device):
+        self.count = torch.zeros(5, device=device)
+
+    def add(self, pseudo, labels, truth):
+        unknown = (labels == 0) & (truth != 0)
+        cells = [unknown] + [unknown & (pseudo == sign) & right for sign in (1, -1) for right in (True, truth == sign)]
+        self.count += torch.stack([cell.sum() for cell in cells])
+
+    def report(self):
+        unknown, pos, pos_right, neg, neg_right = self.count.tolist()
+        share = lambda a, b: round(100 * a / b, 2) if b else None
+        return dict(pseudo_pos=int(pos), pseudo_pos_precision=share(pos_right, pos), pseudo_neg=int(neg),
+                    pseudo_neg_precision=share(neg_right, neg), pseudo_coverage=share(pos + neg, unknown)) if unknown else {}
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+def write_atomically(file, save):
+    """save(temporary name), flushed to disk, then renamed: a kill at any moment leaves the old file or the new one."""
+    temporary = file.with_name(file.name + ".tmp")
+    save(temporary)
+    with open(temporary, "rb+") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+class Lock:
+    """One process writes a run folder; the lock goes with the process, however it ends."""
+
+    def __init__(self, run):
+        self.file = open(run / ".lock", "w")
+        try:
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass                                                                   # no such lock on Windows
+        except OSError:
+            raise ConfigError(f"another process is writing {run}: wait for it, or choose another --out") from None
+
+
+def run_folder(cfg):
+    setting = cfg.single_positive or f"{cfg.ratio:g}"
+    name = f"{Path(cfg.data).stem}-{setting}-{cfg.matching}{'-no-' + cfg.without.replace(',', '-') if cfg.without else ''}-seed{cfg.seed}"
+    run = Path(cfg.out or f"runs/{name}")
+    for i in range(2, 1000):
+        if not (run / "config.json").exists():
+            return run
+        if cfg.out:
+            raise ConfigError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
+        run = Path(f"runs/{name}-{i}")
+
+
+def load_data(cfg):
+    return data.load(cfg.data, cfg.root, ratio=cfg.ratio, single_positive=cfg.single_positive, seed=cfg.seed,
+                     train_images=cfg.train_images, mask=cfg.mask, val=cfg.val, names=cfg.names)
+
+
+class Run:
+    """Everything a run holds while it trains. `Run(cfg).train()`."""
+
+    def __init__(self, cfg, resume=None, splits=None, encoder=None):
+        self.cfg, self.rank, self.world = cfg, 0, 1
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        if self.world > 1 and cfg.batch % self.world:
+            raise ConfigError(f"--batch {cfg.batch} does not divide among {self.world} processes")
+        kernels.use(cfg.kernels)
+        self.train_split, self.val_split, self.test_split = splits or load_data(cfg)
+        self.clip = (encoder or clip.load(cfg.clip)).to(self.device)
+        amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp] if self.device.type == "cuda" else None
+        self.amp, self.scaler = amp, torch.amp.GradScaler(enabled=amp is torch.float16)
+        common = dict(clip=self.clip, size=cfg.size, batch=cfg.batch, workers=cfg.workers, cache=cfg.cache_dir, device=self.device,
+                      amp=amp, rank=self.rank, world=self.world)
+        self.feed = Features(self.train_split, augment=cfg.augment, seed=cfg.seed, views=cfg.cache_features, **common)
+        self.feeds = {name: Features(split, views=min(1, cfg.cache_features), **common)
+                      for name, split in (("val", self.val_split), ("test", self.test_split)) if split is not None}
+        torch.manual_seed(cfg.seed)
+        self.model = self._model().to(self.device)
+        C = len(self.train_split.names)
+        self.memory = MemoryBank(C, cfg.queue, self.clip.D, cfg.eta).to(self.device)
+        self.learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.learned, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=self.device.type == "cuda")
+        steps = -(-len(self.feed) // cfg.batch)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * steps)
+        self.labels = torch.from_numpy(self.train_split.labels).to(self.device)
+        self.truth = torch.from_numpy(self.train_split.truth).to(self.device)
+        self.epoch, self.best, self.history = 0, None, []
+        self.folder = resume or run_folder(cfg)
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.folder)
+        if resume:
+            self._load(resume / "last.pt")
+        elif self.rank == 0:
+            about = {"config": dataclasses.asdict(cfg), "data": {s.name: s.info for s in (self.train_split, self.val_split, self.test_split) if s}}
+            write_atomically(self.folder / "config.json", lambda file: file.write_text(json.dumps(about, indent=1)))
+
+    def _model(self):
+        cfg, split = self.cfg, self.train_split
+        queries = self.clip.encode_text(self.clip.tokenize([f"a photo of a {p}" for p in split.prompts]).to(self.device)) if cfg.queries == "text" else None
+        model = TRM(len(split.names), self.clip.D, Prompts(self.clip, split.prompts, cfg.context), cfg.matching, queries,
+                    contrastive=cfg.uses("mmcl"))
+        if cfg.carl_from:
+            source = Path(cfg.carl_from) / "last.pt"
+            if not source.is_file():
+                raise ConfigError(f"--carl-from expects a finished run, found no {source}")
+            state = torch.load(source, map_location="cpu", weights_only=True)
+            if state["names"] != split.names:
+                raise ConfigError(f"--carl-from {cfg.carl_from} was trained on other categories than {cfg.data}")
+            model.carl.load_state_dict({k[5:]: v for k, v in state["model"].items() if k.startswith("carl.")})
+            model.carl.requires_grad_(False)
+        return model
+
+    def text_features(self):
+        return self.model.prompts(self.clip)
+
+    def step(self, index, f, x, stage_two):
+        """One update. index (B,), f (B, N, D), x (B, D) of this rank; returns the terms as detached scalars."""
+        labels = self.labels[index]
+        with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            g_pos, g_neg = self.text_features()
+            out = self.model(f, x, g_pos, g_neg)
+        out = type(out)(*(part if part is None else gather(part.float()) for part in out))
+        labels, truth = gather(labels), gather(self.truth[index])
+        f = gather(f) if dist.is_initialized() and out.regions is not None else f
+        terms, pseudo = step_terms(self.model, self.memory, self.cfg, out, f, g_pos, labels, stage_two)
+        loss = losses.total(terms, self.cfg.alpha, self.cfg.beta, self.cfg.gamma)                             # Eq. 15
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        average_gradients(self.learned)
+        torch.nn.utils.clip_grad_norm_(self.learned, self.cfg.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if pseudo is not None:
+            self.pseudo.add(pseudo, labels, truth)
+        return {name: term.detach() for name, term in (terms | {"L": loss}).items()}
+
+    def train_epoch(self):
+        cfg, sums, start = self.cfg, {}, time.perf_counter()
+        stage_two = self.epoch >= round(cfg.stage_one * cfg.epochs)
+        if stage_two and self.memory.T.isnan().any():
+            with torch.no_grad():
+                self.memory.set_text_prototypes(self.text_features()[0])           # "the text representation trained in the first stage"
+        self.model.train()
+        self.pseudo = PseudoCount(self.device)
+        batches = -(-len(self.feed) // cfg.batch)
+        check = 1 if self.device.type == "cpu" else 50                             # a GPU is asked rarely: asking waits for it
+        bar = tqdm(self.feed.batches(self.epoch), total=batches, desc=f"epoch {self.epoch + 1}/{cfg.epochs}", leave=False,
+                   disable=self.rank > 0 or not sys.stderr.isatty())
+        for i, (index, f, x) in enumerate(bar):
+            for name, term in self.step(index, f, x, stage_two).items():
+                sums[name] = sums.get(name, 0) + term
+            if i % check == 0 or i == batches - 1:
+                if not torch.isfinite(sums["L"]):
+                    raise FloatingPointError("the loss is not finite after step %d of epoch %d: %s; lower --lr, or use --amp none" % (
+                        i + 1, self.epoch + 1, ", ".join(f"{k} {float(v):g}" for k, v in sums.items())))
+                bar.set_postfix(loss=f"{float(sums['L']) / (i + 1):.3f}")
+        seconds = time.perf_counter() - start
+        return dict(epoch=self.epoch + 1, stage=2 if stage_two else 1) | {k: round(float(v) / batches, 6) for k, v in sums.items()} \
+            | self.pseudo.report() | dict(images_per_second=round(len(self.feed) / seconds, 1), seconds=round(seconds, 2))
+
+    @torch.no_grad()
+    def evaluate(self):
+        """{"val": metrics, "test": metrics} of the configured score, and mAP of every score; the raw scores of each split."""
+        g, numbers, raw = self.text_features(), {}, {}
+        for name, feed in self.feeds.items():
+            scores = self._all_ranks(evaluation.scores_of(self.model, *g, feed), len(feed))
+            truth = feed.split.truth
+            mean = {"mean": (scores["region"] + scores["query"]) / 2} if "query" in scores else {}
+            chosen = (scores | mean).get(self.cfg.score, scores["region"])
+            numbers[name] = evaluation.metrics(chosen, truth) | {f"mAP_{k}": evaluation.metrics(v, truth)["mAP"] for k, v in scores.items()}
+            raw[name] = chosen
+        return numbers, raw
+
+    def _all_ranks(self, scores, n):
+        """Each rank scored images rank, rank + world, ... of every batch: put them back in order, every image once."""
+        if self.world == 1:
+            return scores
+        parts = [None] * self.world
+        dist.all_gather_object(parts, scores)
+        whole = {}
+        place = [np.concatenate([b[r:: self.world] for b in np.split(np.arange(n), range(self.cfg.batch, n, self.cfg.batch))]) for r in range(self.world)]
+        for name in scores:
+            whole[name] = np.empty((n, scores[name].shape[1]), np.float32)
+            for r in range(self.world):
+                whole[name][place[r]] = parts[r][name]
+        return whole
+
+    def train(self):
+        cfg = self.cfg
+        if self.rank == 0:
+            print(f"{self.folder}: {self.train_split.name}, {len(self.feed)} images, {len(self.train_split.names)} categories, "
+                  f"{sum(p.numel() for p in self.learned) / 2**20:.2f} Mi learned; kernels: {kernels.chosen()}")
+        while self.epoch < cfg.epochs:
+            line = self.train_epoch()
+            last = self.epoch + 1 == cfg.epochs
+            if (self.epoch + 1) % cfg.eval_every == 0 or last:
+                numbers, raw = self.evaluate()
+                line |= numbers
+                judge = "val" if "val" in numbers else "test"
+                improved = judge in numbers and (self.best is None or numbers[judge]["mAP"] > self.best["mAP"])
+                if improved:
+                    self.best = {"epoch": self.epoch + 1, "chosen_on": judge, "mAP": numbers[judge]["mAP"]}
+            else:
+                improved, raw = False, {}
+            self.epoch += 1
+            self.history.append(line)
+            if self.rank == 0:
+                self._save(improved, raw.get("val"))
+                self._say(line)
+        if self.rank == 0:
+            self._finish()
+        return self.history
+
+    def _say(self, line):
+        terms = "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k.startswith("L"))
+        scores = "  ".join(f"{split} mAP {line[split]['mAP']:.2f}" for split in ("val", "test") if split in line)
+        print(f"epoch {line['epoch']:>3}/{self.cfg.epochs} stage {line['stage']}  {terms}  {scores}  {line['images_per_second']:.0f} images/s", flush=True)
+
+    @torch.no_grad()
+    def _save(self, improved, val_scores):
+        g_pos, g_neg = self.text_features()
+        C = len(self.train_split.names)
+        threshold = np.full(C, 0.5) if val_scores is None else evaluation.best_thresholds(val_scores, self.val_split.truth)
+        inference = dict(config=json.dumps(dataclasses.asdict(self.cfg)), names=list(self.train_split.names), clip_sha256=self.clip.sha256,
+                         model=self.model.state_dict(), g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=self.epoch)
+        if improved:
+            write_atomically(self.folder / "best.pt", lambda file: torch.save(inference, file))
+        state = inference | dict(memory=self.memory.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
+                                 scaler=self.scaler.state_dict(), best=self.best, history=json.dumps(self.history))
+        write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write_text(lines))
+
+    def _load(self, file):
+        if not file.is_file():
+            return                                                                 # stopped before its first epoch ended: start anew
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        if state["clip_sha256"] != self.clip.sha256:
+            raise ConfigError(f"{file} belongs to CLIP {state['clip_sha256'][:12]}..., {self.cfg.clip} is {self.clip.sha256[:12]}...")
+        self.model.load_state_dict(state["model"])
+        for name in ("memory", "optimizer", "scheduler", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.epoch, self.best, self.history = state["epoch"], state["best"], json.loads(state["history"])
+
+    def _finish(self):
+        last = self.history[-1]
+        for split in ("val", "test"):
+            if split in last:
+                row = last[split]
+                print(f"last epoch, {split}: " + "  ".join(f"{k} {v:.2f}" for k, v in row.items() if k != "left_out")
+                      + (f"  ({row['left_out']} categories without a positive left out)" if row["left_out"] else ""))
+        if self.best:
+            chosen = next(line for line in self.history if line["epoch"] == self.best["epoch"])
+            print(f"best epoch {self.best['epoch']}, chosen on {self.best['chosen_on']}: "
+                  + "  ".join(f"{split} mAP {chosen[split]['mAP']:.2f}" for split in ("val", "test") if split in chosen))
+        try:
+            curves(self.history, self.folder / "curves.png")
+        except ImportError:
+            print("curves.png needs matplotlib: pip install matplotlib")
+        if self.test_split is not None:
+            predictor = evaluation.Predictor(self.folder, "last", self.device, self.clip)
+            evaluation.picture(evaluation.region_rows(predictor, self.test_split.paths[:6])).save(self.folder / "regions.png")
+        print(f"wrote {self.folder}/: metrics.jsonl last.pt {'best.pt ' if self.best else ''}curves.png regions.png")
+
+
+def curves(history, file):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    epochs = [line["epoch"] for line in history]
+    for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
+        points = [(line["epoch"], line[name]) for line in history if name in line]
+        if points:
+            left.plot(*zip(*points), label=name)
+    for split in ("val", "test"):
+        for score in ("mAP_region", "mAP_query"):
+            points = [(line["epoch"], line[split][score]) for line in history if score in line.get(split, {})]
+            if points:
+                right.plot(*zip(*points), label=f"{split} {score[4:]}")
+    left.set(xlabel="epoch", ylabel="loss", yscale="log", xlim=(0, epochs[-1]))
+    right.set(xlabel="epoch", ylabel="mAP (%)", xlim=(0, epochs[-1]))
+    for axis in (left, right):
+        if axis.lines:
+            axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(argv=None):
+    try:
+        cfg, resume = parse(argv)
+        if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        Run(cfg, resume).train()
+    except (ConfigError, data.DataError, clip.ClipError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the last finished epoch is in last.pt: go on with --resume", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
