@@ -1,4 +1,4 @@
-"""The two fused operations of TRM-ML and the choice of path: Triton on a GPU, plain torch elsewhere.
+"""The fused operations of TRM-ML and the choice of path: Triton on a GPU, plain torch elsewhere.
 
 region_pool, region_match   sigmoid + pooling (+ matching)               Eq. 1, 2, 4   region_pool.py
 topk_prototypes             top-K rows into the category queues          Eq. 7         topk_prototypes.py
@@ -6,13 +6,17 @@ topk_prototypes             top-K rows into the category queues          Eq. 7  
 Both paths have one signature. `use(...)` chooses once (train.py --kernels), `chosen()` is the line that is logged.
 """
 import os
+from types import SimpleNamespace
 
 import torch
 
 try:
     import triton
-except ImportError:                                     # macOS, Windows: everything runs on the torch references
-    triton = None
+    import triton.language as tl
+    jit, operator = triton.jit, torch.library.triton_op
+except ImportError:                 # macOS, Windows: everything runs on the torch references, and chosen() says so
+    triton, tl = None, SimpleNamespace(constexpr=None)
+    jit, operator = (lambda fn: fn), torch.library.custom_op
 
 _path = "auto"
 
