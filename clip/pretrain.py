@@ -1,0 +1,158 @@
+"""Trains the small CLIP that ships, from nothing: pairs of a drawn scene and a caption, CLIP's contrastive loss, about 20
+minutes on two CPU cores.
+
+    python -m clip.pretrain                  # writes clip/tiny.safetensors: the weights, how they were made, how well they do
+
+The pictures are small canvases (128 px, 1 to 3 objects of the same pixel size as on the 256 px scenes it will see later), so
+an image costs a quarter and the features still fit; the global feature's positions are interpolated. Their seeds hold the
+word "pretrain", so that no scene of train2014, tune2014 or val2014 can be among them.
+
+B pairs of a batch, D joint dimension, C categories.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import scenes
+from .model import CLIP, build
+
+TINY = Path(__file__).with_name("tiny.safetensors")
+DIMENSIONS = dict(embed_dim=128, resolution=128, layers=(1, 1, 1, 1), vision_width=16, patch=None, context_length=77,
+                  vocab_size=512 + 4000 + 2, text_width=128, text_layers=2)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+TEMPLATES = ("a photo of a {}.", "a picture of a {}", "a {}", "an image of a {}.", "a drawing of a {}.")
+
+
+def _draw(job):
+    split, seed, start, stop, size, objects = job
+    return [scenes.scene(scenes.seed_of(seed, split, i), size, objects) for i in range(start, stop)]
+
+
+def draw(split, count, size, objects, seed=0, workers=None):
+    """-> pictures (count, size, size, 3) uint8, the Boxes of each, its captions."""
+    jobs = [(split, seed, k, min(k + 100, count), size, objects) for k in range(0, count, 100)]
+    pictures, boxes, captions = np.empty((count, size, size, 3), np.uint8), [], []
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=count, desc=f"drawing {split}") as bar:
+        for drawn in pool.map(_draw, jobs):
+            for picture, found, texts in drawn:
+                pictures[len(boxes)] = picture
+                boxes.append(found)
+                captions.append(texts)
+            bar.update(len(drawn))
+    return torch.from_numpy(pictures), boxes, captions
+
+
+def normalised(pictures):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 as CLIP wants it, channels-last in memory."""
+    return (pictures.permute(0, 3, 1, 2) / 255 - MEAN) / STD
+
+
+def info_nce(image, text, scale, same):
+    """CLIP's symmetric loss. image, text (B, D); scale = 1/temperature; same (B, B) bool: text j is one of image i's own
+    captions word for word, so off the diagonal it is no negative and is left out."""
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T                      # (B, B)
+    logits = logits.masked_fill(same & ~torch.eye(len(logits), dtype=torch.bool), -torch.inf)
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def average_precision(scores, truth):
+    """scores (n,) float, truth (n,) bool -> mean precision at each positive, from the highest score down."""
+    hits = truth[scores.argsort(descending=True)]
+    return ((hits.cumsum(0) / torch.arange(1, len(hits) + 1))[hits]).mean().item()
+
+
+@torch.no_grad()
+def zero_shot(model, pictures, boxes):
+    """mAP in per cent over the categories, no training: cosine of the mean feature of a category's TEMPLATES with the global
+    feature, and with the best location of the dense features. -> {"global": .., "dense": .., "classes": {name: global AP}}"""
+    text = torch.stack([F.normalize(model.encode_text(model.tokenize([t.format(n) for t in TEMPLATES])), dim=1).mean(0)
+                        for n in scenes.NAMES])                                                  # (C, D)
+    text, scores = F.normalize(text, dim=1), {"global": [], "dense": []}
+    for batch in pictures.split(100):
+        whole, dense = model.encode(normalised(batch))
+        scores["global"].append(F.normalize(whole, dim=1) @ text.T)                              # (B, C)
+        scores["dense"].append((F.normalize(dense, dim=2) @ text.T).amax(1))                     # (B, C)
+    truth = torch.tensor([[any(b.kind == k for b in found) for k in range(len(scenes.KINDS))] for found in boxes])
+    ap = {how: [100 * average_precision(torch.cat(s)[:, k], truth[:, k]) for k in range(len(scenes.KINDS))
+                if truth[:, k].any()] for how, s in scores.items()}
+    return {how: sum(values) / len(values) for how, values in ap.items()} | {"classes": dict(zip(scenes.NAMES, ap["global"]))}
+
+
+def save(model, path, metadata):
+    """Matrices in float16, vectors in float32; under a temporary name first, so that a kill leaves no half file."""
+    tensors = {k: v.half().contiguous() if v.ndim > 1 else v.contiguous()
+               for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_file(tensors, f"{path}.part", metadata={k: str(v) for k, v in metadata.items()})
+    os.replace(f"{path}.part", path)
+    return build(tensors)
+
+
+def pretrain(out=TINY, canvases=50000, epochs=8, batch=128, lr=1e-3, seed=0, tune=1000, dimensions=DIMENSIONS, command=""):
+    """Draws, trains, and writes `out` after every epoch, with its zero-shot score on `tune` scenes of tune2014 (256 px)."""
+    start = time.time()
+    torch.manual_seed(seed)
+    model = CLIP(**dimensions).to(memory_format=torch.channels_last)
+    pictures, _, captions = draw("pretrain", canvases, dimensions["resolution"], (1, 3), seed)
+    held_out = draw("tune2014", tune, 256, (1, 6), seed)[:2]
+    ids = {text: k for k, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
+    tokens = model.tokenize(list(ids)).to(torch.int16 if dimensions["vocab_size"] < 2 ** 15 else torch.int32)
+    captions = torch.tensor([[ids[text] for text in texts] for texts in captions])               # (canvases, 5)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
+                                  lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    steps = epochs * (canvases // batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / min(200, steps), 1)
+                                                 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    for epoch in range(epochs):
+        model.train()
+        order, losses = torch.randperm(canvases)[:canvases // batch * batch].split(batch), []
+        for rows in (bar := tqdm(order, desc=f"epoch {epoch + 1}/{epochs}")):
+            own = captions[rows]                                                                 # (B, 5)
+            text = own.gather(1, torch.randint(own.shape[1], (batch, 1)))                        # (B, 1)
+            same = (own[:, None, :] == text[None, :, :]).any(2)                                  # (B, B)
+            with torch.autocast("cpu", torch.bfloat16):
+                image = model.encode_image(normalised(pictures[rows]))
+                text = model.encode_text(tokens[text[:, 0]].long())
+            loss = info_nce(image.float(), text.float(), model.logit_scale.exp(), same)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            model.logit_scale.data.clamp_(max=math.log(100))
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+        stored = save(model, out, {})                     # scored as it is stored, then stored again with the score
+        score = zero_shot(stored, *held_out)
+        save(model, out, dict(command=command, seed=seed, epochs=f"{epoch + 1} of {epochs}", canvases=canvases,
+                              seconds=round(time.time() - start), scenes_version=scenes.VERSION, dimensions=json.dumps(dimensions),
+                              zero_shot_tune2014_global=round(score["global"], 2), zero_shot_tune2014_dense=round(score["dense"], 2)))
+        print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}, zero-shot mAP on {tune} scenes of tune2014: global "
+              f"{score['global']:.1f}, dense {score['dense']:.1f}; {time.time() - start:.0f} s, written to {out}", flush=True)
+    return score
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the small CLIP on drawn scenes and captions (CPU).")
+    parser.add_argument("--out", default=str(TINY), help="the file to write")
+    parser.add_argument("--canvases", type=int, default=50000, help="drawn pictures, kept in memory: 49 KB each")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over them; more raises zero-shot slowly")
+    parser.add_argument("--batch", type=int, default=128, help="pairs per step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate, after warm-up, before the cosine")
+    parser.add_argument("--seed", type=int, default=0, help="of drawing, initialisation and order")
+    options = vars(parser.parse_args())
+    given = " ".join(f"--{k} {v}" for k, v in options.items() if v != parser.get_default(k) and k != "out")
+    pretrain(**options, command=f"python -m clip.pretrain {given}".strip())
