@@ -1,24 +1,39 @@
 """Labels, masks, data sets (section 4.1 of the paper): what training may see, and the images that go with it.
 
-    python data.py coco --root /data/coco        checks a data set or a CSV and prints what is in it
+    python data.py coco --root /data/coco         checks a data set and prints what is in it
+    python data.py photos.csv                     the same for your own sheet; every problem with its line
 
-`load` gives train, val and test `Split`s in the two settings of the paper: partial labels (each cell kept with
-probability `ratio`) and single positive (one positive a training image). `Images` turns a Split into tensors.
+`load` gives train, val and test `Split`s in the paper's two settings: partial labels (each cell kept with probability
+`ratio`) and single positive (one positive a training image). `Images` turns a Split into tensors. The layouts and
+their parsers are in datasets.py, the augmentation in augment.py.
 
 N images, C categories.
 """
-import hashlib, random
+import argparse, hashlib, random, sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 import augment as transforms
 import datasets
 from datasets import NEGATIVE, POSITIVE, UNKNOWN, DataError
 
+NAMES = ("scenes", "coco", "voc2007", "voc2012", "vg200", "nuswide", "cub")
 SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
+
+# How a class is called in a prompt: "peers" (TaI-DPT, DualCoOp; the default), "official", or "words" (VOC's joined
+# names split). Names that no table mentions stay as they are; CUB's attributes follow SCPNet's rule (cub_prompt).
+PROMPTS = {
+    ("coco", "peers"): {"motorcycle": "motor bike", "airplane": "aeroplane"},
+    ("voc2007", "words"): {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"},
+}
+PROMPTS["voc2012", "words"] = PROMPTS["voc2007", "words"]
+
+# Where the SPLC setup's lists are looked for, below --lists or --root; the second is a test list.
+LISTS = {"coco": ("coco_train_singlelabel.txt",), "voc2012": ("voc_train.txt",), "cub": ("cub_train.txt",),
+         "nuswide": ("nus_train_singlelabel.txt", "nus_val.txt")}
 
 
 @dataclass
@@ -33,65 +48,325 @@ class Split:
     info: dict = field(default_factory=dict)  # counts, hash of the mask, dropped images; goes into JSON as it is
 
 
+def cub_prompt(name):
+    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill' (and, as it is, 'blue upper')."""
+    return name.split("::")[1].split("_(")[0] + " " + name.split("_")[1] if "::" in name else name
+
+
+def prompts_for(data, names, style):
+    if style not in ("peers", "official", "words"):
+        raise DataError(f"prompt_names is one of peers, official, words; got {style!r}")
+    if data == "cub" and style != "official":
+        names = [cub_prompt(name) for name in names]
+    return [PROMPTS.get((data, style), {}).get(name, name).replace("_", " ") for name in names]
+
+
+# ------------------------------------------------------------------------------------------ which labels are seen
 def partial_mask(shape, ratio, seed=0):
-    """(N, C) bool. SARB's masks bit for bit at seed 0; one array of numbers serves all ratios, so 0.1 lies within 0.2."""
+    """(N, C) bool. At seed 0 SARB's published masks bit for bit. The same numbers serve all ratios: 10 % lie in 20 %."""
     return np.random.RandomState(seed).random_sample(shape) < ratio
 
 
-def as_split(name, table, prompts, observed=None):
-    labels = table.labels if observed is None else observed
-    keep = np.ones(len(labels), bool) if table.drop is None else ~table.drop
-    labels, table = labels[keep], table.take(keep)
-    info = {"images": len(labels), "positives": int((labels == POSITIVE).sum()),
-            "negatives": int((labels == NEGATIVE).sum()), "unknowns": int((labels == UNKNOWN).sum()),
-            "dropped": table.notes}
-    return Split(name, table.files, table.names, prompts, labels, table.labels, table.boxes, info)
+def single_positives(labels, seed=1200):
+    """(N, C) int8 with one POSITIVE a row, the rest UNKNOWN: the sampler of Cole et al. (CVPR 2021), bit for bit.
+
+    It shuffles every row's negatives too, and takes none of them. That moves the random stream, so we do the same.
+    A row without a positive stays UNKNOWN throughout."""
+    rng, observed = np.random.RandomState(seed), np.zeros_like(labels)
+    for row, seen in zip(labels, observed):
+        positives, negatives = np.flatnonzero(row == POSITIVE), np.flatnonzero(row == NEGATIVE)
+        rng.shuffle(positives)
+        rng.shuffle(negatives)
+        seen[positives[:1]] = POSITIVE
+    return observed
 
 
-def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=None, mask=None, val=None, names=None):
-    """(train, val, test) Splits."""
+def hold_out(count, share, seed=1200):
+    """(train rows, validation rows), both sorted: the split of Cole et al., 20 % in the LargeLoss setup."""
+    order, held = np.random.RandomState(seed).permutation(count), int(round(share * count))
+    return np.sort(order[:count - held]), np.sort(order[count - held:])
+
+
+def read_mask(path, table):
+    """(N, C) bool from the user's .npy, .npz or text file (commas or blanks): booleans or 0/1 that say which cells are
+    seen, or label codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the official list."""
+    try:
+        if Path(path).suffix in (".npy", ".npz"):
+            array = np.load(path, allow_pickle=False)
+            array = array[array.files[0]] if Path(path).suffix == ".npz" else array
+        else:
+            array = np.array([line.replace(",", " ").split() for line in datasets.read_lines(path)]).astype(int)
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
+                        f"{error}") from None
+    if array.shape != table.labels.shape:
+        raise DataError(f"{path}: a mask for {table.labels.shape} images x classes is needed, this one is {array.shape}")
+    if not np.isin(array, (-1, 0, 1)).all():
+        raise DataError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
+    wrong = (array != table.labels) & (array != UNKNOWN)
+    if (array == NEGATIVE).any() and wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first row {row + 1}, class "
+                        f"{table.names[column]!r}: {array[row, column]}; codes are 1 present, -1 absent, 0 unknown")
+    return array != UNKNOWN
+
+
+# ------------------------------------------------------------------------------------------------------- the sets
+def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated=False, val=None):
+    """{"train", "val", "test"} -> datasets.Table with complete labels, or None; and the prompt names if a sheet has any."""
+    prompts = None
     if data == "scenes":
-        root = root or SCENES
-        if Path(root) == SCENES and not (SCENES / "annotations" / "instances_val2014.json").exists():
+        if root is None and not (SCENES / "annotations" / "instances_val2014.json").exists():
             import scenes
             scenes.write(SCENES)
-    tables = {"train": datasets.coco(root, "train2014"), "test": datasets.coco(root, "val2014")}
-    tables["val"] = datasets.coco(root, "tune2014") if data == "scenes" else None
-    full = tables["train"].labels
-    kept = partial_mask(full.shape, ratio, seed) if ratio < 1 else np.ones(full.shape, bool)
-    train = as_split(f"{data}/train", tables["train"], tables["train"].names, full * kept)
-    train.info["mask_sha256"] = hashlib.sha256(kept.tobytes()).hexdigest()
-    if train_images is not None:
-        for key in ("paths", "labels", "truth", "boxes"):
-            setattr(train, key, getattr(train, key)[:train_images])
-    rest = [tables[k] and as_split(f"{data}/{k}", tables[k], tables[k].names) for k in ("val", "test")]
-    return train, *rest
+        parts = {key: datasets.coco(root or SCENES, folder)
+                 for key, folder in (("train", "train2014"), ("val", "tune2014"), ("test", "val2014"))}
+    elif is_sheet(data):
+        table, prompts, _ = datasets.sheet(data, root)
+        parts = {"train": table}
+        if isinstance(val, (str, Path)):
+            other, _, _ = datasets.sheet(val, root)
+            if sorted(other.names) != sorted(table.names):
+                raise DataError(f"{val}: its classes differ from those of {data}: {sorted(set(other.names) ^ set(table.names))}")
+            both = set(other.files) & set(table.files)
+            if both:
+                raise DataError(f"{val}: {len(both)} images are in {data} too, first {min(both)}; keep them apart")
+            other.labels, other.names = other.labels[:, [other.names.index(n) for n in table.names]], table.names
+            parts["val"] = other
+    elif root is None:
+        raise DataError(f"{data}: say where the data set lies with --root" if data in NAMES else
+                        f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
+    elif data == "coco":
+        parts = {key: datasets.coco(root, f"{folder}2014", cole and key == "train", keep_unannotated)
+                 for key, folder in (("train", "train"), ("test", "val"))}
+    elif data == "voc2007":
+        parts = {"train": datasets.voc(root, 2007, "trainval"), "test": datasets.voc(root, 2007, "test")}
+    elif data == "voc2012":
+        hard = POSITIVE if splc else NEGATIVE  # the lists of the SPLC setup count difficult objects
+        parts = {"train": datasets.voc(root, 2012, "train", hard), "test": datasets.voc(root, 2012, "val", hard)}
+    elif data == "vg200":
+        parts = {split: datasets.vg200(root, split, names) for split in ("train", "test")}
+    elif data == "nuswide" and cole:
+        parts = {"train": datasets.nus_arrays(root, "train"), "test": datasets.nus_arrays(root, "val")}
+    elif data == "nuswide" and splc:
+        parts = {}  # that setup's images and test labels are in its lists
+    elif data in ("nuswide", "cub"):
+        parts = {split: getattr(datasets, data)(root, split) for split in ("train", "test")}
+    else:
+        raise DataError(f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
+    classes = {tuple(table.names) for table in parts.values()}
+    if len(classes) > 1:
+        raise DataError(f"{root}: the splits name different classes")
+    return parts, prompts
 
 
-def read_image(path):
-    """Any image file as RGB, upright."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); replace the file or take it off the list") from None
+def splc_lists(data, root, lists, parts):
+    """The SPLC setup: its published lists name the training images and their one positive. -> (train, observed, test)"""
+    if data not in LISTS:
+        raise DataError(f"single_positive='splc' has lists for {', '.join(LISTS)}; for {data} use 'largeloss'")
+    where = Path(lists or root)
+    paths = [where if i == 0 and where.is_file() else
+             datasets.find(where.parent if where.is_file() else where, name, f"annotations/{name}", f"scpnet_{name}",
+                           what=f"the list {name} (pass its folder as --lists)") for i, name in enumerate(LISTS[data])]
+    if data == "nuswide":  # the complete training labels are not among the lists: the truth is what they tell
+        concepts = datasets.nus_names(root)
+        (train_names, observed), (test_names, test) = (datasets.single_list(path, 81) for path in paths)
+        train = datasets.photos(root, train_names, observed, concepts, paths[0])
+        return train, observed, datasets.photos(root, test_names, np.where(test == POSITIVE, test, NEGATIVE), concepts, paths[1])
+    names, observed = datasets.single_list(paths[0], len(parts["train"].names))
+    row = {Path(file).name: i for i, file in enumerate(parts["train"].files)}
+    absent = [name for name in names if Path(name).name not in row]
+    if absent:
+        raise DataError(f"{paths[0]}: {len(absent)} of its images are not in {data}'s training set, first {absent[0]}")
+    train = parts["train"].take([row[Path(name).name] for name in names])
+    if (observed & (train.labels != POSITIVE)).any():
+        i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
+        raise DataError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which its annotation denies")
+    train.drop = None
+    return train, observed, parts["test"]
 
 
-class Images:
-    """Images of a Split as (float32 (3, size, size), index); a key is (epoch, index), or an index (epoch 0).
+def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=None, mask=None, val=None, names=None,
+         lists=None, prompt_names="peers", keep_unannotated=False):
+    """(train, val or None, test or None) Splits.
 
-    All randomness comes from (seed, epoch, index), so any number of workers gives the same images.
+    data              one of NAMES, or the path of a .csv sheet
+    root              folder of the official download; for a sheet, where relative image names start
+    ratio             share of the training labels that is seen, in (0, 1]
+    single_positive   None, "largeloss" (Cole's sampler; 80/20 split with clean validation labels) or "splc" (`lists`)
+    seed              of the mask; 0 gives the published ones in both settings (Cole's generator starts at 1200 + seed)
+    train_images      keep the first n training images; the mask is drawn for all of them before
+    mask              file with a mask of your own instead of ratio (see read_mask)
+    val               share of the training images held out, with all their labels, or (sheets) a second sheet.
+                      None: 0.2 for sheets and "largeloss", the drawn validation set for scenes, otherwise no validation
+    names             file with the names to use in prompts, one a line (vg200 has none of its own and needs it)
+    lists             folder or training list file of the "splc" setup; default: root
+    prompt_names      "peers", "official" or "words", see PROMPTS
+    keep_unannotated  keep COCO's 702 / 367 images without any annotation (the paper's counts leave them out)
     """
+    if single_positive not in (None, "largeloss", "splc"):
+        raise DataError(f"single_positive is largeloss or splc, got {single_positive!r}")
+    if not 0 < ratio <= 1:
+        raise DataError(f"ratio is a share in (0, 1], got {ratio}")
+    if (single_positive is not None) + (mask is not None) + (ratio != 1) > 1:
+        raise DataError("single_positive, mask and ratio < 1 exclude each other: choose one of them")
+    cole, splc = single_positive == "largeloss", single_positive == "splc"
+    parts, prompts = tables(data, root, cole, splc, names, keep_unannotated, val)
+    if splc:
+        train, labels, parts["test"] = splc_lists(data, root, lists, parts)
+    elif cole:
+        train = parts["train"] if parts["train"].drop is None else parts["train"].take(~parts["train"].drop)
+        labels, train.drop = single_positives(train.labels, 1200 + seed), None
+    else:
+        train = parts["train"]
+        kept = read_mask(mask, train) if mask else partial_mask(train.labels.shape, ratio, seed)
+        labels = train.labels * kept
+    digest = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()  # of all rows, before any is dropped
+
+    if names and data != "vg200":
+        prompts = datasets.read_lines(names)
+        if len(prompts) != len(train.names):
+            raise DataError(f"{names}: expected {len(train.names)} names, one a line, got {len(prompts)}")
+    prompts = prompts or prompts_for(data, train.names, prompt_names)
+    label = Path(data).stem if is_sheet(data) else data
+
+    used = np.arange(len(labels)) if train.drop is None else np.flatnonzero(~train.drop)
+    held = None if isinstance(val, float) else parts.get("val")
+    if held is None:
+        share = (0.2 if cole or is_sheet(data) else 0.0) if val is None else val
+        if not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise DataError(f"val is a share in [0, 1) of the training images (or, for a sheet, a second sheet); got {val!r}")
+        rows, held_rows = hold_out(len(used), share)
+        held = train.take(used[held_rows]) if len(held_rows) else None
+        used = used[rows]
+    used = used[:train_images]
+    if len(used) == 0:
+        raise DataError(f"{data}: no training image is left (train_images={train_images}, val={val})")
+    splits = [as_split(f"{label}/train", train.take(used), prompts, labels[used]),
+              *(table and as_split(f"{label}/{name}", table if table.drop is None else table.take(~table.drop), prompts)
+                for name, table in (("val", held), ("test", parts.get("test"))))]
+    splits[0].info["mask_sha256"] = digest
+    if not splits[0].info["positives"]:
+        raise DataError(f"{data}: no positive label is left to train on ({splits[0].info}); raise ratio or train_images")
+    return tuple(splits)
+
+
+def is_sheet(data):
+    return str(data).lower().endswith(".csv")
+
+
+def as_split(name, table, prompts, labels=None):
+    labels = table.labels if labels is None else labels
+    info = {"images": len(labels), **{word: int((labels == code).sum()) for word, code in
+                                      (("positives", POSITIVE), ("negatives", NEGATIVE), ("unknowns", UNKNOWN))}}
+    return Split(name, table.files, table.names, prompts, labels, table.labels, table.boxes, {**info, "dropped": table.notes})
+
+
+def describe(split):
+    """One line for the log."""
+    info = split.info
+    return (f"{split.name}: {info['images']} images, {info['positives']} positive, {info['negatives']} negative and "
+            f"{info['unknowns']} unknown cells"
+            + "".join(f"; {count} dropped ({why})" for why, count in info["dropped"].items())
+            + (f"; mask {info['mask_sha256'][:16]}" if "mask_sha256" in info else ""))
+
+
+# --------------------------------------------------------------------------------------------------------- images
+class Images:
+    """A Split's images as (float32 (3, size, size) CLIP-normalised, index); a key is (epoch, index), or an index (epoch 0).
+
+    augment: "none" (the test transform: bicubic to size x size), "flip" (the same and half the images mirrored) or
+    "taidpt" (see augment.py). All randomness comes from (seed, epoch, index): any number of workers, or a resumed
+    run, gives the same images. Labels are looked up by index, so they never travel through the loader."""
 
     def __init__(self, split, size, augment="none", seed=0):
-        self.split, self.size, self.augment, self.seed = split, size, augment, seed
+        if augment not in ("none", "flip", "taidpt"):
+            raise DataError(f"augment is none, flip or taidpt, got {augment!r}")
+        self.paths, self.size, self.augment, self.seed = split.paths, size, augment, seed
+        self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5  # of the area; TaI-DPT's rn101_nus.yaml
 
     def __len__(self):
-        return len(self.split.paths)
+        return len(self.paths)
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        image = transforms.squash(read_image(self.split.paths[index]), self.size)
-        if self.augment != "none":
-            image = transforms.flip(image, random.Random(f"{self.seed},{epoch},{index}"))
+        rng = random.Random(f"{self.seed},{epoch},{index}")  # text, because Python seeds from it alike on every machine
+        try:
+            image = transforms.read(self.paths[index])
+        except Exception as error:  # decoders raise whatever a broken file makes them: one message for all of it
+            raise DataError(f"{self.paths[index]}: not a readable image ({error}); replace it or take it off the list") from None
+        if self.augment == "taidpt":
+            image = transforms.taidpt(image, self.size, rng, self.smallest_crop)
+        else:
+            image = transforms.squash(image, self.size)
+            image = transforms.flip(image, rng) if self.augment == "flip" else image
         return transforms.normalise(image), index
+
+
+# -------------------------------------------------------------------------------------------------------- checker
+def check(data, root=None, names=None, decode=True):
+    """Prints what is in a data set or sheet; returns the problems, one line each."""
+    try:
+        if is_sheet(data):
+            table, prompts, lines = datasets.sheet(data, root)
+            parts, where = {"sheet": table}, {file: f"{data}:{line}: " for file, line in zip(table.files, lines)}
+        else:
+            parts, where = tables(data, root, names=names)[0], {}
+    except DataError as error:
+        return getattr(error, "problems", [str(error)])
+    problems = []
+    for name, table in parts.items():
+        table = table if table.drop is None else table.take(~table.drop)
+        positive = (table.labels == POSITIVE).astype(np.float32)
+        counts = positive.sum(0)
+        print(f"\n{describe(as_split(f'{data} {name}', table, table.names))}")
+        print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
+        for c, category in enumerate(table.names):
+            column = table.labels[:, c]
+            print(f"{category[:31]:32}{int(counts[c]):9}{(column == NEGATIVE).sum():9}{(column == UNKNOWN).sum():9}")
+            if not counts[c]:
+                problems.append(f"{data} {name}: class {category!r} is nowhere present: mark it in an image or drop it")
+        together = np.triu(positive.T @ positive, 1)
+        lift = np.where(together >= 3, together * len(positive) / np.maximum(np.outer(counts, counts), 1), 0)
+        print("seen together most, beyond chance:")
+        for pair in np.argsort(lift, axis=None)[::-1][:8]:
+            a, b = np.unravel_index(pair, lift.shape)
+            if lift[a, b] > 1:
+                print(f"  {table.names[a]} + {table.names[b]}: {int(together[a, b])} images, {lift[a, b]:.1f} times chance")
+        if decode:
+            def unreadable(file):
+                try:
+                    transforms.read(file)
+                except Exception as error:
+                    return f"{where.get(file, '')}{file}: not a readable image ({error})"
+            with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
+                problems += [line for line in pool.map(unreadable, table.files) if line]
+    return problems
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a data set or a sheet of labels: counts, co-occurrence, problems.")
+    parser.add_argument("data", help=f"{', '.join(NAMES)}, or a .csv: image,<class>,... with cells 1, 0 or empty")
+    parser.add_argument("--root", help="folder of the download; for a sheet, where relative image names start")
+    parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")
+    parser.add_argument("--no-decode", action="store_true", help="do not open every image (COCO: minutes saved)")
+    parser.add_argument("--objects", help="vg200: Visual Genome's objects.json; prints the 200 names found by matching")
+    args = parser.parse_args()
+    try:
+        if args.objects:
+            print("\n".join(datasets.vg_match(args.root, args.objects)))
+            return
+        problems = check(args.data, args.root, args.names, not args.no_decode)
+    except DataError as error:
+        problems = [str(error)]
+    except BrokenPipeError:
+        return
+    for line in problems:
+        print(f"error: {line}", file=sys.stderr)
+    if problems:
+        sys.exit(2)
+    print("\nno problems found")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,8 @@ Rows come in the order of the field's published code, because the published rand
 
 N images, C categories.
 """
-import hashlib, json, os, tempfile
+import csv, hashlib, io, json, os, tempfile
+import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +100,11 @@ def present(paths):
 
 
 def require(paths, where):
+    """Every image is there, and listed once."""
+    seen = set()
+    twice = [path for path in paths if path in seen or seen.add(path)]
+    if twice:
+        raise DataError(f"{where}: {twice[0]} is listed twice; keep one of the two rows")
     missing = np.flatnonzero(~present(paths))
     if len(missing):
         raise DataError(f"{where}: {len(missing)} of {len(paths)} images are missing, first {paths[missing[0]]}; "
@@ -132,62 +138,55 @@ def cached(kind, files, parse):
 
 
 # ----------------------------------------------------------------------------------------------------------- COCO
-def read_json(path):
-    def light(record):  # polygons are 95 % of the file and never needed: let go of them while parsing
+def parse_coco(path):
+    """instances_*.json -> arrays. Crowd annotations count for labels and give no box, as in the peers' code."""
+    def light(record):  # polygons are most of the file and never needed: let go of them while parsing
         record.pop("segmentation", None)
         return record
     try:
-        return json.loads(read_bytes(path), object_hook=light)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        content = json.loads(read_bytes(path), object_hook=light)
+    except (ValueError, RecursionError) as error:  # broken JSON and broken UTF-8 are both ValueErrors
         raise DataError(f"{path}: not valid JSON ({error}); the download is probably incomplete") from None
-
-
-def parse_coco(path):
-    """instances_*.json -> arrays. Crowd annotations count for labels and give no box, as in the peers' code."""
-    content = read_json(path)
     try:
-        images, notes, categories = content["images"], content["annotations"], content["categories"]
-    except (KeyError, TypeError):
-        raise DataError(f"{path}: expected COCO's keys images, annotations, categories") from None
-    names, where = {}, f"{path}: categories"
-    for category in categories:
-        name, key = category.get("name"), category.get("id")
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{where}: category {key} has no name")
-        if not isinstance(key, int) or key in names or name in names.values():
-            raise DataError(f"{where}: {key} {name!r} has no integer id, or its id or name comes twice")
-        names[key] = name
-    column = {key: c for c, key in enumerate(sorted(names))}  # ids run 1..90 with holes: the index is the rank
+        images, notes = content["images"], content["annotations"]
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        if len(names) < len(content["categories"]) or len(set(names.values())) < len(names):
+            raise DataError(f"{path}: a category's id or name comes twice")
+        if not images or not names or not all(isinstance(n, str) and n.strip() for n in names.values()):
+            raise DataError(f"{path}: no images, no categories, or a category without a name: {str(names)[:200]}")
+        column = {key: c for c, key in enumerate(sorted(names))}  # ids run 1..90 with holes: the index is the rank
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected COCO's images, annotations and categories with id and name; {error!r}") from None
     row, sizes = {}, []
     for i, image in enumerate(images):
         try:
-            key, file = image["id"], image["file_name"]
             sizes.append((float(image["width"]), float(image["height"])))
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{path}: images[{i}] lacks one of id, file_name, width, height: {str(image)[:80]}") from None
-        if key in row or not isinstance(file, str) or not file or "\n" in file or min(sizes[-1]) <= 0:
-            raise DataError(f"{path}: images[{i}] has a repeated id, a bad file name or no size: {str(image)[:80]}")
-        row[key] = i
+            if image["id"] in row or not image["file_name"].isprintable() or min(sizes[i]) <= 0:
+                raise ValueError
+            row[image["id"]] = i
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{path}: images[{i}] needs a unique id, a file_name, a width and a height; "
+                            f"it is {str(image)[:120]}") from None
     rows, columns, boxes = [], [], []
     for i, note in enumerate(notes):
         try:
             r, c = row[note["image_id"]], column[note["category_id"]]
-            rows.append(r), columns.append(c)
+            rows.append(r)
+            columns.append(c)
             if not note.get("iscrowd"):
                 (x, y, w, h), (width, height) = note["bbox"], sizes[r]
                 boxes.append((r, c, x / width, y / height, (x + w) / width, (y + h) / height))
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{path}: annotations[{i}] needs the image_id and category_id of a listed image and "
-                            f"category, and a bbox of 4 numbers: {str(note)[:120]}") from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{path}: annotations[{i}] needs the image_id of a listed image, the category_id of a "
+                            f"listed category and a bbox of 4 numbers; it is {str(note)[:120]}") from None
     labels = np.full((len(images), len(names)), NEGATIVE, np.int8)
     labels[rows, columns] = POSITIVE
-    annotated = np.zeros(len(images), bool)
-    annotated[rows] = True
     boxes = np.array(boxes, np.float64).reshape(-1, 6)
     boxes = boxes[boxes[:, 0].argsort(kind="stable")]
     return {"files": np.array("\n".join(image["file_name"] for image in images)),
-            "ids": np.array("\n".join(str(key) for key in row)), "names": np.array([names[k] for k in sorted(names)]),
-            "labels": labels, "annotated": annotated, "boxes": boxes[:, 1:].astype(np.float32),
+            "ids": np.array("\n".join(map(str, row))), "names": np.array([names[key] for key in column]),
+            "labels": labels, "annotated": np.bincount(rows, minlength=len(images)) > 0,
+            "boxes": boxes[:, 1:].astype(np.float32),
             "counts": np.bincount(boxes[:, 0].astype(int), minlength=len(images))}
 
 
@@ -200,16 +199,306 @@ def coco(root, split, cole=False, keep_unannotated=False):
     path = find(root, f"annotations/instances_{split}.json", what=f"the annotations of {split}")
     folder = find(root, split, f"images/{split}", what=f"the image folder {split}")
     raw = cached("coco", [path], lambda: parse_coco(path))
-    files = [inside(folder, name, path) for name in str(raw["files"]).split("\n")] if raw["files"].size else []
-    if len(raw["labels"]) == 0 or raw["labels"].shape[1] == 0:
-        raise DataError(f"{path}: lists no images or no categories")
+    files = [inside(folder, name, path) for name in str(raw["files"]).split("\n")]
     require(files, path)
     boxes = np.split(raw["boxes"], np.cumsum(raw["counts"])[:-1])
-    drop = ~raw["annotated"] if not keep_unannotated else np.zeros(len(files), bool)
-    table = Table(files, raw["labels"], [str(n) for n in raw["names"]], boxes, drop)
-    if drop.any():
-        table.notes["without annotation"] = int(drop.sum())
-    if cole:
-        ids = str(raw["ids"]).split("\n")
-        table = table.take([i for i in sorted(range(len(ids)), key=ids.__getitem__) if raw["annotated"][i]])
-    return table
+    table = Table(files, raw["labels"], raw["names"].tolist(), boxes)
+    drop = ~raw["annotated"] & (not keep_unannotated)
+    table.notes = {"without annotation": int(drop.sum())} if drop.any() else {}
+    if not cole:
+        table.drop = drop
+        return table
+    ids = str(raw["ids"]).split("\n")
+    return table.take([i for i in sorted(range(len(ids)), key=ids.__getitem__) if not drop[i]])
+
+
+# ------------------------------------------------------------------------------------------------------------ VOC
+VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant
+         sheep sofa train tvmonitor""".split()
+
+
+def voc(root, year, split, difficult=NEGATIVE):
+    """One list of VOCdevkit/VOC<year>. An object class seen only as `difficult` is NEGATIVE in all peers but the
+    lists of the SPLC setup, where it is POSITIVE. Labels come from Main/<class>_<split>.txt, or else from the XML."""
+    jpegs = find(root, f"VOCdevkit/VOC{year}/JPEGImages", f"VOC{year}/JPEGImages", "JPEGImages", what=f"VOC{year}")
+    base, main = jpegs.parent, jpegs.parent / "ImageSets" / "Main"
+    ids = [line.split()[0] for line in read_lines(main / f"{split}.txt")]
+    row = {name: i for i, name in enumerate(ids)}
+    labels = np.full((len(ids), 20), NEGATIVE, np.int8)
+    if (main / f"dog_{split}.txt").exists():
+        code = {"1": POSITIVE, "0": difficult, "-1": NEGATIVE}
+        for c, name in enumerate(VOC):
+            path, seen = main / f"{name}_{split}.txt", 0
+            for number, line in enumerate(read_lines(path), 1):
+                try:
+                    key, value = line.split()
+                    labels[row[key], c] = code[value]
+                    seen += 1
+                except (ValueError, KeyError):
+                    raise DataError(f"{path}:{number}: expected an id of {split}.txt and 1, 0 or -1, got {line!r}") from None
+            if seen != len(ids):
+                raise DataError(f"{path}: {seen} lines, but {split}.txt lists {len(ids)} images")
+    else:
+        for i, name in enumerate(ids):
+            path = base / "Annotations" / f"{name}.xml"
+            try:
+                for thing in ElementTree.fromstring(read_bytes(path)).iter("object"):
+                    hard = thing.findtext("difficult", "0").strip() == "1"
+                    if not hard or difficult == POSITIVE:
+                        labels[i, VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
+            except (ElementTree.ParseError, ValueError, AttributeError) as error:
+                raise DataError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
+    files = [inside(jpegs, f"{name}.jpg", main / f"{split}.txt") for name in ids]
+    require(files, main / f"{split}.txt")
+    drop = ~(labels == POSITIVE).any(1)  # none in 2007; in 2012 the few whose objects are all difficult
+    return Table(files, labels, list(VOC), None, drop, {"without a positive": int(drop.sum())} if drop.any() else {})
+
+
+# ------------------------------------------------------------------------------------------------- Visual Genome
+VG_FOLDERS = ("", "VG/", "annotations/")
+
+
+def vg_labels(root, split):
+    """The list file, its image names and (N, 200) labels. The JSON of 500 categories cut at 200 is the one of 200."""
+    path = find(root, *(f"{h}{split}_list_500.txt" for h in VG_FOLDERS), what=f"the {split} list")
+    index = find(root, *(f"{h}vg_category_{n}_labels_index.json" for n in (200, 500) for h in VG_FOLDERS),
+                 what="the label JSON")
+
+    def parse():
+        images = read_lines(path)
+        labels = np.full((len(images), 200), NEGATIVE, np.int8)
+        try:
+            known = json.loads(read_bytes(index))
+            for i, image in enumerate(images):
+                labels[i, [c for c in known[image] if 0 <= c < 200]] = POSITIVE
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise DataError(f"{index}: expected {{'<id>.jpg': [class indices]}} for every image of {path.name}; {error!r}") from None
+        return {"files": np.array("\n".join(images)), "labels": labels}
+    raw = cached("vg200", [path, index], parse)
+    return path, str(raw["files"]).split("\n"), raw["labels"]
+
+
+def vg200(root, split, names=None):
+    """{train,test}_list_500.txt over the folders VG_100K and VG_100K_2. The names were never published: `names`."""
+    path, images, labels = vg_labels(root, split)
+    try:
+        names = names or find(root, *(f"{h}vg_category_200.txt" for h in VG_FOLDERS), what="the category names")
+    except DataError:
+        raise DataError(f"{root}: VG-200's category names are not part of the public files: put them, one a line, into "
+                        "vg_category_200.txt there or pass --names FILE (python data.py vg200 --root DIR --objects "
+                        "objects.json finds them from Visual Genome's objects.json)") from None
+    names = read_lines(names)
+    if len(names) != 200 or len(set(names)) != 200:
+        raise DataError(f"VG-200 needs 200 distinct names, one a line; got {len(names)} ({len(set(names))} distinct)")
+    folders = [f for f in (Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")) if f.is_dir()]
+    if not folders:
+        raise DataError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's two image archives")
+    files = np.array([inside(folders[0], name, path) for name in images], object)
+    for folder in folders[1:]:
+        missing = np.flatnonzero(~present(files))
+        files[missing] = [inside(folder, images[i], path) for i in missing]
+    require(files.tolist(), path)
+    return Table(files.tolist(), labels, names)
+
+
+def vg_match(root, objects):
+    """For every index the object name whose set of images is most like the index's (intersection over union), from
+    Visual Genome's objects.json, and object_alias.txt where it lies beside it. Look the result over before use."""
+    parts = [vg_labels(root, split)[1:] for split in ("train", "test")]
+    row = {name: i for i, name in enumerate(parts[0][0] + parts[1][0])}
+    positive = (np.concatenate([part[1] for part in parts]) == POSITIVE).astype(np.float32)
+    aliases = Path(objects).with_name("object_alias.txt")
+    alias = {w: words[0] for words in (line.split(",") for line in read_lines(aliases)) for w in words} if aliases.exists() else {}
+    seen = {}
+    try:
+        for image in json.loads(read_bytes(objects), object_hook=lambda r: r if "objects" in r else r["names"]):
+            i = row.get(f"{image['image_id']}.jpg")
+            for name in {alias.get(n.strip().lower(), n.strip().lower()) for names in image["objects"] for n in names}:
+                if i is not None:
+                    seen.setdefault(name, []).append(i)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{objects}: not Visual Genome's objects.json ({error!r})") from None
+    words = sorted(seen, key=lambda name: -len(seen[name]))[:3000]
+    both = np.stack([positive[seen[name]].sum(0) for name in words])                          # (words, 200)
+    total = np.array([len(seen[name]) for name in words])[:, None] + positive.sum(0) - both
+    return [words[w] for w in (both / total).argmax(0)]
+
+
+# ------------------------------------------------------------------------------------------------------- NUS-WIDE
+def nus_names(root):
+    return read_lines(find(root, "ConceptsList/Concepts81.txt", "Concepts81.txt", "ImageList/Concepts81.txt", what="the 81 concepts"))
+
+
+def photos(root, names, labels, concepts, where):
+    """NUS-WIDE's photos vanish from Flickr: the missing ones are dropped, counted and told, never replaced."""
+    flat = [name.replace("\\", "/") for name in names]
+    best = None
+    for folder in (Path(root) / f for f in ("Flickr", "images", "Flickr/images", ".")):
+        if folder.is_dir():
+            files = [inside(folder, name, where) for name in flat]
+            found = present(files)
+            if best is None or found.sum() > best[1].sum():
+                best = files, found
+    if best is None or not best[1].any():
+        raise DataError(f"{where}: none of its {len(names)} photos is below {root}/Flickr or {root}/images, e.g. {flat[0]}")
+    files, found = best
+    return Table(files, labels, concepts, None, ~found, {"photo missing": int((~found).sum())} if not found.all() else {})
+
+
+def nuswide(root, split):
+    """The official split: ImageList/<split>Imagelist.txt (with backslashes) and one file of 0/1 per concept, or one
+    merged file of 81 columns."""
+    part, concepts = split.capitalize(), nus_names(root)
+    path = find(root, f"ImageList/{part}Imagelist.txt", f"{part}Imagelist.txt", what=f"the {split} list")
+    merged = Path(root) / "Groundtruth" / f"Labels_{part}.txt"
+    columns = [merged] if merged.exists() else [
+        find(root, *(f"{h}TrainTestLabels/Labels_{name}_{part}.txt" for h in ("Groundtruth/", "")), what=f"labels of {name}")
+        for name in concepts]
+
+    def parse():
+        images, values = read_lines(path), []
+        for column in columns:
+            tokens = read_bytes(column).split()
+            if len(tokens) * len(columns) != len(images) * len(concepts) or set(tokens) - {b"0", b"1"}:
+                raise DataError(f"{column}: expected {len(images)} lines of 0 or 1 as in {path.name}, got {len(tokens)} "
+                                f"values of {sorted(set(tokens))[:5]}")
+            values.append(np.array(tokens) == b"1")
+        present_ = values[0].reshape(len(images), -1) if merged.exists() else np.stack(values, 1)
+        return {"files": np.array("\n".join(images)), "labels": np.where(present_, POSITIVE, NEGATIVE).astype(np.int8)}
+    raw = cached("nus", [path, *columns], parse)
+    return photos(root, str(raw["files"]).split("\n"), raw["labels"], concepts, path)
+
+
+def nus_arrays(root, split):
+    """The split of the LargeLoss setup: formatted_{train,val}_{images,labels}.npy. Rows without a positive stay."""
+    arrays = []
+    for kind in ("images", "labels"):
+        path = find(root, f"formatted_{split}_{kind}.npy", f"Flickr/formatted_{split}_{kind}.npy", what=f"the {split} {kind}")
+        try:
+            arrays.append(np.load(path, allow_pickle=False))
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{path}: not a plain array file ({error})") from None
+    images, labels = arrays
+    if labels.shape != (len(images), 81) or not np.isin(labels, (0, 1)).all():
+        raise DataError(f"{path}: expected 0/1 for {len(images)} images x 81 concepts, got {labels.shape}")
+    labels = np.where(labels == 1, POSITIVE, NEGATIVE).astype(np.int8)
+    return photos(root, [str(name) for name in images.ravel()], labels, nus_names(root), path)
+
+
+# ------------------------------------------------------------------------------------------------------------ CUB
+def cub(root, split):
+    """CUB_200_2011/ with attributes.txt beside or in it; is_present is the label, certainty is ignored by all."""
+    up = ("CUB_200_2011/CUB_200_2011/", "CUB_200_2011/", "")
+    index = find(root, *(f"{h}images.txt" for h in up), what="CUB's images.txt")
+    base = index.parent
+    attributes = find(root, *(f"{h}{f}" for h in up for f in ("attributes.txt", "attributes/attributes.txt")),
+                      "../attributes.txt", what="attributes.txt (the 312 names)")
+    files = [base / f for f in ("train_test_split.txt", "attributes/image_attribute_labels.txt")]
+
+    def parse():
+        tables = []
+        for path in (index, attributes, files[0]):
+            pairs = [line.split() for line in read_lines(path)]
+            if not all(len(pair) == 2 for pair in pairs) or [p[0] for p in pairs] != [str(i + 1) for i in range(len(pairs))]:
+                raise DataError(f"{path}: expected lines 'id value' with ids 1, 2, 3, ...")
+            tables.append([pair[1] for pair in pairs])
+        images, names, sides = tables
+        labels = np.full((len(images), len(names)), UNKNOWN, np.int8)
+        code = {b"0": NEGATIVE, b"1": POSITIVE}
+        for number, line in enumerate(read_bytes(files[1]).splitlines(), 1):
+            try:
+                image, attribute, value = line.split(None, 3)[:3]  # some lines carry stray fields after these
+                labels[int(image) - 1, int(attribute) - 1] = code[value]
+            except (ValueError, KeyError, IndexError):
+                if line.strip():
+                    raise DataError(f"{files[1]}:{number}: expected 'image attribute 0|1 ...', got {line[:80]!r}") from None
+        if (labels == UNKNOWN).any() or len(sides) != len(images):
+            raise DataError(f"{files[1]}: {int((labels == UNKNOWN).sum())} of {labels.size} cells have no line; is it complete?")
+        return {"files": np.array("\n".join(images)), "names": np.array(names), "labels": labels, "train": np.array(sides) == "1"}
+    raw = cached("cub", [index, attributes, *files], parse)
+    names = str(raw["files"]).split("\n")
+    rows = np.flatnonzero(raw["train"] == (split == "train"))
+    paths = [inside(base / "images", names[i], index) for i in rows]
+    require(paths, index)
+    return Table(paths, raw["labels"][rows], raw["names"].tolist())
+
+
+# ------------------------------------------------------------------------------------------------ lists and sheets
+def single_list(path, classes):
+    """A list of the SPLC setup, 'name.jpg,idx idx': names, and (N, C) int8 with the listed classes POSITIVE."""
+    names, lines = [], read_lines(path)
+    labels = np.full((len(lines), classes), UNKNOWN, np.int8)
+    for i, line in enumerate(lines):
+        try:
+            name, listed = line.rsplit(",", 1)
+            names.append(name)
+            for c in listed.split():
+                labels[i, range(classes)[int(c)]] = POSITIVE
+        except (ValueError, IndexError):
+            raise DataError(f"{path}:{i + 1}: expected 'name.jpg,idx idx' with 0 <= idx < {classes}, got {line[:80]!r}") from None
+    return names, labels
+
+
+def sheet(path, root=None):
+    """A CSV `image,<class>,<class>,...` with cells 1 present, 0 absent, empty unknown -> (Table, prompts, lines).
+
+    Relative image names start at `root` (default: the sheet's folder) and stay below it; absolute ones are taken as
+    they are. A second row whose first cell is empty or '#prompt' gives the names to use in prompts. Raises one
+    DataError for the first problem; its `problems` lists them all.
+    """
+    root, problems = Path(root or Path(path).resolve().parent), []
+
+    def problem(line, text):
+        problems.append(f"{path}:{line}: {text}")
+    read_lines(path)  # says where it is not text
+    files, cells, lines, code, first = [], [], [], {"1": POSITIVE, "0": NEGATIVE, "": UNKNOWN}, {}
+    try:
+        reader = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(c.strip() for c in row)]
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not a CSV row ({error})") from None
+    if not rows:
+        raise DataError(f"{path}: the sheet is empty; expected a header 'image,<class>,<class>,...'")
+    names = rows[0][1][1:]
+    if not names:
+        raise DataError(f"{path}:1: expected a header 'image,<class>,...' with commas, got {','.join(rows[0][1])[:80]!r}")
+    for c, name in enumerate(names):
+        if not name or name in names[:c]:
+            problem(1, f"column {c + 2} has no class name" if not name else f"class {name!r} comes twice")
+    body, prompts = rows[1:], list(names)
+    if body and body[0][1][0] in ("", "#prompt"):
+        line, row = body.pop(0)
+        prompts = row[1:]
+        if len(prompts) != len(names) or not all(prompts):
+            problem(line, f"the row of prompt names needs {len(names)} names")
+    for line, row in body:
+        bad = [f"{names[c]}={cell!r}" for c, cell in enumerate(row[1:len(names) + 1]) if cell not in code]
+        if len(row) != len(names) + 1:
+            problem(line, f"{len(row)} cells, but the header has {len(names) + 1}")
+        elif bad:
+            problem(line, f"a cell is 1 (present), 0 (absent) or empty (unknown), got {', '.join(bad[:3])}")
+        elif not row[0]:
+            problem(line, "no image name in the first column")
+        else:
+            try:
+                file = os.path.normpath(row[0]) if os.path.isabs(row[0]) else inside(root, row[0], f"{path}:{line}")
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if file in first:
+                problem(line, f"{row[0]} is already on line {first[file]}; merge the two rows")
+            elif not os.path.isfile(file):
+                problem(line, f"no image {file} ({'a folder' if os.path.isdir(file) else 'missing'})")
+            first.setdefault(file, line)
+            files.append(file)
+            lines.append(line)
+            cells.append([code[cell] for cell in row[1:]])
+    labels = np.array(cells, np.int8).reshape(-1, len(names))
+    if not problems and not (labels == POSITIVE).any():
+        problem(1, f"no cell is 1 in {len(labels)} rows: there is nothing to learn; mark what is present")
+    if problems:
+        more = f" (and {len(problems) - 1} more; python data.py {path} lists them)" if len(problems) > 1 else ""
+        error = DataError(problems[0] + more)
+        error.problems = problems
+        raise error
+    return Table(files, labels, names), prompts, lines
