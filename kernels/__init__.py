@@ -15,7 +15,7 @@ try:
     import triton.language as tl
     jit, operator = triton.jit, torch.library.triton_op
 except ImportError:                 # macOS, Windows: everything runs on the torch references, and chosen() says so
-    triton, tl = None, SimpleNamespace(constexpr=None)
+    triton, tl = None, SimpleNamespace(constexpr=bool)
     jit, operator = (lambda fn: fn), torch.library.custom_op
 
 _path = "auto"

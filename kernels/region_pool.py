@@ -32,6 +32,16 @@ def region_match_reference(energy, f, g_pos, g_neg):
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
+INTERPRETED = tl.constexpr(kernels.interpreted())
+
+
+@jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:             # the interpreter would multiply bfloat16's bits as integers; its products fit float32
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
 @jit
 def pool_tile(energy, f, b, c, d, C, N, D, stride_c, stride_n, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One (BLOCK_C, BLOCK_D) tile of F^r in float32; energy and f are read in blocks of BLOCK_N locations."""
@@ -42,7 +52,7 @@ def pool_tile(energy, f, b, c, d, C, N, D, stride_c, stride_n, BLOCK_N: tl.const
                     mask=(c < C)[:, None] & (n < N)[None, :], other=float("-inf"))      # sigmoid(-inf) = 0: no share
         mask = tl.sigmoid(e.to(tl.float32)).to(f.dtype.element_ty)                      # Eq. 2, rounded as torch does
         x = tl.load(f + b * N * D + n[:, None] * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(mask, x, acc, input_precision=PRECISION)                           # Eq. 4 on the tensor cores
+        acc = dot(mask, x, acc, PRECISION)                                              # Eq. 4 on the tensor cores
     return acc
 
 
@@ -76,7 +86,7 @@ def grad_kernel(grad, energy, f, out, C, N, D,
         d = start + tl.arange(0, BLOCK_D)
         g = tl.load(grad + b * C * D + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
         x = tl.load(f + b * N * D + n[:, None] * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(g, tl.trans(x), acc, input_precision=PRECISION)
+        acc = dot(g, tl.trans(x), acc, PRECISION)
     where = b * C * N + c[:, None] * N + n[None, :]
     inside = (c < C)[:, None] & (n < N)[None, :]
     s = tl.sigmoid(tl.load(energy + where, mask=inside, other=0.0).to(tl.float32))
@@ -106,11 +116,13 @@ def match_kernel(energy, f, g_pos, g_neg, out, C, N, D, stride_c, stride_n,
 # ---- operators and autograd -----------------------------------------------------------------------------------------
 
 def blocks(C, dtype):
-    """Tile sizes. 128 categories x 64 dims keeps 64 accumulators a thread and covers C <= 128 with one read of f. float32
-    multiplies exactly (IEEE, on the ordinary units) unless torch.backends.cuda.matmul.allow_tf32 says TF32, as torch."""
+    """Tile sizes. 128 categories x 64 dims reads f once for C <= 128 and, over 8 warps, fits 128 registers a thread.
+    float32 products are IEEE, on the ordinary units, unless torch.backends.cuda.matmul.allow_tf32 asks for TF32 tensor
+    cores: the same switch and the same default as torch.matmul. bfloat16 and float16 products are exact either way."""
     ieee = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     rows = min(64 if ieee else 128, max(16, 1 << (int(C) - 1).bit_length()))
-    return dict(BLOCK_C=rows, BLOCK_N=32, BLOCK_D=64, PRECISION="ieee" if ieee else "tf32", num_warps=4, num_stages=3)
+    return dict(BLOCK_C=rows, BLOCK_N=32, BLOCK_D=64, PRECISION="ieee" if ieee else "tf32",
+                num_warps=8 if rows >= 64 else 4, num_stages=3)
 
 
 def dense(energy):
