@@ -1,7 +1,7 @@
 """CLIP (Radford et al. 2021), the frozen backbone of TRM-ML: image features (global, dense) and text features.
 
-Parameters carry the names of OpenAI's files, so their weights, open_clip's and our own small ones load into the same class,
-and `build` infers the architecture from the tensors. What TRM-ML asks beyond the original:
+Parameters carry the names of OpenAI's files, so their weights, open_clip's and our own small ones load into the same
+class, and `build` infers the architecture from the tensors. What TRM-ML asks beyond the original:
 - dense features f: one D-vector per location of the last map, at any input size (section 3.1 of the paper);
 - prompts that enter the text encoder as embeddings, so that context tokens can be learned.
 
@@ -36,7 +36,7 @@ def resize_positions(positions, h, w):
 
 def attend(q, k, v, heads, causal=False):
     """q (B, S, C), k and v (B, S', C) already projected -> (B, S, C): softmax(q k^T / sqrt(C / heads)) v in each head."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))                  # (B, heads, S, C / heads)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))                  # (B, heads, S, C/heads)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)  # (B, S, C)
 
 
@@ -52,8 +52,8 @@ class Bottleneck(nn.Module):
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = None
         if stride > 1 or c_in != c_out:
-            self.downsample = nn.Sequential(OrderedDict([
-                ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(c_in, c_out, 1, bias=False)), ("1", nn.BatchNorm2d(c_out))]))
+            self.downsample = nn.Sequential(OrderedDict({
+                "-1": nn.AvgPool2d(stride), "0": nn.Conv2d(c_in, c_out, 1, bias=False), "1": nn.BatchNorm2d(c_out)}))
         nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
 
     def forward(self, x):
@@ -203,9 +203,9 @@ class VisionTransformer(nn.Module):
 class CLIP(nn.Module):
     """CLIP from plain dimensions, with CLIP's own initialisation.
 
-    embed_dim: D. resolution: native image size. layers: blocks of each of the four stages (a ResNet) or the number of blocks
-    (a ViT). vision_width: channels of the stem (even) or of the tokens. patch: ViT only. text_heads: None for heads of
-    64 channels, the only choice that `build` can infer. activation: "quickgelu" (OpenAI's) or "gelu".
+    embed_dim: D. resolution: native image size. layers: blocks of each of the four stages (a ResNet) or the number of
+    blocks (a ViT). vision_width: channels of the stem (even) or of the tokens. patch: ViT only. text_heads: None for heads
+    of 64 channels, the only choice that `build` can infer. activation: "quickgelu" (OpenAI's) or "gelu".
     Attributes: D, W, context_length, vocab_size, resolution, and from `load` the name and the sha256 of the file."""
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length, vocab_size, text_width,
@@ -282,8 +282,8 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def fold(self):
-        """The same outputs from fewer operations, for a CLIP that stays frozen: BatchNorm goes into the convolutions, v_proj
-        and c_proj into one map for the dense features, convolutions into channels-last order. In place; returns self."""
+        """The same outputs from fewer operations, for a CLIP that stays frozen: BatchNorm goes into the convolutions,
+        v_proj and c_proj into one map for the dense features, images into channels-last order. In place; returns self."""
         self.eval()
         for module in list(self.visual.modules()):
             for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):

@@ -1,7 +1,7 @@
 """CLIP's tokenizer: byte-level byte-pair encoding over lower-cased, cleaned text.
 
-The vocabulary is ordered: 256 byte symbols, the same 256 that end a word (`</w>`), one symbol a merge, start of text, end of
-text. Merges are ordered by frequency, so a smaller vocabulary is a prefix of the same table: `size = 512 + merges + 2`.
+The vocabulary is ordered: 256 byte symbols, the same 256 that end a word (`</w>`), one symbol a merge, start of text,
+end of text. Merges are ordered by frequency, so a smaller vocabulary is a prefix of the same table: `size = 512 + merges + 2`.
 
     >>> Tokenizer().encode("a photo of a cat")
     [320, 1125, 539, 320, 2368]

@@ -4,8 +4,8 @@
     clip.load("RN101")                                           OpenAI's, kept in ~/.cache/clip
     clip.load("model.safetensors", activation="gelu")            a file of your own
 
-A file is OpenAI's TorchScript archive, a state dict (torch.save) or safetensors, with the parameter names that OpenAI and
-open_clip share. No code runs from a file, except that torch.jit.load reads a TorchScript archive; the rest is read as tensors.
+A file is OpenAI's TorchScript archive, a state dict (torch.save) or safetensors, with the parameter names that OpenAI
+and open_clip share. No code comes from a file, except what torch.jit.load needs for an archive; all else is tensors.
 """
 import hashlib
 import http.client
@@ -54,8 +54,8 @@ def cache():
 
 
 def download(name):
-    """One of FILES -> path in the cache. The file gets its name only when it is complete and its sha256 is right; until then
-    it is a temporary file of this process alone, so an interrupted or a second download cannot harm."""
+    """One of FILES -> path in the cache. The file gets its name only when it is complete and its sha256 is right; until
+    then it is a temporary file of this process alone, so an interrupted or a second download cannot harm."""
     file, digest = FILES[name]
     url, path = f"{BASE}/{digest}/{file}", cache() / file
     if path.is_file() and sha256(path) == digest:
@@ -78,15 +78,15 @@ def download(name):
         os.replace(part, path)
         return path
     except (OSError, http.client.HTTPException) as e:
-        raise ClipError(f"could not get CLIP {name} from {url} ({getattr(e, 'reason', None) or e}): try again online, put the "
-                        f"file at {path}, or give the path of a weights file") from None
+        raise ClipError(f"could not get CLIP {name} from {url} ({getattr(e, 'reason', None) or e}): try again online, "
+                        f"put the file at {path}, or give the path of a weights file") from None
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
 
 
 def read(path):
-    """path -> (state dict, metadata dict, whether it is a TorchScript archive). The kind of file is told from its bytes."""
+    """path -> (state dict, metadata, whether it is a TorchScript archive). The kind of file is told from its bytes."""
     try:
         with open(path, "rb") as f:
             head = f.read(9)
@@ -125,7 +125,7 @@ def find_activation(path, metadata, torchscript):
 
 
 def load(name_or_path="tiny", fold=True, activation=None):
-    """name_or_path: "tiny", a name in FILES or a path. fold: see CLIP.fold. activation: "quickgelu" or "gelu", asked for only
+    """name_or_path: "tiny", a name in FILES or a path. fold: see CLIP.fold. activation: "quickgelu" or "gelu", needed only
     when the file does not tell -> CLIP in evaluation mode, float32 on the CPU, no gradients."""
     name = str(name_or_path)
     path = TINY if name == "tiny" else download(name) if name in FILES else pathlib.Path(name)
@@ -135,8 +135,8 @@ def load(name_or_path="tiny", fold=True, activation=None):
     state, metadata, torchscript = read(path)
     activation = activation or find_activation(path, metadata, torchscript)
     if activation is None:
-        raise ClipError(f"{path} does not tell its activation, QuickGELU (OpenAI's models, open_clip's '-quickgelu') or GELU "
-                        "(open_clip's others): pass activation='quickgelu' or activation='gelu'")
+        raise ClipError(f"{path} does not tell its activation, QuickGELU (OpenAI's models, open_clip's '-quickgelu') or "
+                        "GELU (open_clip's others): pass activation='quickgelu' or activation='gelu'")
     try:  # data-parallel and compiled models prefix their names
         model = build({re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items()}, fold, activation)
     except ClipError as e:
