@@ -215,8 +215,10 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
     if splc:
         train, labels, parts["test"] = splc_lists(data, root, lists, parts)
     elif cole:
-        train = parts["train"] if parts["train"].drop is None else parts["train"].take(~parts["train"].drop)
-        labels, train.drop = single_positives(train.labels, 1200 + seed), None
+        train = parts["train"]
+        if train.drop is not None and data != "nuswide":  # images without labels never had a row there; lost photos did
+            train = train.take(~train.drop)
+        labels = single_positives(train.labels, 1200 + seed)
     else:
         train = parts["train"]
         kept = read_mask(mask, train) if mask else partial_mask(train.labels.shape, ratio, seed)
@@ -230,16 +232,16 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
     prompts = prompts or prompts_for(data, train.names, prompt_names)
     label = Path(data).stem if is_sheet(data) else data
 
-    used = np.arange(len(labels)) if train.drop is None else np.flatnonzero(~train.drop)
+    keep = np.ones(len(labels), bool) if train.drop is None else ~train.drop
+    used = np.arange(len(labels))
     held = None if isinstance(val, float) else parts.get("val")
     if held is None:
         share = (0.2 if cole or is_sheet(data) else 0.0) if val is None else val
         if not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise DataError(f"val is a share in [0, 1) of the training images (or, for a sheet, a second sheet); got {val!r}")
-        rows, held_rows = hold_out(len(used), share)
-        held = train.take(used[held_rows]) if len(held_rows) else None
-        used = used[rows]
-    used = used[:train_images]
+        used, rows = hold_out(len(labels), share)
+        held = train.take(rows[keep[rows]]) if keep[rows].any() else None
+    used = used[keep[used]][:train_images]
     if len(used) == 0:
         raise DataError(f"{data}: no training image is left (train_images={train_images}, val={val})")
     splits = [as_split(f"{label}/train", train.take(used), prompts, labels[used]),
@@ -324,8 +326,9 @@ def check(data, root=None, names=None, decode=True):
         for c, category in enumerate(table.names):
             column = table.labels[:, c]
             print(f"{category[:31]:32}{int(counts[c]):9}{(column == NEGATIVE).sum():9}{(column == UNKNOWN).sum():9}")
-            if not counts[c]:
-                problems.append(f"{data} {name}: class {category!r} is nowhere present: mark it in an image or drop it")
+        never = [category for category, count in zip(table.names, counts) if not count]
+        if never and name in ("train", "sheet"):
+            problems.append(f"{data} {name}: nothing to learn {', '.join(map(repr, never))} from: no image has a 1 there")
         together = np.triu(positive.T @ positive, 1)
         lift = np.where(together >= 3, together * len(positive) / np.maximum(np.outer(counts, counts), 1), 0)
         print("seen together most, beyond chance:")

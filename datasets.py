@@ -408,6 +408,8 @@ def cub(root, split):
         for number, line in enumerate(read_bytes(files[1]).splitlines(), 1):
             try:
                 image, attribute, value = line.split(None, 3)[:3]  # some lines carry stray fields after these
+                if int(image) < 1 or int(attribute) < 1:
+                    raise ValueError
                 labels[int(image) - 1, int(attribute) - 1] = code[value]
             except (ValueError, KeyError, IndexError):
                 if line.strip():
@@ -432,8 +434,10 @@ def single_list(path, classes):
         try:
             name, listed = line.rsplit(",", 1)
             names.append(name)
-            for c in listed.split():
-                labels[i, range(classes)[int(c)]] = POSITIVE
+            columns = [int(c) for c in listed.split()]
+            if not all(0 <= c < classes for c in columns):
+                raise ValueError
+            labels[i, columns] = POSITIVE
         except (ValueError, IndexError):
             raise DataError(f"{path}:{i + 1}: expected 'name.jpg,idx idx' with 0 <= idx < {classes}, got {line[:80]!r}") from None
     return names, labels

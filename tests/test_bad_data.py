@@ -1,0 +1,414 @@
+"""Bad input: one clear line, or a documented correct treatment. Never a raw traceback, a hang or other labels."""
+import copy
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import augment
+import data
+import fake_datasets as fake
+from data import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRM_CACHE", str(tmp_path / "cache"))
+
+
+def refused(match, *arguments, **options):
+    with pytest.raises(DataError, match=match) as error:
+        data.load(*arguments, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- images to refuse
+def png(chunks):
+    body = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        body += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return body
+
+
+def image_file(folder, case):
+    path = folder / f"{case}.jpg"
+    fake.photo(path, 1, (64, 48))
+    whole = path.read_bytes()
+    if case == "missing":
+        path.unlink()
+    elif case == "folder":
+        path.unlink()
+        path.mkdir()
+    elif case == "zero bytes":
+        path.write_bytes(b"")
+    elif case == "truncated":
+        path.write_bytes(whole[:len(whole) // 2])
+    elif case == "text":
+        path.write_text("<html>404 not found</html>")
+    elif case == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif case == "link loop":
+        path.unlink()
+        path.symlink_to(path)
+    elif case == "bomb":
+        header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        path.write_bytes(png([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]))
+    elif case == "bad zlib":
+        header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
+        path.write_bytes(png([(b"IHDR", header), (b"IDAT", b"nonsense" * 20), (b"IEND", b"")]))
+    elif case == "float tiff":
+        Image.fromarray(np.zeros((8, 8), np.float32)).save(path, "TIFF")
+    return path
+
+
+REFUSED = {"missing": "no such file", "folder": "not a regular file", "zero bytes": "cannot identify", "truncated": "truncated",
+           "text": "cannot identify", "pipe": "not a regular file", "link loop": "no such file", "bomb": "decompression bomb",
+           "bad zlib": "not a readable image", "float tiff": "float image"}
+
+
+@pytest.mark.parametrize("case,workers", [*((case, 0) for case in REFUSED), ("truncated", 1)])
+def test_unreadable_images(tmp_path, case, workers):
+    path, none = image_file(tmp_path, case), np.zeros((1, 1), np.int8)
+    images = data.Images(data.Split("x/train", [str(path)], ["a"], ["a"], none, none), 32, "taidpt")
+    with pytest.raises(DataError, match=REFUSED[case]) as error:
+        next(iter(DataLoader(images, num_workers=workers)))
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message and "Traceback" not in message
+
+
+# ------------------------------------------------------------------------------------------ images to treat rightly
+def test_formats_with_a_documented_treatment(tmp_path):
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    colour = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 16, 3), np.uint8))
+
+    def read(image, kind, **options):
+        image.save(tmp_path / "x.jpg", kind, **options)                        # the name says jpg whatever is inside
+        out = augment.read(tmp_path / "x.jpg")
+        assert out.mode == "RGB"
+        return np.asarray(out).astype(int)
+    assert (read(colour, "PNG") == np.asarray(colour)).all()                   # a PNG named jpg
+    assert (read(colour, "BMP") == np.asarray(colour)).all()
+    assert (read(grey, "PNG")[..., 0] == np.asarray(grey)).all()
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)           # 16 bits: scaled, not cut off at 255
+    assert (read(wide, "PNG")[..., 1] == np.asarray(grey)).all()
+    assert (read(wide, "TIFF")[..., 1] == np.asarray(grey)).all()
+    cmyk = read(colour.resize((64, 64), Image.BICUBIC).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(cmyk - np.asarray(colour.resize((64, 64), Image.BICUBIC))).mean() < 12
+    frames = [Image.new("P", (8, 8), c) for c in (0, 1)]
+    for frame in frames:
+        frame.putpalette([10, 200, 30, 250, 0, 0] + [0] * 762)
+    assert (read(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (10, 200, 30)).all()   # first frame
+    clear = colour.convert("RGBA")
+    clear.putalpha(0)
+    assert (read(clear, "PNG") == 255).all()                                   # transparent is white, not what it hides
+    half = Image.new("LA", (4, 4), (0, 128))
+    assert np.abs(read(half, "PNG") - 127).max() <= 1
+    palette = colour.convert("P")
+    assert (read(palette, "PNG", transparency=palette.getpixel((3, 5)))[5, 3] == 255).all()
+    assert (read(Image.new("1", (4, 4), 1), "PNG") == 255).all()
+    exif = Image.Exif()
+    exif[274] = 6                                                              # the camera was held upright
+    turned = read(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
+    assert turned.shape == (40, 20, 3)
+    tiny = data.Split("x/train", [str(tmp_path / "x.jpg")], ["a"], ["a"], np.zeros((1, 1), np.int8), np.zeros((1, 1), np.int8))
+    Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
+    assert data.Images(tiny, 32, "taidpt")[0][0].shape == (3, 32, 32)
+    Image.new("RGB", (3000, 2), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
+    assert data.Images(tiny, 32, "taidpt")[(5, 0)][0].shape == (3, 32, 32)
+
+
+# ------------------------------------------------------------------------------------------------------ COCO's JSON
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coco")
+    fake.coco(root)
+    return root, json.loads((root / "annotations/instances_train2014.json").read_text())
+
+
+def change(record, key, value):
+    record = copy.deepcopy(record)
+    record[key] = value
+    return record
+
+
+def edit(content, case):
+    images, notes, categories = content["images"], content["annotations"], content["categories"]
+    if case == "leaves the root":
+        images[0]["file_name"] = "../../etc/passwd"
+    elif case == "leaves by backslash":
+        images[0]["file_name"] = "..\\secret.jpg"
+    elif case == "absolute name":
+        images[0]["file_name"] = "/etc/passwd"
+    elif case == "image twice":
+        images.append(copy.deepcopy(images[0]))
+    elif case == "file twice":
+        images.append(change(images[0], "id", 987654))
+    elif case == "no file name":
+        del images[1]["file_name"]
+    elif case == "no width":
+        images[1]["width"] = 0
+    elif case == "missing photo":
+        images[1]["file_name"] = "nothere.jpg"
+    elif case == "unknown image":
+        notes[0]["image_id"] = 424242
+    elif case == "unknown category":
+        notes[0]["category_id"] = 12
+    elif case == "box of three":
+        notes[0]["bbox"] = [1, 2, 3]
+    elif case == "note is null":
+        notes[0] = None
+    elif case == "category without a name":
+        del categories[3]["name"]
+    elif case == "blank category":
+        categories[3]["name"] = " "
+    elif case == "category id twice":
+        categories[3]["id"] = 1
+    elif case == "category name twice":
+        categories[3]["name"] = "person"
+    elif case == "no categories":
+        categories.clear()
+    elif case == "no images":
+        images.clear()
+        notes.clear()
+    elif case == "no annotations key":
+        del content["annotations"]
+    return json.dumps(content)
+
+
+JSON = {"leaves the root": "leads out of", "leaves by backslash": "leads out of", "absolute name": "leads out of",
+        "image twice": r"images\[10\] needs a unique id", "file twice": "is listed twice", "no file name": r"images\[1\] needs",
+        "no width": r"images\[1\] needs", "missing photo": "1 of 10 images are missing", "unknown image": r"annotations\[0\] needs",
+        "unknown category": r"annotations\[0\] needs", "box of three": r"annotations\[0\] needs",
+        "note is null": r"annotations\[0\] needs", "category without a name": "categories with id and name",
+        "blank category": "category without a name", "category id twice": "comes twice", "category name twice": "comes twice",
+        "no categories": "no images, no categories", "no images": "no images", "no annotations key": "'annotations'"}
+
+
+@pytest.mark.parametrize("case", JSON)
+def test_bad_annotations(coco, tmp_path, case):
+    root, content = coco
+    for folder in ("train2014", "val2014"):
+        (tmp_path / folder).symlink_to(root / folder)
+    fake.write(tmp_path / "annotations/instances_val2014.json", (root / "annotations/instances_val2014.json").read_text())
+    fake.write(tmp_path / "annotations/instances_train2014.json", edit(copy.deepcopy(content), case))
+    assert "instances_train2014.json" in refused(JSON[case], "coco", tmp_path)
+
+
+@pytest.mark.parametrize("text,match", [
+    (b'{"images": [{"id": 1, "file_na', "not valid JSON.*incomplete"), (b"", "not valid JSON"), (b"[1, 2]", "expected COCO's"),
+    (b"null", "expected COCO's"), (b'{"a": "\xff\xfe"}', "not valid JSON"), (b"[" * 200000, "not valid JSON")])
+def test_broken_json(coco, tmp_path, text, match):
+    shutil.copytree(coco[0], tmp_path / "c")
+    (tmp_path / "c/annotations/instances_train2014.json").write_bytes(text)
+    refused(match, "coco", tmp_path / "c")
+
+
+# -------------------------------------------------------------------------------------------------- other layouts
+def test_folders_and_arguments(coco, tmp_path):
+    refused("no such folder", "coco", tmp_path / "nowhere")
+    refused("annotations of train2014 not found", "coco", tmp_path)
+    refused("say where", "coco")
+    refused("unknown data set 'imagenet'", "imagenet", tmp_path)
+    (tmp_path / "file").write_text("")
+    refused("no such folder", "voc2007", tmp_path / "file")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train2014.json").mkdir()
+    (tmp_path / "train2014").mkdir()
+    refused("cannot be read", "coco", tmp_path)                              # a folder where a file should be
+    root = coco[0]
+    for match, options in {"ratio is a share": dict(ratio=0), "ratio is a share in": dict(ratio=1.5), "exclude each other":
+                           dict(ratio=0.5, single_positive="largeloss"), "single_positive is": dict(single_positive="cole"),
+                           "val is a share": dict(val=1.5), "val is a share in": dict(val="x.csv"), "no training image":
+                           dict(train_images=0), "prompt_names is one of": dict(prompt_names="short"), "cannot be read":
+                           dict(names=tmp_path / "none.txt"), "a mask for": dict(mask=tmp_path / "file"),
+                           "no positive label": dict(ratio=1e-9)}.items():
+        refused(match, "coco", root, **options)
+    with pytest.raises(DataError, match="augment is none"):
+        data.Images(data.load("coco", root)[0], 32, "autoaugment")
+
+
+def test_folder_that_links_to_itself(coco, tmp_path):
+    shutil.copytree(coco[0], tmp_path / "c")
+    shutil.rmtree(tmp_path / "c/train2014")
+    (tmp_path / "c/train2014").symlink_to(tmp_path / "c/train2014")
+    refused("image folder train2014 not found", "coco", tmp_path / "c")
+
+
+def replace(path, old, new):
+    content = Path(path).read_bytes()
+    assert old in content
+    Path(path).write_bytes(content.replace(old, new, 1))
+
+
+def test_voc(tmp_path):
+    fake.voc(tmp_path)
+    main = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main"
+    dog, keep = main / "dog_trainval.txt", (main / "dog_trainval.txt").read_bytes()
+    dog.write_bytes(keep.replace(b"000001 -1", b"000001 2"))
+    refused("dog_trainval.txt:2: expected", "voc2007", tmp_path)
+    dog.write_bytes(b"\r\n".join(keep.split(b"\r\n")[:5]))
+    refused("5 lines, but trainval.txt lists 10", "voc2007", tmp_path)
+    dog.write_bytes(keep.replace(b"000003", b"999999"))
+    refused("dog_trainval.txt:4: expected an id", "voc2007", tmp_path)
+    dog.write_bytes(keep[:40] + b"\xff\xfe\r\n")
+    refused(r"dog_trainval.txt:4: not UTF-8", "voc2007", tmp_path)
+    dog.write_bytes(keep)
+    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000004.jpg").unlink()
+    refused("1 of 10 images are missing", "voc2007", tmp_path)
+    xml = tmp_path / "xml"
+    fake.voc(xml, class_files=False)
+    note = xml / "VOCdevkit/VOC2007/Annotations/000000.xml"
+    keep = note.read_text()
+    for text in (keep[:-20], keep.replace("<name>aeroplane", "<name>unicorn"), ""):
+        note.write_text(text)
+        refused("000000.xml: not an annotation", "voc2007", xml)
+
+
+def test_vg200(tmp_path):
+    fake.vg200(tmp_path)
+    names = tmp_path / "vg_category_200.txt"
+    keep = names.read_text()
+    names.write_text("\n".join(keep.splitlines()[:150]))
+    refused("200 distinct names, one a line; got 150", "vg200", tmp_path)
+    names.unlink()
+    refused("names are not part of the public files.*--names", "vg200", tmp_path)
+    names.write_text(keep)
+    index = tmp_path / "vg_category_500_labels_index.json"
+    index.write_text(index.read_text()[:200])
+    refused("vg_category_500_labels_index.json: expected", "vg200", tmp_path)
+    shutil.rmtree(tmp_path / "VG_100K")
+    index.write_text(json.dumps({}))
+    refused("for every image of train_list_500.txt", "vg200", tmp_path)
+
+
+def test_nuswide(tmp_path):
+    fake.nuswide(tmp_path)
+    path = tmp_path / "Groundtruth/TrainTestLabels/Labels_concept05_Train.txt"
+    keep = path.read_text()
+    for text in (keep[:-2], keep.replace("0", "7")):
+        path.write_text(text)
+        refused("Labels_concept05_Train.txt: expected 10 lines of 0 or 1", "nuswide", tmp_path)
+    path.write_text(keep)
+    np.save(tmp_path / "formatted_train_labels.npy", np.zeros((3, 81)))
+    refused("expected 0/1 for 10 images x 81", "nuswide", tmp_path, single_positive="largeloss")
+    np.save(tmp_path / "formatted_train_labels.npy", np.array([None]))
+    refused("not a plain array file", "nuswide", tmp_path, single_positive="largeloss")   # pickles are never loaded
+    replace(tmp_path / "nus_train_singlelabel.txt", b",", b",81 ")
+    refused("nus_train_singlelabel.txt:1: expected", "nuswide", tmp_path, single_positive="splc")
+    replace(tmp_path / "nus_train_singlelabel.txt", b",81 ", b",-1 ")
+    refused("nus_train_singlelabel.txt:1: expected", "nuswide", tmp_path, single_positive="splc")
+    (tmp_path / "nus_val.txt").unlink()
+    refused("list nus_val.txt.*--lists", "nuswide", tmp_path, single_positive="splc")
+    shutil.rmtree(tmp_path / "Flickr")
+    shutil.rmtree(tmp_path / "images")
+    refused("none of its 10 photos", "nuswide", tmp_path)
+
+
+def test_cub(tmp_path):
+    fake.cub(tmp_path)
+    path = tmp_path / "CUB_200_2011/attributes/image_attribute_labels.txt"
+    keep = path.read_bytes()
+    path.write_bytes(keep.replace(b"1 3 0", b"1 3 2", 1))
+    refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
+    path.write_bytes(keep[:len(keep) // 2])
+    refused("cells have no line", "cub", tmp_path)
+    path.write_bytes(keep.replace(b"\n1 3 ", b"\n0 3 ", 1))
+    refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
+    path.write_bytes(keep)
+    replace(tmp_path / "CUB_200_2011/images.txt", b"3 ", b"33 ")
+    refused("ids 1, 2, 3", "cub", tmp_path)
+    (tmp_path / "attributes.txt").unlink()
+    refused("attributes.txt .the 312 names. not found", "cub", tmp_path)
+
+
+def test_splc_list_against_the_annotations(tmp_path):
+    fake.coco(tmp_path)
+    path = tmp_path / "coco_train_singlelabel.txt"
+    first, _, rest = path.read_text().partition("\n")
+    path.write_text(first.split(",")[0] + ",79\n" + rest)
+    refused("coco_train_singlelabel.txt:1: .* which its annotation denies", "coco", tmp_path, single_positive="splc")
+    path.write_text("other.jpg,3\n" + rest)
+    refused("1 of its images are not in coco's training set", "coco", tmp_path, single_positive="splc")
+
+
+# ------------------------------------------------------------------------------------------------------------ sheets
+HEAD = "image,dog,cat\n"
+SHEETS = {
+    "empty": ("", "the sheet is empty"),
+    "header only": (HEAD, ":1: no cell is 1 in 0 rows"),
+    "no classes": ("image\n0.jpg\n", ":1: expected a header"),
+    "semicolons": ("image;dog\n0.jpg;1\n", ":1: expected a header .* with commas"),
+    "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
+    "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
+    "bad cell": (HEAD + "0.jpg,1,maybe\n", ":2: .*got cat='maybe'"),
+    "minus one": (HEAD + "0.jpg,1,-1\n", ":2: .*got cat='-1'"),
+    "duplicate image": (HEAD + "0.jpg,1,0\n1.jpg,,\n./0.jpg,0,1\n", ":4: ./0.jpg is already on line 2"),
+    "class twice": ("image,dog,dog\n0.jpg,1,0\n", ":1: class 'dog' comes twice"),
+    "class without a name": ("image,dog,,cat\n0.jpg,1,0,0\n", ":1: column 3 has no class name"),
+    "no positive": (HEAD + "0.jpg,0,\n1.jpg,,0\n", "no cell is 1 in 2 rows"),
+    "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg .missing"),
+    "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*a folder"),
+    "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
+    "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image name"),
+    "short prompt row": (HEAD + "#prompt,a dog\n0.jpg,1,0\n", ":2: the row of prompt names needs 2"),
+    "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sheet")
+    for i in range(4):
+        fake.photo(root / f"{i}.jpg", i)
+    fake.photo(root / "größe 1.jpg", 9)
+    (root / "sub").mkdir()
+    return root
+
+
+@pytest.mark.parametrize("case", SHEETS)
+def test_bad_sheets(folder, case):
+    text, match = SHEETS[case]
+    fake.write(folder / "s.csv", text)
+    assert str(folder / "s.csv") in refused(match, folder / "s.csv")
+
+
+def test_sheet_encodings_and_shapes(folder):
+    path = folder / "s.csv"
+    plain = HEAD + "0.jpg,1,0\ngröße 1.jpg,,1\n"
+    for text in (plain.encode("utf-8-sig"), plain.replace("\n", "\r\n").encode(), plain.rstrip().encode(),
+                 plain.replace(",1,0", ", 1 ,\"0\"").encode(), (plain + "\n,,\n").encode()):
+        path.write_bytes(text)                  # a byte-order mark, CRLF, no last newline, blanks, empty rows: all fine
+        train = data.load(path, val=0.0)[0]
+        assert train.names == ["dog", "cat"] and train.labels.tolist() == [[1, -1], [0, 1]]
+    path.write_bytes(plain.encode("latin-1"))
+    refused(r"s.csv:3: not UTF-8 text", path)
+    path.write_bytes(plain.encode("utf-16"))
+    refused(r"s.csv:1: not UTF-8 text", path)
+    path.write_bytes(plain.encode().replace(b"0.jpg", b"0.j\0pg"))
+    refused("s.csv:2: ", path)
+    refused("cannot be read", folder / "none.csv")
+    refused("cannot be read", shutil.copytree(folder / "sub", folder / "dir.csv"))
+
+
+def test_every_problem_of_a_sheet_is_kept(folder):
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1\n1.jpg,x,0\nnone.jpg,1,1\n2.jpg,1,1\n")
+    with pytest.raises(DataError) as error:
+        data.load(folder / "s.csv")
+    assert [p.split(":")[1] for p in error.value.problems] == ["2", "3", "4"] and "and 2 more" in str(error.value)
+
+
+def test_second_sheet(folder):
+    fake.write(folder / "a.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    fake.write(folder / "b.csv", "image,dog,cow\n2.jpg,1,0\n")
+    refused(r"b.csv: its classes differ .*\['cat', 'cow'\]", folder / "a.csv", val=folder / "b.csv")
+    fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\n1.jpg,1,0\n")
+    refused("b.csv: 1 images are in", folder / "a.csv", val=folder / "b.csv")
