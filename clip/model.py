@@ -25,7 +25,7 @@ ACTIVATIONS = {"quickgelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.ge
 
 
 def resize_positions(positions, h, w):
-    """positions (1 + g*g, C) of a g x g grid behind one special token -> (1 + h*w, C), bicubic when the grid differs."""
+    """positions (1 + g*g, C) of a g x g grid behind one special token -> (1 + h*w, C), bicubic if the grid differs."""
     g = math.isqrt(len(positions) - 1)
     if (h, w) == (g, g):
         return positions
@@ -36,7 +36,7 @@ def resize_positions(positions, h, w):
 
 def attend(q, k, v, heads, causal=False):
     """q (B, S, C), k and v (B, S', C) already projected -> (B, S, C): softmax(q k^T / sqrt(C / heads)) v in each head."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))                  # (B, heads, S, C/heads)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))               # (B, heads, S, C/heads)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)  # (B, S, C)
 
 

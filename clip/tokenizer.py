@@ -1,7 +1,8 @@
 """CLIP's tokenizer: byte-level byte-pair encoding over lower-cased, cleaned text.
 
 The vocabulary is ordered: 256 byte symbols, the same 256 that end a word (`</w>`), one symbol a merge, start of text,
-end of text. Merges are ordered by frequency, so a smaller vocabulary is a prefix of the same table: `size = 512 + merges + 2`.
+end of text. Merges are ordered by frequency, so a smaller vocabulary is a prefix of the same table: its size is
+`512 + merges + 2`. Nothing in a text stands for start or end: "<|endoftext|>" is read as the characters it has.
 
     >>> Tokenizer().encode("a photo of a cat")
     [320, 1125, 539, 320, 2368]

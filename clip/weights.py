@@ -141,5 +141,5 @@ def load(name_or_path="tiny", fold=True, activation=None):
         model = build({re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items()}, fold, activation)
     except ClipError as e:
         raise ClipError(f"{path}: {e}") from None
-    model.name, model.sha256 = name, sha256(path)
+    model.name, model.sha256 = name, FILES[name][1] if name in FILES else sha256(path)
     return model.requires_grad_(False)

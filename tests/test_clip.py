@@ -1,4 +1,4 @@
-"""clip/model.py and clip/tokenizer.py: against a slow transcription of CLIP in this file, against known ids, sizes and logits."""
+"""clip/model.py, clip/tokenizer.py: against a slow transcription of CLIP in this file, known ids, sizes and logits."""
 import copy
 import functools
 import math
@@ -20,7 +20,7 @@ kinds = pytest.mark.parametrize("kind", SMALL)
 
 @functools.cache
 def small(kind, half=False):
-    """A state dict of CLIP's names with random values that do not depend on torch's generator or on CLIP's initialisation."""
+    """A state dict with random values that depend neither on torch's generator nor on CLIP's initialisation."""
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in clip.CLIP(**SMALL[kind]).state_dict().items()}
     rng, state = np.random.RandomState(0), {}
@@ -33,7 +33,8 @@ def small(kind, half=False):
         elif len(shape) < 2:  # gains, biases, class embedding
             value = rng.normal(0.1, 0.3, shape) + (0.8 if key.endswith("weight") else 3 if key == "logit_scale" else 0)
         else:
-            value = rng.normal(0, 1, shape) * math.prod(shape[1:]) ** -0.5 * (5 if "embedding" in key else 2 if len(shape) == 4 else 1)
+            gain = 5 if "embedding" in key else 2 if len(shape) == 4 else 1
+            value = rng.normal(0, gain * math.prod(shape[1:]) ** -0.5, shape)
         state[key] = torch.as_tensor(value, dtype=torch.long if key.endswith("tracked") else torch.float32)
         if half and state[key].is_floating_point():
             state[key] = state[key].half()
@@ -108,7 +109,8 @@ def oracle_resnet(s, x):
                 x = bn(F.conv2d(F.avg_pool2d(x, 2) if pool else x, s[p + "downsample.0.weight"]), s, p + "downsample.1")
             x = (x + y).relu()
     x, p = x.flatten(2).transpose(1, 2), "visual.attnpool."
-    dense = F.linear(F.linear(x, s[p + "v_proj.weight"], s[p + "v_proj.bias"]), s[p + "c_proj.weight"], s[p + "c_proj.bias"])
+    dense = F.linear(x, s[p + "v_proj.weight"], s[p + "v_proj.bias"])
+    dense = F.linear(dense, s[p + "c_proj.weight"], s[p + "c_proj.bias"])
     x = torch.cat([x.mean(1, keepdim=True), x], 1) + s[p + "positional_embedding"]
     return mha(x[:, :1], x, 4, s, p)[:, 0], dense
 
