@@ -21,11 +21,15 @@ def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_
         log_not_p_m = torch.log1p(-p_m)
     else:
         p_m, log_not_p_m = p, log_not_p
-    positive = (1 - p) ** gamma_pos * log_p
-    negative = p_m**gamma_neg * log_not_p_m
+    positive = _power(1 - p, gamma_pos) * log_p
+    negative = _power(p_m, gamma_neg) * log_not_p_m
     loss = -torch.where(labels == 1, positive, negative)
-    weight = (labels != 0) + assume_negative * (labels == 0)
-    return (weight * loss).sum(1).mean()
+    return torch.where(labels == 0, assume_negative * loss, loss).sum(1).mean()
+
+
+def _power(base, exponent):
+    """base ** exponent with gradient 0, not infinity, where the base is 0 and the exponent below 1."""
+    return torch.where(base > 0, base, 1.0) ** exponent * (base > 0) if 0 < exponent < 1 else base**exponent
 
 
 def distillation(logits_r, logits_q, how="softmax", temperature=1.0):
@@ -34,6 +38,8 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0):
     logits_r, logits_q (B, C);  how "softmax": as printed, p over the C categories; "bernoulli": present / absent per category, summed.
     Multiplied by temperature squared, so that its gradient keeps its size (Hinton et al., 2015). Mean over the images.
     """
+    if how not in ("softmax", "bernoulli"):
+        raise ValueError(f"distillation expects how='softmax' or 'bernoulli', got {how!r}")
     r, q = logits_r.detach() / temperature, logits_q / temperature
     if how == "bernoulli":
         r, q = torch.stack([r, torch.zeros_like(r)], -1), torch.stack([q, torch.zeros_like(q)], -1)   # (B, C, 2)
@@ -50,7 +56,7 @@ def contrastive(anchors, samples, classes, tau=0.07, chunk=2**26):
     negatives: -log(e^p / (e^p + sum e^n)) = softplus(logsumexp(n) - p). Mean over P, then over the categories that have any.
     chunk bounds the (anchors, samples) logits held at once; beyond it they are recomputed in the backward pass.
     """
-    anchors, samples = F.normalize(anchors.float(), dim=-1), F.normalize(samples.float(), dim=-1)
+    anchors, samples = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (anchors, samples))
     C, S = len(anchors), len(samples)
 
     def per_anchor(anchors, ids):                                                  # -> (A,) the bracket of Eq. 13
@@ -68,7 +74,7 @@ def contrastive(anchors, samples, classes, tau=0.07, chunk=2**26):
         step = max(1, chunk // S)
         loss = torch.cat([checkpoint(per_anchor, anchors[i: i + step], ids[i: i + step], use_reentrant=False)
                           for i in range(0, C, step)])
-    present = torch.zeros(C + 1, device=anchors.device).index_fill_(0, classes + 1, 1.0)[1:]
+    present = torch.zeros(C + 1, device=anchors.device).index_fill_(0, classes + 1, 1.0)[1:]      # categories with a sample
     return (loss * present).sum() / present.sum().clamp(min=1)
 
 

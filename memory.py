@@ -30,7 +30,7 @@ class MemoryBank(nn.Module):
         topk_prototypes(energy.detach(), f.detach(), labels, self.bank, self.cursor, k)
 
     def set_text_prototypes(self, g_pos):
-        self.T.copy_(F.normalize(g_pos.detach().float(), dim=-1))
+        self.T.copy_(F.normalize(g_pos.detach().to(self.T.dtype), dim=-1))
 
     def filled(self):
         """(C, L) bool: slots that hold a prototype."""
@@ -46,7 +46,7 @@ class MemoryBank(nn.Module):
 
         mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product a category, whatever the queue's length.
         """
-        r = F.normalize(regions.float(), dim=-1)
+        r = F.normalize(regions.to(self.bank.dtype), dim=-1)
         visual = (r * self.prototypes()).sum(-1).masked_fill(self.cursor == 0, torch.nan)
         return torch.stack([visual, (r * self.T).sum(-1)])
 

@@ -1,4 +1,4 @@
-"""Text-region matching: dual prompts, category-aware regions, and the matching of the two (paper, Sec. 3.1-3.2, Eq. 1-5).
+r"""Text-region matching: dual prompts, category-aware regions, and the matching of the two (paper, Sec. 3.1-3.2, Eq. 1-5).
 
     frozen CLIP image --> f (B, N, D) --CARL--> energy (B, C, N) --sigmoid, pool--> regions F^r (B, C, D) --\
                                           \---> queries F^q (B, C, D) ---------------------------------------match--> logits
@@ -20,11 +20,11 @@ def match(x, g_pos, g_neg, scale):
     """Eq. 1 with dual prompts: tau-normalised cosine to the positive text minus that to the negative text.
 
     x       (..., C, D)  visual feature of each category, any length
-    g_pos   (C, D)       unit text features of "category present";  g_neg (C, D) of "category absent"
+    g_pos   (C, D)       text features of "category present";  g_neg (C, D) of "category absent"
     scale   scalar       1 / tau
     returns (..., C)     logits; the probability is sigmoid(logit), which is the two-way softmax over (present, absent)
     """
-    x = F.normalize(x, dim=-1)                                                     # (..., C, D)
+    x, g_pos, g_neg = (F.normalize(v, dim=-1) for v in (x, g_pos, g_neg))
     return scale * (x * (g_pos - g_neg)).sum(-1)                                   # (..., C)
 
 
