@@ -320,7 +320,7 @@ def dimensions(sd):
 def build(state_dict, fold=False, activation="quickgelu"):
     """state_dict: OpenAI's names -> CLIP in evaluation mode, float32, with its own copy of the tensors.
     Tensors missing, left over or of the wrong shape raise ClipError."""
-    skipped = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives carry these beside the weights
+    skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # archives carry these, no weights
     sd = {k: v.detach() for k, v in state_dict.items() if k not in skipped and not k.endswith("num_batches_tracked")}
     try:
         shape = dimensions(sd)

@@ -86,15 +86,15 @@ def download(name):
 
 
 def read(path):
-    """path -> (state dict, metadata, whether it is a TorchScript archive). The kind of file is told from its bytes."""
+    """path -> (state dict, metadata). The kind of file is told from its bytes, not its name."""
     try:
         with open(path, "rb") as f:
             head = f.read(9)
         if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
             with safetensors.safe_open(path, "pt") as f:
-                return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}, False
+                return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
         if head[:2] == b"PK" and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict(), {}, True
+            return torch.jit.load(path, map_location="cpu").state_dict(), {}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged or foreign file makes a reader raise
         reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
@@ -104,14 +104,14 @@ def read(path):
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise ClipError(f"{path} holds a {type(state).__name__}, expected a state dict of CLIP")
-    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}, {}, False
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}, {}
 
 
-def find_activation(path, metadata, torchscript):
-    """QuickGELU or GELU cannot be seen in tensors. What tells: a TorchScript archive (OpenAI's), the file's metadata, the
-    open_clip_config.json beside it, its name. None when nothing does."""
+def find_activation(path, digest, state, metadata):
+    """QuickGELU or GELU cannot be seen in weights. What tells: a known file, the numbers that OpenAI's archives carry beside
+    the weights, the file's metadata, the open_clip_config.json beside it, its name. None when nothing does."""
     config = path.with_name("open_clip_config.json")
-    if torchscript or path == TINY:
+    if path == TINY or "input_resolution" in state or digest in [known for _, known in FILES.values()]:
         return "quickgelu"
     if metadata.get("activation") in ACTIVATIONS:
         return metadata["activation"]
@@ -132,8 +132,9 @@ def load(name_or_path="tiny", fold=True, activation=None):
     if not path.is_file():
         raise ClipError(f"{name!r} is neither a weights file nor one of tiny, {', '.join(FILES)}" if name != "tiny" else
                         f"{path} is missing: get it from the repository or train it with python -m clip.pretrain")
-    state, metadata, torchscript = read(path)
-    activation = activation or find_activation(path, metadata, torchscript)
+    state, metadata = read(path)
+    digest = FILES[name][1] if name in FILES else sha256(path)
+    activation = activation or find_activation(path, digest, state, metadata)
     if activation is None:
         raise ClipError(f"{path} does not tell its activation, QuickGELU (OpenAI's models, open_clip's '-quickgelu') or "
                         "GELU (open_clip's others): pass activation='quickgelu' or activation='gelu'")
@@ -141,5 +142,5 @@ def load(name_or_path="tiny", fold=True, activation=None):
         model = build({re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items()}, fold, activation)
     except ClipError as e:
         raise ClipError(f"{path}: {e}") from None
-    model.name, model.sha256 = name, FILES[name][1] if name in FILES else sha256(path)
+    model.name, model.sha256 = name, digest
     return model.requires_grad_(False)

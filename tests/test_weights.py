@@ -28,9 +28,11 @@ class Node(torch.nn.Module):
         return x + 1
 
 
-def archive(state, file):
+OPENAI = {"input_resolution": 64, "context_length": 20, "vocab_size": 2514}  # in its archives, beside the weights
+
+
+def archive(state, file, extra=OPENAI):
     root = Node()
-    extra = {"input_resolution": 64, "context_length": 20, "vocab_size": 2514}
     state = state | {k: torch.tensor(v) for k, v in extra.items()}
     for key, value in state.items():
         *path, name = key.split(".")
@@ -67,6 +69,10 @@ def test_archive_state_dict_and_safetensors_load_to_identical_outputs(kind, tmp_
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert model.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and model.name == str(path)
+    archive(half, tmp_path / "traced.pt", extra={"attn_mask": 0.0})  # as open_clip traces its models
+    assert torch.equal(features(clip.load(tmp_path / "traced.pt", activation="quickgelu"))[1], want[1])
+    with pytest.raises(clip.ClipError, match="does not tell its activation"):
+        clip.load(tmp_path / "traced.pt")
     unfolded = clip.load(path, fold=False)
     assert not any(p.requires_grad for p in unfolded.parameters()) and unfolded.state_dict().keys() == half.keys()
 
@@ -92,21 +98,22 @@ def test_activation_is_told_or_asked_for(tmp_path):
     config = tmp_path / "open_clip_config.json"  # as open_clip publishes beside its weights
     for text, found in [({"quick_gelu": True}, "quickgelu"), ({}, "gelu")]:
         config.write_text(json.dumps({"model_cfg": text}))
-        assert find_activation(path, {}, False) == found
+        assert find_activation(path, "", {}, {}) == found
         assert clip.load(path).visual.transformer.resblocks[0].activation == found
     config.write_text("[]")
     with pytest.raises(clip.ClipError, match="no configuration of open_clip"):
         clip.load(path)
 
 
-@pytest.mark.parametrize("name, metadata, torchscript, found", [
-    ("x.pt", {}, True, "quickgelu"), ("x.pt", {}, False, None),
-    ("ViT-B-32-quickgelu-laion400m.pt", {}, False, "quickgelu"), ("ViT_B_16_OpenAI.bin", {}, False, "quickgelu"),
-    ("x.safetensors", {"activation": "gelu"}, False, "gelu"),
-    ("x.safetensors", {"model": "RN50-quickgelu"}, False, "quickgelu"),
+@pytest.mark.parametrize("name, digest, state, metadata, found", [
+    ("x.pt", "", {}, {}, None), ("x.pt", "", {"input_resolution": 224}, {}, "quickgelu"),
+    ("x.pt", weights.FILES["RN50"][1], {}, {}, "quickgelu"),
+    ("ViT-B-32-quickgelu-laion400m.pt", "", {}, {}, "quickgelu"), ("ViT_B_16_OpenAI.bin", "", {}, {}, "quickgelu"),
+    ("x.safetensors", "", {}, {"activation": "gelu"}, "gelu"),
+    ("x.safetensors", "", {}, {"model": "RN50-quickgelu"}, "quickgelu"),
 ])
-def test_what_tells_the_activation(name, metadata, torchscript, found, tmp_path):
-    assert find_activation(tmp_path / name, metadata, torchscript) == found
+def test_what_tells_the_activation(name, digest, state, metadata, found, tmp_path):
+    assert find_activation(tmp_path / name, digest, state, metadata) == found
 
 
 def edited(**changes):
@@ -199,7 +206,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(weights, "BASE", s.base)
     monkeypatch.setattr(weights, "cache", lambda: s.cache)
-    monkeypatch.setitem(weights.FILES, "RN50", ("RN50-openai.pt", s.digest))
+    monkeypatch.setitem(weights.FILES, "RN50", ("RN50.pt", s.digest))
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield s
     s.shutdown()
@@ -214,10 +221,10 @@ def test_nine_names_with_whole_hashes():
 def test_download_once_then_from_the_cache(server):
     model = clip.load("RN50")
     assert (model.name, model.sha256) == ("RN50", server.digest)
-    assert server.asked == [f"/clip/{server.digest}/RN50-openai.pt"]
+    assert server.asked == [f"/clip/{server.digest}/RN50.pt"]
     clip.load("RN50")
     assert len(server.asked) == 1
-    kept = server.cache / "RN50-openai.pt"
+    kept = server.cache / "RN50.pt"
     kept.write_bytes(b"rot")  # a damaged file in the cache is fetched again
     clip.load("RN50")
     assert sha256(kept) == server.digest and [p.name for p in server.cache.iterdir()] == [kept.name]
@@ -232,7 +239,7 @@ def test_a_bad_download_leaves_nothing(server, fault, says):
         setattr(server, key, value)
     with pytest.raises(clip.ClipError, match=says) as e:
         clip.load("RN50")
-    assert "\n" not in str(e.value) and str(server.cache / "RN50-openai.pt") in str(e.value)
+    assert "\n" not in str(e.value) and str(server.cache / "RN50.pt") in str(e.value)
     assert list(server.cache.iterdir()) == []
 
 
@@ -250,7 +257,7 @@ def test_an_interrupted_download_leaves_nothing(server, monkeypatch):
 
 def test_offline_says_what_to_do(server, monkeypatch):
     monkeypatch.setattr(weights, "BASE", "http://127.0.0.1:9/clip")  # nothing listens there
-    with pytest.raises(clip.ClipError, match="could not get CLIP RN50 .*refused.*put the file at .*RN50-openai.pt"):
+    with pytest.raises(clip.ClipError, match="could not get CLIP RN50 .*refused.*put the file at .*RN50.pt"):
         clip.load("RN50")
 
 
@@ -265,7 +272,7 @@ def test_two_processes_at_once(server, tmp_path):
     """Both are downloading before either is answered; both load, one file stays."""
     server.barrier = threading.Barrier(2)
     code = ("import sys, clip; from clip import weights; weights.BASE = sys.argv[1]; "
-            "weights.FILES['RN50'] = ('RN50-openai.pt', sys.argv[2]); print(clip.load('RN50').sha256)")
+            "weights.FILES['RN50'] = ('RN50.pt', sys.argv[2]); print(clip.load('RN50').sha256)")
     env = os.environ | {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "no_proxy": "*", "OMP_NUM_THREADS": "1"}
     pair = [subprocess.Popen([sys.executable, "-c", code, server.base, server.digest], env=env, text=True,
                              cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -273,4 +280,4 @@ def test_two_processes_at_once(server, tmp_path):
     for process in pair:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and out.strip() == server.digest, err
-    assert len(server.asked) == 2 and [p.name for p in server.cache.iterdir()] == ["RN50-openai.pt"]
+    assert len(server.asked) == 2 and [p.name for p in server.cache.iterdir()] == ["RN50.pt"]
