@@ -56,6 +56,7 @@ class Config:
     names: Optional[str] = option(None, "file of prompt names, one category a line")
     train_images: Optional[int] = option(None, "use only the first n training images", low=1)
     clip: str = option("RN101", "tiny RN50 RN101 RN50x4 RN50x16 ViT-B/32 ViT-B/16 ViT-L/14, or a weights file")
+    activation: Optional[str] = option(None, "of CLIP, where its file does not tell", choices=("quickgelu", "gelu"))
     size: int = option(448, "side of the input in pixels", low=32)
     augment: str = option("taidpt", "training images", choices=("none", "flip", "taidpt"))
 
@@ -300,7 +301,7 @@ class Run:
             raise ConfigError(f"--batch {cfg.batch} does not divide among {self.world} processes")
         kernels.use(cfg.kernels)
         self.train_split, self.val_split, self.test_split = splits or load_data(cfg)
-        self.clip = (encoder or clip.load(cfg.clip)).to(self.device)
+        self.clip = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(self.device)
         amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp] if self.device.type == "cuda" else None
         self.amp, self.scaler = amp, torch.amp.GradScaler(enabled=amp is torch.float16)
         common = dict(clip=self.clip, size=cfg.size, batch=cfg.batch, workers=cfg.workers, cache=cfg.cache_dir, device=self.device,
@@ -326,7 +327,8 @@ class Run:
         if resume:
             self._load(resume / "last.pt")
         elif self.rank == 0:
-            about = {"config": dataclasses.asdict(cfg), "data": {s.name: s.info for s in (self.train_split, self.val_split, self.test_split) if s}}
+            about = {"config": dataclasses.asdict(cfg), "clip_sha256": self.clip.sha256,
+                     "data": {s.name: s.info for s in (self.train_split, self.val_split, self.test_split) if s}}
             write_atomically(self.folder / "config.json", lambda file: file.write_text(json.dumps(about, indent=1)))
 
     def _model(self):
@@ -402,8 +404,7 @@ class Run:
         for name, feed in self.feeds.items():
             scores = self._all_ranks(evaluation.scores_of(self.model, *g, feed), len(feed))
             truth = feed.split.truth
-            mean = {"mean": (scores["region"] + scores["query"]) / 2} if "query" in scores else {}
-            chosen = (scores | mean).get(self.cfg.score, scores["region"])
+            chosen = scores.get(self.cfg.score, scores["region"])
             numbers[name] = evaluation.metrics(chosen, truth) | {f"mAP_{k}": evaluation.metrics(v, truth)["mAP"] for k, v in scores.items()}
             raw[name] = chosen
         return numbers, raw
@@ -426,7 +427,7 @@ class Run:
         cfg = self.cfg
         if self.rank == 0:
             print(f"{self.folder}: {self.train_split.name}, {len(self.feed)} images, {len(self.train_split.names)} categories, "
-                  f"{sum(p.numel() for p in self.learned) / 2**20:.2f} Mi learned; kernels: {kernels.chosen()}")
+                  f"{sum(p.numel() for p in self.learned) / 2**20:.2f} Mi learned; {kernels.chosen()}")
         while self.epoch < cfg.epochs:
             line = self.train_epoch()
             last = self.epoch + 1 == cfg.epochs
