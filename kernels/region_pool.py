@@ -25,8 +25,9 @@ def region_pool_reference(energy, f):
 
 
 def region_match_reference(energy, f, g_pos, g_neg):
-    regions = region_pool_reference(energy, f).float()                                      # (B, C, D)
-    difference = g_pos.float() - g_neg.float()      # cos(F, g+) - cos(F, g-) = F.(g+ - g-) / |F| for unit g   (C, D)
+    wide = torch.promote_types(f.dtype, torch.float32)
+    regions = region_pool_reference(energy, f).to(wide)                                     # (B, C, D)
+    difference = g_pos.to(wide) - g_neg.to(wide)    # cos(F, g+) - cos(F, g-) = F.(g+ - g-) / |F| for unit g   (C, D)
     return (regions * difference).sum(-1) / regions.norm(dim=-1).clamp(min=1e-12)
 
 
@@ -117,9 +118,9 @@ def match_kernel(energy, f, g_pos, g_neg, out, C, N, D, stride_c, stride_n,
 
 def blocks(C, dtype):
     """Tile sizes. 128 categories x 64 dims reads f once for C <= 128 and, over 8 warps, fits 128 registers a thread.
-    float32 products are IEEE, on the ordinary units, unless torch.backends.cuda.matmul.allow_tf32 asks for TF32 tensor
+    float32 products are IEEE, on the ordinary units, unless torch.set_float32_matmul_precision asks for TF32 tensor
     cores: the same switch and the same default as torch.matmul. bfloat16 and float16 products are exact either way."""
-    ieee = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    ieee = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     rows = min(64 if ieee else 128, max(16, 1 << (int(C) - 1).bit_length()))
     return dict(BLOCK_C=rows, BLOCK_N=32, BLOCK_D=64, PRECISION="ieee" if ieee else "tf32",
                 num_warps=8 if rows >= 64 else 4, num_stages=3)
@@ -186,7 +187,7 @@ on_cpu(grad_op, launch_grad)
 on_cpu(match_op, launch_match)
 pool_op.register_fake(lambda energy, f: f.new_empty(*energy.shape[:2], f.shape[2]))
 grad_op.register_fake(lambda grad, energy, f: torch.empty_like(energy, memory_format=torch.contiguous_format))
-match_op.register_fake(lambda energy, f, g_pos, g_neg: f.new_empty(*energy.shape[:2], dtype=torch.float32))
+match_op.register_fake(lambda energy, f, g_pos, g_neg: f.new_empty(*energy.shape[:2], dtype=torch.promote_types(f.dtype, torch.float32)))
 
 
 def backward(ctx, grad):

@@ -26,10 +26,10 @@ def topk_prototypes_reference(energy, f, labels, bank, cursor, k):
     c, b = (labels == POSITIVE).t().nonzero(as_tuple=True)  # by category, within it by image         (P,), (P,)
     count = (labels == POSITIVE).sum(0)                                                             # (C,)
     rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]     # earlier images    (P,)
-    e = energy[b, c].float()
+    e = energy[b, c]
     e = torch.where(e.isnan(), -torch.inf, e)                                                       # (P, N)
     n = e.sort(dim=1, descending=True, stable=True).indices[:, :k]      # stable: equal energies by location  (P, k)
-    rows = f[b[:, None], n].float()                                                                 # (P, k, D)
+    rows = f[b[:, None], n].to(torch.promote_types(f.dtype, torch.float32))                         # (P, k, D)
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     order = rank[:, None] * k + torch.arange(k, device=c.device)        # place among this call's rows    (P, k)
     stays = order >= (count * k)[c][:, None] - L            # the last L; earlier ones would be overwritten anyway

@@ -99,6 +99,40 @@ def test_pooling_stays_on_the_tensor_cores(rows):
                 assert row["tensor_core"] == MATRIX[int(row["arch"][3:])], f"a slower matrix instruction in {row}"
 
 
+TRACE = """
+import sys, torch, triton
+from types import SimpleNamespace
+from torch._functorch.aot_autograd import aot_function
+from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+import kernels
+from kernels.region_pool import grad_op, pool_op
+
+triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+def step(energy, f, g, labels, bank, cursor):
+    kernels.topk_prototypes(energy, f, labels, bank, cursor, 3)
+    out = pool_op(energy, f)
+    return out, grad_op(out, energy, f), pool_op(energy.mT, out), kernels.region_match(energy, f, g, g, 50.0)
+def show(graph, inputs):
+    print(graph.code)
+    sys.exit()
+with FakeTensorMode(), torch.no_grad():
+    new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="cuda")
+    aot_function(step, fw_compiler=show)(new(2, 80, 196), new(2, 196, 512), new(80, 512), new(2, 80, dtype=torch.int8),
+                                         new(80, 4, 512), new(80, dtype=torch.int64))
+"""
+
+
+def test_torch_compile_reaches_the_triton_kernels_on_a_gpu():
+    """Traced with CUDA tensors that hold no data: the graph launches the kernels, and only their outputs are written."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", TRACE], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.count("triton_kernel_wrapper_functional(") == 4, run.stdout + run.stderr[-3000:]
+    assert run.stdout.count("tensors_to_clone = ['out']") == 4 and "aten.bmm" not in run.stdout
+    assert run.stdout.count("trm_ml.topk_prototypes.default") == 1
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     found = list(compile_all())
