@@ -121,15 +121,14 @@ def pick(out, score):
 
 @torch.no_grad()
 def scores_of(model, g_pos, g_neg, features):
-    """All scores of a split: {"region": (n, C) probabilities, "query": same or absent} as numpy float32."""
+    """All scores of a split: {"region": (n, C) probabilities, "query" and "mean": same, absent for a baseline} as numpy float32."""
     model.eval()
-    rows = {"region": [], "query": []}
+    rows = {}
     for _, f, x in features.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
-        rows["region"].append(out.logits_r.sigmoid().cpu())
-        if out.logits_q is not None:
-            rows["query"].append(out.logits_q.sigmoid().cpu())
-    return {name: torch.cat(value).float().numpy() for name, value in rows.items() if value}
+        for name in ("region", "query", "mean") if out.logits_q is not None else ("region",):
+            rows.setdefault(name, []).append(pick(out, name).sigmoid().cpu())
+    return {name: torch.cat(value).float().numpy() for name, value in rows.items()}
 
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}", "there is a {} in the scene")

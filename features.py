@@ -23,6 +23,17 @@ def order(n, epoch, seed):
     return torch.randperm(n, generator=generator)
 
 
+def _alone(file):
+    """Waits until no other process holds the file; returns it open. Closing it, or the end of the process, lets the next one in."""
+    handle = open(file, "w")
+    try:
+        import fcntl
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except ImportError:
+        pass                                                                       # no such lock on Windows
+    return handle
+
+
 class Features:
     """split: data.Split;  clip: clip.CLIP;  size: side of the input in pixels;  augment, seed: see data.Images
     batch: images over all ranks;  views: 0 computes on the fly, V > 0 caches V augmented views;  rank of world: this process
@@ -75,7 +86,6 @@ class Features:
         folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         bytes_needed, done_file = views_key * n * rows * D * 2, folder / "done.json"
-        done = json.loads(done_file.read_text())["images"] if done_file.exists() else 0
         total, file = views_key * n, folder / "features.bf16"
         if not file.exists():
             free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
@@ -83,6 +93,8 @@ class Features:
             if free < bytes_needed:
                 raise DataError(f"the feature cache needs {bytes_needed / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB free: "
                                 f"choose fewer --cache-features or another --cache-dir")
+        lock = _alone(folder / ".lock")                                            # a second process waits, then finds all done
+        done = json.loads(done_file.read_text())["images"] if done_file.exists() else 0
         stored = torch.from_file(str(file), shared=True, size=total * rows * D, dtype=torch.bfloat16).view(total, rows, D)
         keys = [(i // n, i % n) for i in range(done, total)]
         keys = [keys[i: i + self.batch] for i in range(0, len(keys), self.batch)]
@@ -93,4 +105,5 @@ class Features:
             temporary = done_file.with_suffix(".tmp")
             temporary.write_text(json.dumps({"images": done}))
             os.replace(temporary, done_file)
+        lock.close()
         return stored.view(self.shape)
