@@ -1,0 +1,126 @@
+"""What stands around a run: one-line errors, Ctrl-C, files that survive a kill, one writer a folder, the device.
+
+`train.py`, `eval.py` and `reproduce.py` share it. Nothing here knows the method.
+"""
+import argparse
+import difflib
+import io
+import os
+import signal
+import sys
+import threading
+
+import torch
+
+from clip import ClipError
+from data import DataError
+
+
+class ConfigError(ValueError):
+    """A setting or a file that cannot be: one line for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, with the nearest option; the usage of fifty options would bury it."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split(": ", 1)[1].split()[0]
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
+            message = f"unknown option {unknown}{f', did you mean {near[0]}?' if near else ''}"
+        raise ConfigError(f"{message} ({self.prog} --help lists the options)")
+
+
+def guarded(work, stopped="stopped"):
+    """work() -> exit status: 0; 2 after one line on stderr about something the user can mend; 130 after Ctrl-C.
+
+    A second Ctrl-C is ignored, so that the way out is not interrupted. What is raised otherwise is a fault of this code
+    and keeps its traceback.
+    """
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+    ours = threading.current_thread() is threading.main_thread()                   # elsewhere Python allows no handler
+    earlier = signal.signal(signal.SIGINT, interrupt) if ours else None
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except (ConfigError, DataError, ClipError, FloatingPointError) as error:
+        line = str(error)
+    except torch.OutOfMemoryError as error:
+        line = f"the GPU has too little memory: lower --batch or --size, or use --amp bf16 ({str(error).split('. ')[0]})"
+    except OSError as error:
+        line = f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, the rights and the free space"
+    else:
+        return 0
+    finally:
+        if ours and signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, earlier)
+    print("error: " + " ".join(line.split()), file=sys.stderr)
+    return 2
+
+
+def write_atomically(file, content):
+    """bytes or text into `file`: written beside it, flushed to disk, renamed. A kill leaves the old file or the new one."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(content.encode() if isinstance(content, str) else content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror or error}): free some space or choose another place; "
+                          "what the file held before is untouched") from None
+
+
+def save_checkpoint(state, file):
+    """torch.save through memory (a checkpoint holds no backbone, so it is small): a full disk is then an OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(file, buffer.getvalue())
+
+
+def read_checkpoint(file, device="cpu"):
+    """A last.pt or best.pt as written by train.py; ConfigError when there is none or it is none. Runs no code from it."""
+    if not file.is_file():
+        raise ConfigError(f"expected a run folder with {file.name}, found none in {file.parent}: give the folder of a run "
+                          "that finished an epoch")
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        missing = {"config", "names", "clip_sha256", "model", "g_pos", "g_neg", "threshold", "epoch"} - set(state)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror or error})") from None
+    except Exception as error:                                                     # whatever a damaged file makes the reader raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ConfigError(f"{file} is no readable checkpoint ({reason}): restore it, or train again") from None
+    if missing:
+        raise ConfigError(f"{file} lacks {', '.join(sorted(missing))}: it is no checkpoint of train.py")
+    return state
+
+
+class Lock:
+    """One process writes a run folder; the lock goes with the process, however it ends."""
+
+    def __init__(self, run):
+        self.file = open(run / ".lock", "w")
+        try:
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass                                                                   # no such lock on Windows
+        except OSError:
+            raise ConfigError(f"another process is writing {run}: wait for it, or choose another --out") from None
+
+
+def best_device(rank=0, world=1):
+    """CUDA's device of this rank; Apple's mps for a single process; else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device(f"cuda:{rank}")
+    return torch.device("mps" if world == 1 and torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,100 @@
+"""What a run says about photos: `eval.py RUN --image` and `eval.py RUN --suggest`, both on an eval.Predictor.
+
+C categories, N = h*w locations.
+"""
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+from files import write_atomically
+from pictures import picture
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def images_in(paths):
+    """Files and folders -> image files, sorted within a folder; a folder without any is an error."""
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise data.DataError(f"expected images in {path}, found no {' '.join(SUFFIXES)}")
+        missing = [p for p in inside if not p.is_file()]
+        if missing:
+            raise data.DataError(f"expected an image file, found nothing at {missing[0]}: check the path")
+        found += inside
+    return [str(p) for p in found]
+
+
+def predict(predictor, paths, args):
+    """--image: a line an image as soon as its batch is done, its picture, and a row of --csv. Returns the unreadable files."""
+    folder, taken, unreadable, sheet = Path(args.out or predictor.run / "regions"), set(), [], io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerow(["image", *predictor.names])
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.json:
+        tqdm.write("probabilities; * = present, by the category's threshold")
+    for count, (i, p, maps) in enumerate(predictor.over(paths, args.batch, args.workers, unreadable, progress=True)):
+        row, drawn = predictor.row(paths[i], p), None
+        top = list(row["scores"].items())[: args.top]
+        if args.pictures is None or count < args.pictures:
+            stem = Path(paths[i]).stem
+            drawn = folder / next(name for name in (f"{stem}{n}.png" for n in ["", *(f"-{k}" for k in range(2, len(paths) + 2))])
+                                  if name.lower() not in taken)                    # a.jpg and a.png, or a.jpg of two folders
+            taken.add(drawn.name.lower())
+            picture([predictor.tiles(paths[i], p, maps, np.argsort(-p, kind="stable")[: args.top])]).save(drawn)
+        writer.writerow([row["image"], *(f"{value:.4f}" for value in p)])
+        tqdm.write(json.dumps(row | {"scores": dict(top), "picture": drawn and str(drawn)}) if args.json else f"{row['image']}: "
+                   + "  ".join(f"{name}{'*' * (name in row['present'])} {value:.2f}" for name, value in top))
+    if args.csv:
+        write_atomically(Path(args.csv), sheet.getvalue())
+    return unreadable
+
+
+def suggest(predictor, file, pictures):
+    """--suggest: the unknown labels of the training images, believed ones first, as a sheet to check by eye.
+
+    Rows image, category, label, probability, region. First label 1, all unknown cells whose probability passes the category's
+    threshold, most probable first; then label 0, the least probable unknown cells, as many. The first `pictures` rows come
+    with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
+    """
+    config, splits, base, found = predictor.config, predictor.splits(), file.with_suffix(""), []
+    home = Path(config["root"] or (Path(config["data"]).parent if data.is_sheet(config["data"]) else data.SCENES)).resolve()
+    for split in filter(None, (splits[name] for name in ("train", "val"))):
+        p = predictor.scores(predictor.features(split, cached=False))[0]
+        found += [(float(p[i, c]), c, split.paths[i], int(split.truth[i, c])) for i, c in np.argwhere(split.labels == data.UNKNOWN)]
+    present = sorted((cell for cell in found if cell[0] >= predictor.threshold[cell[1]]), key=lambda cell: -cell[0])
+    absent = sorted((cell for cell in found if cell[0] < predictor.threshold[cell[1]]), key=lambda cell: cell[0])[: len(present)]
+
+    regions, shown = {}, present[:pictures]
+    paths = sorted({path for _, _, path, _ in shown})
+    if shown:
+        base.mkdir(parents=True, exist_ok=True)
+    for i, p, maps in predictor.over(paths) if paths else ():
+        for rank, (_, c, path, _) in enumerate(shown, 1):
+            if path == paths[i]:
+                name = re.sub(r"[^\w.-]+", "_", f"{rank:04d}_{Path(path).stem}_{predictor.names[c]}.png")
+                picture([predictor.tiles(path, p, maps, [c])]).save(base / name)
+                regions[rank] = f"{base.name}/{name}"
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerow(["image", "category", "label", "probability", "region"])
+    for rank, (p, c, path, _) in enumerate(present + absent, 1):
+        inside = Path(path).is_relative_to(home)
+        writer.writerow([Path(path).relative_to(home).as_posix() if inside else path, predictor.names[c],
+                         int(rank <= len(present)), f"{p:.4f}", regions.get(rank, "")])
+    write_atomically(file, sheet.getvalue())
+
+    print(f"{file}: of {len(found)} unknown labels {len(present)} are likely present (label 1, most probable first) and the "
+          f"{len(absent)} least probable are listed as absent (label 0); {len(regions)} pictures in {base}/")
+    for word, cells, code in (("present", present, 1), ("absent", absent, -1)):
+        known = [truth == code for *_, truth in cells if truth]
+        if known:                                                                  # a benchmark whose labels were hidden
+            print(f"suggested {word}: {100 * np.mean(known):.1f} % of {len(known)} agree with the hidden labels")
+    print("A probability ranks, it is no frequency: look at the rows, fill the right ones into the sheet, train again.")

@@ -1,0 +1,38 @@
+"""Pictures of the regions, in the manner of the paper's Fig. 4: masks over photos, tiles in a grid with captions.
+
+Only PIL and numpy. N = h*w locations.
+"""
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def heat(image, mask, grid, peak=None):
+    """image PIL, mask (N,), grid (h, w) -> PIL: the mask over a greyed image, red at `peak` (default: its own maximum).
+
+    Masks are scaled by their peak because those of CARL are low and would look empty.
+    """
+    m = np.clip(mask.reshape(grid) / (peak or max(mask.max(), 1e-6)), 0, 1)
+    m = Image.fromarray((255 * m).astype(np.uint8)).resize(image.size, Image.BICUBIC)
+    m = np.asarray(m, dtype=np.float32)[..., None] / 255                           # (H, W, 1)
+    grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32) * 0.6 + 80
+    colour = np.concatenate([np.full_like(m, 235), 190 * (1 - m), 30 * (1 - m)], -1)
+    return Image.fromarray((grey * (1 - 0.75 * m) + colour * 0.75 * m).clip(0, 255).astype(np.uint8))
+
+
+def fit(image, side):
+    """The image with its own aspect ratio, its longer side `side` pixels."""
+    scale = side / max(image.size)
+    return image.resize([max(1, round(scale * length)) for length in image.size], Image.BICUBIC)
+
+
+def picture(rows, side=192):
+    """rows: list of lists of (PIL image, caption) -> one PIL image, a grid with captions below the tiles."""
+    line, gap = 15, 6
+    canvas = Image.new("RGB", ((side + gap) * max(map(len, rows)) + gap, (side + line + gap) * len(rows) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, row in enumerate(rows):
+        for c, (tile, caption) in enumerate(row):
+            x, y, tile = gap + c * (side + gap), gap + r * (side + line + gap), fit(tile.convert("RGB"), side)
+            canvas.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
+            draw.text((x + 2, y + side + 1), caption.encode("latin-1", "replace").decode("latin-1"), fill="black")
+    return canvas
