@@ -1,0 +1,64 @@
+"""Pre-training of the small CLIP: its loss, its score, and a run on a handful of canvases."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from sklearn.metrics import average_precision_score
+
+import scenes
+from clip import CLIP, build, pretrain
+
+LITTLE = dict(embed_dim=16, resolution=64, layers=(1, 1, 1, 1), vision_width=8, patch=None, context_length=77, vocab_size=1514,
+              text_width=32, text_layers=1)
+
+
+def test_info_nce_against_loops():
+    g = torch.Generator().manual_seed(0)
+    image, text = torch.randn(5, 8, generator=g), torch.randn(5, 8, generator=g)
+    same = torch.eye(5, dtype=torch.bool)
+    same[0, 3] = same[4, 1] = True
+    total = 0.0
+    for i in range(5):
+        cosine = [[10 * F.cosine_similarity(image[a], text[b], dim=0) for b in range(5)] for a in range(5)]
+        row = [cosine[i][j].exp() for j in range(5) if j == i or not same[i, j]]
+        column = [cosine[j][i].exp() for j in range(5) if j == i or not same[j, i]]
+        total -= (cosine[i][i].exp() / sum(row)).log() + (cosine[i][i].exp() / sum(column)).log()
+    torch.testing.assert_close(pretrain.info_nce(image, text, 10.0, same), total / 10)
+
+
+def test_average_precision_against_sklearn():
+    g = torch.Generator().manual_seed(1)
+    scores, truth = torch.randn(200, generator=g), torch.rand(200, generator=g) < 0.2
+    assert pretrain.average_precision(scores, truth) == pytest.approx(average_precision_score(truth, scores))
+
+
+def test_grouped_texts_equal_ungrouped():
+    torch.manual_seed(0)
+    model = CLIP(**LITTLE).eval()
+    tokens = model.tokenize(scenes.scene("a", 128, (1, 3))[2] + scenes.scene("b", 128, (1, 3))[2] + ["a cat"])
+    torch.testing.assert_close(pretrain.encode_text(model, tokens), model.encode_text(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_run_learns_and_writes(tmp_path, capsys):
+    out = tmp_path / "little.safetensors"
+    score = pretrain.pretrain(out, canvases=256, epochs=3, batch=32, lr=3e-3, tune=40, dimensions=LITTLE, command="a test")
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert 0 < score["global"] < 100 and 0 < score["dense"] < 100 and set(score["classes"]) <= set(scenes.NAMES)
+    with safe_open(out, "pt") as file:
+        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    assert metadata["command"] == "a test" and json.loads(metadata["dimensions"])["embed_dim"] == 16
+    assert float(metadata["zero_shot_tune2014_global"]) == pytest.approx(score["global"], abs=0.01)
+    assert all(t.isfinite().all() for t in tensors.values()) and build(tensors).D == 16
+    assert [p.name for p in tmp_path.iterdir()] == [out.name], "nothing half-written stays behind"
+
+
+def test_the_shipped_weights():
+    """They fit their size, and the file says how they were made and that they are good enough for the method's comparisons."""
+    assert pretrain.TINY.stat().st_size <= 8_000_000
+    with safe_open(pretrain.TINY, "pt") as file:
+        metadata = file.metadata()
+    assert float(metadata["zero_shot_tune2014_global"]) >= 80 and metadata["command"].startswith("python -m clip.pretrain")
+    assert int(metadata["scenes_version"]) == scenes.VERSION, "the drawing changed after pre-training"
