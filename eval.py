@@ -54,7 +54,7 @@ class Predictor:
         self.run, self.config, self.names, self.epoch = Path(run), json.loads(state["config"]), state["names"], state["epoch"]
         self.device = torch.device(device) if device else best_device()
         same = encoder is not None and encoder.sha256 == state["clip_sha256"]
-        self.clip = (encoder if same else clip.load(self.config["clip"])).to(self.device)
+        self.clip = (encoder if same else clip.load(self.config["clip"], activation=self.config.get("activation"))).to(self.device)
         if self.clip.sha256 != state["clip_sha256"]:
             raise clip.ClipError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {self.config['clip']} is now "
                                  f"{self.clip.sha256[:12]}...: put the same weights back, or train again")
@@ -125,20 +125,10 @@ class Predictor:
             raise data.DataError(f"{self.config['data']} has no {name} split: choose another --split")
         return split
 
-    def features(self, split, cached=True):
+    def features(self, split):
         c = self.config
         return Features(split, self.clip, c["size"], batch=c["batch"], workers=c["workers"], cache=c["cache_dir"],
-                        views=min(1, c["cache_features"]) if cached else 0, device=self.device)
-
-    def scores(self, features, maps=False):
-        """(n, C) probabilities of a split, and its region maps (n, C, N) when asked for (kept as float16 on the way)."""
-        scores, kept = [], []
-        for _, f, x in features.batches(0, shuffle=False):
-            p, out = self.score(f, x)
-            scores.append(p.float().cpu())
-            if maps:
-                kept.append(mask_of(out, self.config["matching"]).half().cpu())
-        return torch.cat(scores).numpy(), torch.cat(kept).float().numpy() if maps else None
+                        views=min(1, c["cache_features"]), device=self.device)
 
 
 def pick(out, score):
@@ -170,6 +160,18 @@ def scores_of(model, g_pos, g_neg, features):
     return {name: torch.cat(value).float().numpy() for name, value in rows.items()}
 
 
+@torch.no_grad()
+def run_scores(predictor, features, maps=False):
+    """(n, C) probabilities of a run on a split, and its region maps (n, C, N) when asked for (kept as float16 on the way)."""
+    scores, kept = [], []
+    for _, f, x in features.batches(0, shuffle=False):
+        p, out = predictor.score(f, x)
+        scores.append(p.float().cpu())
+        if maps:
+            kept.append(mask_of(out, predictor.config["matching"]).half().cpu())
+    return torch.cat(scores).numpy(), torch.cat(kept).float().numpy() if maps else None
+
+
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}", "there is a {} in the scene")
 
 
@@ -199,7 +201,7 @@ def load_runs(runs, checkpoint, root=None):
 def table(predictors, split_name):
     """The metrics of a run, or of the averaged probabilities of several."""
     split = predictors[0].split(split_name)
-    scores = np.mean([member.scores(member.features(split))[0] for member in predictors], 0)
+    scores = np.mean([run_scores(member, member.features(split))[0] for member in predictors], 0)
     return split, metrics(scores, split.truth, predictors[0].threshold)
 
 
@@ -209,7 +211,7 @@ def compare(predictors, split_name):
     rows = [(f"zero-shot CLIP, {name}", metrics(score, split.truth)["mAP"], None) for name, score in
             zero_shot(predictors[0].clip, split.prompts, predictors[0].features(split)).items()]
     for predictor in predictors:
-        scores, maps = predictor.scores(predictor.features(split), maps=bool(split.boxes))
+        scores, maps = run_scores(predictor, predictor.features(split), maps=bool(split.boxes))
         where = localisation(maps, predictor.grid, split.boxes, split.truth) if split.boxes else None
         rows.append((str(predictor.run), metrics(scores, split.truth)["mAP"], where))
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
@@ -235,8 +237,8 @@ def main(argv=None):
     parser.add_argument("--out", help="folder of the pictures of --image (default: RUN/regions)")
     parser.add_argument("--csv", metavar="FILE", help="with --image: all probabilities as a sheet, image,<category>,...")
     parser.add_argument("--json", action="store_true", help="print JSON, with --image an object a line")
-    parser.add_argument("--batch", type=int, default=32, help="images of --image at once: lower it when memory is short (default: 32)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode --image; a GPU wants some (default: 0)")
+    parser.add_argument("--batch", type=int, default=32, help="images at once, of --image and --suggest: lower it when memory is short (default: 32)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode them; a GPU wants some (default: 0)")
 
     def work():
         args = parser.parse_args(argv)
@@ -252,7 +254,7 @@ def main(argv=None):
                 raise data.DataError(f"{len(unreadable)} files are no readable images and were skipped: {', '.join(unreadable[:5])}"
                                      f"{' ...' if len(unreadable) > 5 else ''}")
         elif args.suggest:
-            suggest(predictors[0], Path(args.suggest), 100 if args.pictures is None else args.pictures)
+            suggest(predictors[0], args)
         elif args.compare:
             compare(predictors, args.split)
         else:

@@ -57,22 +57,25 @@ def predict(predictor, paths, args):
     return unreadable
 
 
-def suggest(predictor, file, pictures):
+def suggest(predictor, args):
     """--suggest: the unknown labels of the training images, believed ones first, as a sheet to check by eye.
 
     Rows image, category, label, probability, region. First label 1, all unknown cells whose probability passes the category's
-    threshold, most probable first; then label 0, the least probable unknown cells, as many. The first `pictures` rows come
-    with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
+    threshold, most probable first; then label 0, the least probable unknown cells, as many. The first --pictures
+    rows come with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
     """
-    config, splits, base, found = predictor.config, predictor.splits(), file.with_suffix(""), []
+    config, splits, file, found = predictor.config, predictor.splits(), Path(args.suggest), []
+    base = file.with_name(file.stem + "-regions")
     home = Path(config["root"] or (Path(config["data"]).parent if data.is_sheet(config["data"]) else data.SCENES)).resolve()
     for split in filter(None, (splits[name] for name in ("train", "val"))):
-        p = predictor.scores(predictor.features(split, cached=False))[0]
+        p = np.empty(split.labels.shape, np.float32)                               # (n, C)
+        for i, row, _ in predictor.over(split.paths, args.batch, args.workers, progress=True):
+            p[i] = row
         found += [(float(p[i, c]), c, split.paths[i], int(split.truth[i, c])) for i, c in np.argwhere(split.labels == data.UNKNOWN)]
     present = sorted((cell for cell in found if cell[0] >= predictor.threshold[cell[1]]), key=lambda cell: -cell[0])
     absent = sorted((cell for cell in found if cell[0] < predictor.threshold[cell[1]]), key=lambda cell: cell[0])[: len(present)]
 
-    regions, shown = {}, present[:pictures]
+    regions, shown = {}, present[: 100 if args.pictures is None else args.pictures]
     paths = sorted({path for _, _, path, _ in shown})
     if shown:
         base.mkdir(parents=True, exist_ok=True)
