@@ -4,17 +4,33 @@
 
 The backbone never learns, so the features of view v of image i never change. With `views=V` they are written once, bf16, to a
 memory-mapped file of V * n * (1 + N) * D * 2 bytes (global feature first, then the N locations), and epoch e reads view e mod V.
+Which file, follows from the images (path, size and time of change, as make and git judge), CLIP's weights, the transform and
+its seed; labels and masks do not enter. More views later only add to it, and what was stopped goes on where it was.
 """
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import augment as transforms
 from data import DataError, Images
+
+try:
+    import fcntl
+except ImportError:                                                                # Windows
+    fcntl = None
+
+CHUNK = 64          # images that enter the cache together
+FLUSH = 5.0         # seconds between two records of what is there: the most that a kill can cost
 
 
 def order(n, epoch, seed):
@@ -23,87 +39,196 @@ def order(n, epoch, seed):
     return torch.randperm(n, generator=generator)
 
 
-def _alone(file):
-    """Waits until no other process holds the file; returns it open. Closing it, or the end of the process, lets the next one in."""
-    handle = open(file, "w")
-    try:
-        import fcntl
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except ImportError:
-        pass                                                                       # no such lock on Windows
-    return handle
+def precision(amp, device):
+    """--amp -> autocast's type, None for float32. "auto": bf16 on a GPU that has it in hardware, else float32."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def ahead(function, items):
+    """map(function, items), one item ahead in a thread: the disk reads while the device computes."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for item in items:
+            ready, coming = coming, pool.submit(function, item)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
+
+
+class Keys:
+    """A batch sampler that is given new batches every epoch, so that one loader, and its workers, serve all of them."""
+
+    batches = ()                                                                   # of (epoch, indices)
+
+    def __iter__(self):
+        return ([(epoch, i) for i in part.tolist()] for epoch, part in self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+@contextlib.contextmanager
+def alone(file):
+    """Held by one process a file, the others wait. Unlocked by hand: loader processes inherit the file, closing it is not enough."""
+    with open(file, "w") as handle:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 class Features:
     """split: data.Split;  clip: clip.CLIP;  size: side of the input in pixels;  augment, seed: see data.Images
     batch: images over all ranks;  views: 0 computes on the fly, V > 0 caches V augmented views;  rank of world: this process
+    amp: autocast's type or None;  whole: whether x is wanted (the attention pool is skipped otherwise, and x is None)
     """
 
     def __init__(self, split, clip, size, augment="none", seed=0, batch=128, workers=0, views=0, cache="generated/features",
-                 device="cpu", amp=None, rank=0, world=1):
+                 device="cpu", amp=None, rank=0, world=1, whole=True):
         self.split, self.clip, self.batch, self.seed, self.rank, self.world = split, clip, batch, seed, rank, world
         self.images = Images(split, size, augment, seed)
-        self.device, self.amp, self.workers = torch.device(device), amp, workers
+        self.device, self.amp, self.workers, self.whole = torch.device(device), amp, workers, whole
+        self.keys, self.loader, self.waited = Keys(), None, 0.0
         h, w = clip.grid(size, size)
-        self.shape = (views, len(split.paths), 1 + h * w, clip.D)
-        self.stored = self._stored(Path(cache), size, augment) if views else None
+        self.shape = (views if augment != "none" else min(views, 1), len(split.paths), 1 + h * w, clip.D)   # (V, n, 1+N, D)
+        self.stored = self._stored(self._folder(Path(cache), size, augment)) if views else None
 
     def __len__(self):
         return len(self.split.paths)
 
     def batches(self, epoch, shuffle=True):
-        """One pass over the split. Training (shuffle) keeps every rank's share equal; evaluation covers every image once."""
-        n = len(self)
-        index = order(n, epoch, self.seed) if shuffle else torch.arange(n)
-        parts = [part[self.rank:: self.world] for part in index.split(self.batch)]
-        if shuffle and self.world > 1:                                             # a tail that does not divide among the ranks
-            parts[-1] = parts[-1][: n % self.batch // self.world] if n % self.batch else parts[-1]
-        parts = [part for part in parts if len(part)]
-        if self.stored is not None:
-            for part in parts:
-                both = self.stored[epoch % self.shape[0], part].to(self.device, non_blocking=True).float()
-                yield part.to(self.device), both[:, 1:], both[:, 0]
-        else:
-            for images, part in self._loader([[(epoch, int(i)) for i in part] for part in parts]):
-                yield part.to(self.device, non_blocking=True), *self._encode(images)
+        """One pass over the split. f is float32, or autocast's type when training (shuffle).
 
-    def _loader(self, keys):
-        return DataLoader(self.images, batch_sampler=keys, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                          prefetch_factor=4 if self.workers else None)
+        Training: all ranks get equally many rows, the last ones of a batch that does not divide repeat its first image, and
+        train.gather cuts them off again. Evaluation covers every image once. `waited` counts the seconds spent waiting for data.
+        """
+        parts = (order(len(self), epoch, self.seed) if shuffle else torch.arange(len(self))).split(self.batch)
+        if shuffle:
+            parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)]) for part in parts]
+        parts = [part for part in (part[self.rank:: self.world] for part in parts) if len(part)]
+        dtype = self.amp if shuffle and self.amp else torch.float32
+        if self.stored is not None:
+            view = self.stored[epoch % self.shape[0]]                              # (n, 1+N, D)
+            for both, part in self._timed(ahead(lambda part: (self._pin(view[part]), part), parts)):
+                both = both.to(self.device, non_blocking=True).to(dtype)
+                yield self._pin(part).to(self.device, non_blocking=True), both[:, 1:], both[:, 0]
+        else:
+            for images, part in self._timed(self._load([(epoch, part) for part in parts])):
+                f, x = self._encode(images, self.whole)
+                yield part.to(self.device, non_blocking=True), f.to(dtype), x
+
+    def _pin(self, t):
+        return t.pin_memory() if self.device.type == "cuda" else t                 # a copy from pinned memory need not wait
+
+    def _load(self, batches):
+        """An iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next call."""
+        self.keys.batches = batches
+        self.loader = self.loader or DataLoader(
+            self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.device.type == "cuda",
+            persistent_workers=self.workers > 0, generator=torch.Generator())      # its own: the run's random state stays untouched
+        return iter(self.loader)
+
+    def _timed(self, iterator):
+        self.waited = 0.0
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator, None)
+            except DataError as error:                                             # a worker's comes with its traceback: the last line says it
+                raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from None
+            self.waited += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
 
     @torch.no_grad()
-    def _encode(self, images):
+    def _encode(self, images, whole=True):
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            x, f = self.clip.encode(images.to(self.device, non_blocking=True, memory_format=torch.channels_last))
-        return f.float(), x.float()
+            x, f = self.clip.encode(images) if whole else (None, self.clip.encode_dense(images))
+        return f, x if x is None else x.float()
 
-    def _stored(self, cache, size, augment):
-        views, n, rows, D = self.shape
-        files = [[path, os.path.getsize(path)] for path in self.split.paths]
-        views_key = views if augment != "none" else 1                              # without augmentation all views are the same
-        self.shape = (views_key, n, rows, D)
-        key = json.dumps([files, self.clip.sha256, size, augment, self.seed if augment != "none" else 0, views_key])
-        folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    def _folder(self, cache, size, augment):
+        """A folder named by everything that the features depend on."""
+        try:
+            files = [[path, stat.st_size, stat.st_mtime_ns] for path in self.split.paths for stat in (os.stat(path),)]
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}; put the image back or take it off the list") from None
+        weights = self.clip.sha256 or digest(*(t.cpu().numpy().tobytes() for t in self.clip.visual.state_dict().values()))
+        transform = [size, augment, self.images.smallest_crop, self.seed if augment != "none" else 0, digest(Path(transforms.__file__).read_bytes())]
+        folder = cache / digest(json.dumps([files, weights, transform, str(self.amp)]).encode())[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        bytes_needed, done_file = views_key * n * rows * D * 2, folder / "done.json"
-        total, file = views_key * n, folder / "features.bf16"
-        if not file.exists():
-            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-            print(f"features: {n} images x {views_key} views x {rows} x {D} bf16 = {bytes_needed / 2**20:,.0f} MiB in {folder}")
-            if free < bytes_needed:
-                raise DataError(f"the feature cache needs {bytes_needed / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB free: "
-                                f"choose fewer --cache-features or another --cache-dir")
-        lock = _alone(folder / ".lock")                                            # a second process waits, then finds all done
-        done = json.loads(done_file.read_text())["images"] if done_file.exists() else 0
-        stored = torch.from_file(str(file), shared=True, size=total * rows * D, dtype=torch.bfloat16).view(total, rows, D)
-        keys = [(i // n, i % n) for i in range(done, total)]
-        keys = [keys[i: i + self.batch] for i in range(0, len(keys), self.batch)]
-        for images, _ in tqdm(self._loader(keys), desc=f"features of {self.split.name}", disable=not keys, leave=False):
-            f, x = self._encode(images)
-            stored[done: done + len(x)] = torch.cat([x[:, None], f], 1).to(torch.bfloat16).cpu()
-            done += len(x)
-            temporary = done_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"images": done}))
-            os.replace(temporary, done_file)
-        lock.close()
-        return stored.view(self.shape)
+        return folder
+
+    def _stored(self, folder):
+        """(V, n, 1+N, D) bf16, memory-mapped, complete. The ranks share the work in chunks; a byte of `done` says that a chunk is there."""
+        views, n, rows, D = self.shape
+        chunks, file, needed = -(-n // CHUNK), folder / "features.bf16", views * n * rows * D * 2
+        with alone(folder / "lock") if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
+            if self.rank == 0:
+                reserve(file, needed, f"features of {self.split.name}: {n} images x {views} views x {rows} x {D} bf16")
+            self._barrier()
+            stored = torch.from_file(str(file), shared=True, size=needed // 2, dtype=torch.bfloat16).view(self.shape)
+            done = torch.from_file(str(folder / "done"), shared=True, size=views * chunks, dtype=torch.uint8)
+            missing = (done == 0).nonzero().flatten().tolist()
+            self._barrier()                                                        # now all ranks have seen the same state
+            missing = missing[self.rank:: self.world]
+            places = [(c // chunks, torch.arange(n)[c % chunks * CHUNK:][:CHUNK]) for c in missing]
+            there, last = [], time.monotonic()
+
+            def record():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())                                      # first the features, then the word that they are there
+                done[there] = 1
+                there.clear()
+
+            try:
+                batches = tqdm(self._timed(self._load(places)), f"features of {self.split.name}", len(places), leave=False,
+                               disable=not places or self.rank > 0)
+                for chunk, (view, index), (images, _) in zip(missing, places, batches):
+                    f, x = self._encode(images)
+                    stored[view, index] = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16).cpu()
+                    there.append(chunk)
+                    if time.monotonic() - last >= FLUSH:
+                        record()
+                        last = time.monotonic()
+            finally:
+                record()
+                self.loader = None                                                 # nothing is decoded from now on: let its processes go
+            self._barrier()
+        return stored
+
+    def _barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def digest(*parts):
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def reserve(file, needed, about):
+    """Says what a new cache will take and takes it at once, so that a full disk is noticed now and not in the middle."""
+    size = file.stat().st_size if file.exists() else 0
+    if size >= needed:
+        return
+    print(f"{about} = {needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
+    free = shutil.disk_usage(file.parent).free
+    try:
+        if needed - size > free:
+            raise OSError
+        with open(file, "ab") as handle:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, needed)
+    except OSError:
+        raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free / 2**30:.1f} GiB free: "
+                        f"choose fewer --cache-features or another --cache-dir") from None
