@@ -57,25 +57,23 @@ def contrastive(anchors, samples, classes, tau=0.07, chunk=2**26):
     chunk bounds the (anchors, samples) logits held at once; beyond it they are recomputed in the backward pass.
     """
     anchors, samples = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (anchors, samples))
-    C, S = len(anchors), len(samples)
+    anchors, C, S = anchors / tau, len(anchors), len(samples)
+    valid, row = (classes >= 0).to(samples.dtype), classes.clamp(min=0)            # (S,)
 
-    def per_anchor(anchors, ids):                                                  # -> (A,) the bracket of Eq. 13
-        s = anchors @ samples.T / tau                                              # (A, S)
-        positive = classes == ids[:, None]
-        negative = (classes >= 0) & ~positive
-        log_n = s.masked_fill(~negative, -1e9).logsumexp(1, keepdim=True)          # (A, 1)
-        loss = F.softplus(log_n - s) * positive
-        return loss.sum(1) / positive.sum(1).clamp(min=1)
+    def logits(samples, valid, row):                                               # of S' samples -> p (S',), logsumexp of n (C,)
+        s = torch.addmm((valid - 1) * 1e9, anchors, samples.T)                     # (C, S')   an empty place is nobody's negative
+        p = s.gather(0, row[None])[0]                                              # (S',)     a sample is the positive of one anchor
+        return p, s.scatter(0, row[None], -1e9).logsumexp(1)                       #           and a negative of all others
 
-    ids = torch.arange(C, device=anchors.device)
     if C * S <= chunk:
-        loss = per_anchor(anchors, ids)
+        p, log_n = logits(samples, valid, row)
     else:
-        step = max(1, chunk // S)
-        loss = torch.cat([checkpoint(per_anchor, anchors[i: i + step], ids[i: i + step], use_reentrant=False)
-                          for i in range(0, C, step)])
-    present = torch.zeros(C + 1, device=anchors.device).index_fill_(0, classes + 1, 1.0)[1:]      # categories with a sample
-    return (loss * present).sum() / present.sum().clamp(min=1)
+        parts = [checkpoint(logits, *part, use_reentrant=False, preserve_rng_state=False)
+                 for part in zip(*(x.split(max(1, chunk // C)) for x in (samples, valid, row)))]
+        p, log_n = torch.cat([p for p, _ in parts]), torch.stack([n for _, n in parts]).logsumexp(0)
+    count = valid.new_zeros(C).index_add_(0, row, valid)                           # |P| of each category
+    weight = valid / count.clamp(min=1)[row] / (count > 0).sum().clamp(min=1)      # mean over P, mean over the categories
+    return (weight * F.softplus(log_n[row] - p)).sum()
 
 
 def total(terms, alpha=1.0, beta=0.05, gamma=0.01):

@@ -74,6 +74,6 @@ class MemoryBank(nn.Module):
         theta_pos, theta_neg = self.theta[:, 0, None], self.theta[:, 1, None]      # (2, 1, C)
         in_order = theta_pos > theta_neg
         verdict = ((s >= theta_pos) & in_order).to(torch.int8) - ((s <= theta_neg) & in_order).to(torch.int8)   # Eq. 10
-        verdict = verdict[list(modalities)]
+        verdict = torch.stack([verdict[i] for i in modalities])                    # a list as index would make the host wait for a GPU
         agree = torch.where((verdict == verdict[0]).all(0), verdict[0], 0)         # Eq. 12
         return torch.where(labels == 0, agree, 0).to(torch.int8)
