@@ -29,7 +29,7 @@ import data
 import eval as evaluation
 import kernels
 import losses
-from features import Features
+from features import Features, precision
 from memory import MemoryBank
 from trm import TRM, Prompts
 
@@ -89,7 +89,8 @@ class Config:
     seed: int = option(0, "of masks, initialisation, order and augmentation", low=0)
     eval_every: int = option(1, "epochs between evaluations", low=1)
 
-    amp: str = option("none", "mixed precision on a GPU", choices=("none", "bf16", "fp16"))
+    amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none; none is IEEE float32 throughout",
+                      choices=("auto", "none", "bf16", "fp16"))
     kernels: str = option("auto", "auto takes Triton on a GPU", choices=("auto", "reference", "triton"))
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment images; 0 decodes in the main one", low=0)
     cache_features: int = option(0, "keep the frozen features of this many augmented views on disk; 0 runs the backbone every epoch", low=0)
@@ -163,12 +164,12 @@ def load_config(run):
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
-def gather(x):
-    """(B/world, ...) on every rank -> (B, ...) in the batch's own order; gradients flow back. One process: x itself."""
+def gather(x, B):
+    """Equal shares of every rank -> the B rows of the batch in its own order; gradients flow back. One process: x itself."""
     if not dist.is_initialized():
         return x
     parts = dist_nn.all_gather(x.contiguous()) if x.requires_grad else _gather_plain(x)
-    return torch.stack(tuple(parts), 1).flatten(0, 1)                              # rank r holds rows r, r + world, ...
+    return torch.stack(tuple(parts), 1).flatten(0, 1)[:B]                          # rank r holds rows r, r + world, ...; then padding
 
 
 def _gather_plain(x):
@@ -302,10 +303,13 @@ class Run:
         kernels.use(cfg.kernels)
         self.train_split, self.val_split, self.test_split = splits or load_data(cfg)
         self.clip = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(self.device)
-        amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp] if self.device.type == "cuda" else None
-        self.amp, self.scaler = amp, torch.amp.GradScaler(enabled=amp is torch.float16)
+        self.amp = amp = precision(cfg.amp, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        # TF32: with mixed precision, what stays float32 may use it; --amp none means IEEE float32 in products and convolutions.
+        torch.set_float32_matmul_precision("high" if amp else "highest")
+        torch.backends.cudnn.allow_tf32 = amp is not None
         common = dict(clip=self.clip, size=cfg.size, batch=cfg.batch, workers=cfg.workers, cache=cfg.cache_dir, device=self.device,
-                      amp=amp, rank=self.rank, world=self.world)
+                      amp=amp, rank=self.rank, world=self.world, whole=cfg.matching == "global")
         self.feed = Features(self.train_split, augment=cfg.augment, seed=cfg.seed, views=cfg.cache_features, **common)
         self.feeds = {name: Features(split, views=min(1, cfg.cache_features), **common)
                       for name, split in (("val", self.val_split), ("test", self.test_split)) if split is not None}
@@ -314,7 +318,7 @@ class Run:
         C = len(self.train_split.names)
         self.memory = MemoryBank(C, cfg.queue, self.clip.D, cfg.eta).to(self.device)
         self.learned = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.learned, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(self.learned, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         steps = -(-len(self.feed) // cfg.batch)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * steps)
         self.labels = torch.from_numpy(self.train_split.labels).to(self.device)
@@ -350,15 +354,15 @@ class Run:
     def text_features(self):
         return self.model.prompts(self.clip)
 
-    def step(self, index, f, x, stage_two):
-        """One update. index (B,), f (B, N, D), x (B, D) of this rank; returns the terms as detached scalars."""
-        labels = self.labels[index]
+    def step(self, index, f, x, stage_two, B=None):
+        """One update. index, f (., N, D), x (., D): this rank's share of B images. Returns the terms as detached scalars."""
+        labels, B = self.labels[index], B or len(index) * self.world
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             g_pos, g_neg = self.text_features()
             out = self.model(f, x, g_pos, g_neg)
-        out = type(out)(*(part if part is None else gather(part.float()) for part in out))
-        labels, truth = gather(labels), gather(self.truth[index])
-        f = gather(f) if dist.is_initialized() and out.regions is not None else f
+        out = type(out)(*(part if part is None else gather(part.float(), B) for part in out))
+        labels, truth = gather(labels, B), gather(self.truth[index], B)
+        f = gather(f, B) if dist.is_initialized() and out.regions is not None else f
         terms, pseudo = step_terms(self.model, self.memory, self.cfg, out, f, g_pos, labels, stage_two)
         loss = losses.total(terms, self.cfg.alpha, self.cfg.beta, self.cfg.gamma)                             # Eq. 15
         self.optimizer.zero_grad(set_to_none=True)
@@ -386,7 +390,7 @@ class Run:
         bar = tqdm(self.feed.batches(self.epoch), total=batches, desc=f"epoch {self.epoch + 1}/{cfg.epochs}", leave=False,
                    disable=self.rank > 0 or not sys.stderr.isatty())
         for i, (index, f, x) in enumerate(bar):
-            for name, term in self.step(index, f, x, stage_two).items():
+            for name, term in self.step(index, f, x, stage_two, min(cfg.batch, len(self.feed) - i * cfg.batch)).items():
                 sums[name] = sums.get(name, 0) + term
             if i % check == 0 or i == batches - 1:
                 if not torch.isfinite(sums["L"]):
@@ -395,7 +399,7 @@ class Run:
                 bar.set_postfix(loss=f"{float(sums['L']) / (i + 1):.3f}")
         seconds = time.perf_counter() - start
         return dict(epoch=self.epoch + 1, stage=2 if stage_two else 1) | {k: round(float(v) / batches, 6) for k, v in sums.items()} \
-            | self.pseudo.report() | dict(images_per_second=round(len(self.feed) / seconds, 1), seconds=round(seconds, 2))
+            | self.pseudo.report() | dict(images_per_second=round(len(self.feed) / seconds, 1), seconds=round(seconds, 2), waiting=round(self.feed.waited / seconds, 3))
 
     @torch.no_grad()
     def evaluate(self):
