@@ -41,7 +41,7 @@ def use(path):
 
 def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
-    if triton is None or _path == "reference":
+    if triton is None or _path == "reference" or x.dtype == torch.float64:  # the kernels sum in float32
         return False
     return x.is_cuda or (_path == "triton" and interpreted())
 

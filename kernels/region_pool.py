@@ -1,4 +1,4 @@
-"""Category-aware regions: F^r_c = sum_n sigmoid(energy_cn) f_n (Eq. 2, 4), and their matching with the text (Eq. 1).
+"""Category-aware regions F^r_c = sum_n sigmoid(energy_cn) f_n (Eq. 2, 4) and their matching with the text (Eq. 1).
 
 B images, C categories, N locations, D dims. Read in order: reference, kernels, operators and autograd, public functions.
 
@@ -6,8 +6,8 @@ The cost at the paper's size (B 128, C 80, N 196, D 512) in bf16:
   forward   reads f 25.7 MB + energy 4.0 MB, writes F^r 10.5 MB = 40 MB; 2 B C N D = 2.06 GFLOP
   backward  reads f 25.7 + energy 4.0 + dF^r 10.5, writes d energy 4.0 = 44 MB; 2.06 GFLOP
   matching  reads f 25.7 + energy 4.0 + the text 0.2, writes 0.02 = 30 MB: F^r never reaches memory
-51 operations a byte, where a GPU needs some 200 to be busy: all of it is memory-bound, the ideal time is bytes /
-bandwidth. Plain torch writes the mask (4 MB) and reads it back, three times over in training: that is what fusing saves.
+51 operations a byte, where a GPU needs some 200 to be busy: it is memory-bound, the ideal time is bytes / bandwidth.
+Plain torch also writes the mask, and in training its gradient, and reads each back: fusing saves those four times 4 MB.
 """
 import torch
 from torch.library import wrap_triton
@@ -22,6 +22,11 @@ from kernels import jit, operator, tl, triton
 def region_pool_reference(energy, f):
     mask = energy.sigmoid().to(f.dtype)                                                     # Eq. 2   (B, C, N)
     return torch.bmm(mask, f)                                                               # Eq. 4   (B, C, D)
+
+
+def region_pool_grad_reference(grad, energy, f):
+    s = energy.sigmoid()                                                                    # (B, C, N)
+    return torch.bmm(grad, f.mT).to(energy.dtype) * s * (1 - s)                             # d energy
 
 
 def region_match_reference(energy, f, g_pos, g_neg):
@@ -167,10 +172,7 @@ def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 
 @operator("trm_ml::region_pool_grad", mutates_args=())
 def grad_op(grad: torch.Tensor, energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    if energy.is_cuda:
-        return launch_grad(grad, energy, f)
-    s = energy.sigmoid()
-    return torch.bmm(grad, f.mT).to(energy.dtype) * s * (1 - s)
+    return launch_grad(grad, energy, f) if energy.is_cuda else region_pool_grad_reference(grad, energy, f)
 
 
 @operator("trm_ml::region_match", mutates_args=())
@@ -178,16 +180,17 @@ def match_op(energy: torch.Tensor, f: torch.Tensor, g_pos: torch.Tensor, g_neg: 
     return launch_match(energy, f, g_pos, g_neg) if energy.is_cuda else region_match_reference(energy, f, g_pos, g_neg)
 
 
-def on_cpu(op, launch):
-    op.register_kernel("cpu")(lambda *args: (launch if kernels.runs_triton(args[0]) else op._init_fn)(*args))
+def on_cpu(op, launch, reference):
+    op.register_kernel("cpu")(lambda *args: (launch if kernels.runs_triton(args[0]) else reference)(*args))
 
 
-on_cpu(pool_op, launch_pool)
-on_cpu(grad_op, launch_grad)
-on_cpu(match_op, launch_match)
+on_cpu(pool_op, launch_pool, region_pool_reference)
+on_cpu(grad_op, launch_grad, region_pool_grad_reference)
+on_cpu(match_op, launch_match, region_match_reference)
 pool_op.register_fake(lambda energy, f: f.new_empty(*energy.shape[:2], f.shape[2]))
 grad_op.register_fake(lambda grad, energy, f: torch.empty_like(energy, memory_format=torch.contiguous_format))
-match_op.register_fake(lambda energy, f, g_pos, g_neg: f.new_empty(*energy.shape[:2], dtype=torch.promote_types(f.dtype, torch.float32)))
+match_op.register_fake(lambda energy, f, g_pos, g_neg:
+                       f.new_empty(*energy.shape[:2], dtype=torch.promote_types(f.dtype, torch.float32)))
 
 
 def backward(ctx, grad):

@@ -8,7 +8,7 @@ B images, C categories, N locations, D dims, L queue length, K rows an image. Th
 
 The cost at the paper's size (B 128, C 80, N 196, D 512, K 5, 10 % of labels known: some 37 positives) in bf16: labels
 10 KB and, per positive, energies 392 B, K rows of f 5.1 KB, the same rows out in float32 10.2 KB: 0.6 MB. Both paths move
-so little that launches decide: eager needs some 40, and `nonzero` makes the host wait; the kernel is one launch, no wait.
+so little that launches decide: eager runs 35 operations and `nonzero` makes the host wait; the kernel is one launch, no wait.
 """
 import torch
 
@@ -86,8 +86,8 @@ def launch_topk(energy, f, labels, bank, cursor, k):
                           BLOCK_N=triton.next_power_of_2(N), BLOCK_D=triton.next_power_of_2(D), num_warps=4)
 
 
-# custom_op, where region_pool is a triton_op: it changes the queue in place, Inductor could fuse nothing into it, and the
-# reference's shapes depend on the labels, which only an opaque operator keeps out of the graph.
+# custom_op, where region_pool is a triton_op: it changes the queue in place, Inductor could fuse nothing into it, and
+# the shapes inside the reference depend on the labels, which only an opaque operator keeps out of the graph.
 @torch.library.custom_op("trm_ml::topk_prototypes", mutates_args=("bank", "cursor"))
 def topk_op(energy: torch.Tensor, f: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor, cursor: torch.Tensor,
             k: int) -> None:

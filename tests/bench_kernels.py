@@ -1,8 +1,8 @@
 """Microbenchmarks of the kernels: `make bench` or `pytest -s tests/bench_kernels.py`. A rerun replaces its rows.
 
 kernels/benchmarks.csv keeps p20, p50 and p80 of the time, GB/s (the bytes that have to move over p50), that as a share of
-a copy measured in the same run, peak MB (GPU), versions and commit; and, without a GPU, what the compiler says of each
-kernel. runs/kernels.png shows the medians. On a CPU the references are timed; Triton's interpreter is no benchmark.
+a copy measured in the same run, peak MB (GPU), versions and commit; and what the compiler says of each kernel.
+runs/kernels.png shows the medians. On a CPU the references are timed, on one thread; Triton's interpreter is no rival.
 """
 import csv
 import functools
@@ -30,7 +30,7 @@ FIELDS = KEY + ("p20_ms", "p50_ms", "p80_ms", "gb_s", "copy_share", "peak_mb", "
 SHAPES = {"paper": (128, 80, 196, 512), "vg200": (128, 200, 196, 512), "c1000": (32, 1000, 196, 512),
           "n784": (32, 80, 784, 512), "small": (16, 20, 64, 128)}                                   # (B, C, N, D)
 DEVICE = "cuda" if GPU else "cpu"
-NAME = torch.cuda.get_device_name() if GPU else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+NAME = torch.cuda.get_device_name() if GPU else f"CPU {platform.machine()}, 1 thread"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float32]
 PROVIDERS = ("eager", "compile", "triton") if GPU else ("eager", "compile")
 NOT_YET = "not yet measured on a GPU"
@@ -42,9 +42,9 @@ def write(row):
     if CSV.exists():
         with open(CSV, newline="") as file:
             rows = {tuple(r[k] for k in KEY): r for r in csv.DictReader(file)}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     version = kernels.triton.__version__ if kernels.triton else ""
-    row = {k: "" for k in FIELDS} | row | {"torch": torch.__version__, "triton": version, "commit": commit}
+    row = {k: "" for k in FIELDS} | row | {"torch": torch.__version__, "triton": version, "commit": commit.strip()}
     rows[tuple(str(row[k]) for k in KEY)] = row
     with open(CSV, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -99,13 +99,17 @@ def inputs(shape, dtype):
 
 def provide(provider, public, reference):
     kernels.use("triton" if provider == "triton" else "reference")
-    return {"eager": reference, "compile": torch.compile(reference), "triton": public}[provider]
+    torch._dynamo.reset()                                       # every shape is compiled for itself
+    return {"eager": reference, "compile": torch.compile(reference, dynamic=False), "triton": public}[provider]
 
 
 @pytest.fixture(autouse=True)
-def restore():
-    earlier = kernels.use("auto")
+def restore(monkeypatch):
+    earlier, threads = kernels.use("auto"), torch.get_num_threads()
+    torch.set_num_threads(1)                                    # another program on a second core would stall every step
+    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)        # a backward that is timed again and again
     yield
+    torch.set_num_threads(threads)
     kernels.use(earlier)
 
 
@@ -134,7 +138,7 @@ def test_region_match(shape, dtype, provider):
     energy, f, g_pos, g_neg = inputs(shape, dtype)
     moved = (energy.numel() + f.numel()) * f.element_size() + 2 * g_pos.numel() * 4
 
-    def two_cosines():                                                      # Eq. 1 as printed, F^r kept
+    def two_cosines():                                                  # Eq. 1 as printed, F^r kept
         regions = region_pool_reference(energy, f)
         return 50 * (F.cosine_similarity(regions, g_pos, dim=-1) - F.cosine_similarity(regions, g_neg, dim=-1))
 

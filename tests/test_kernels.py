@@ -16,8 +16,8 @@ from conftest import gpu
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels.region_pool import (grad_op, match_op, pool_op, region_match_reference, region_pool_reference)
-from kernels.topk_prototypes import topk_op, topk_prototypes_reference
+from kernels.region_pool import grad_op, match_op, pool_op, region_match_reference, region_pool_reference
+from kernels.topk_prototypes import topk_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (3, 3, 20, 20), (2, 20, 196, 80), (1, 80, 81, 196), (2, 81, 80, 3), (1, 3, 1023, 81),
@@ -52,7 +52,6 @@ def inputs(shape, dtype, device="cpu", spread=3.0):
 def launched(triton_path, monkeypatch):
     """The names of the Triton kernels that were launched, in order."""
     names = []
-    from kernels import region_pool, topk_prototypes                                            # noqa: F401
     for module in ("kernels.region_pool", "kernels.topk_prototypes"):
         for name, kernel in vars(sys.modules[module]).items():
             if name.endswith("_kernel"):
@@ -256,6 +255,7 @@ def test_choice_of_path(triton_path):
     assert kernels.use("reference") == "triton"
     assert kernels.chosen() == "kernels: reference (asked for)"
     assert not kernels.runs_triton(torch.zeros(1, device=triton_path))
+    assert kernels.use("triton") == "reference" and not kernels.runs_triton(torch.zeros(1).double())
     kernels.use("auto")
     assert kernels.runs_triton(torch.zeros(1, device=triton_path)) == (triton_path == "cuda")
     with pytest.raises(ValueError, match="expected auto, reference or triton, got 'cuda'"):
