@@ -39,12 +39,12 @@ def squash(image, size):
 
 
 def normalise(image):
-    """RGB image -> (3, H, W) float32."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)       # (3, H, W) uint8
-    out = torch.empty(pixels.shape)
-    for channel in range(3):  # x/255 - mean, over std, as one multiply and add
-        torch.mul(pixels[channel], 1 / (255 * STD[channel]), out=out[channel]).sub_(MEAN[channel] / STD[channel])
-    return out
+    """RGB image -> (3, H, W) float32. numpy, as torch's threads would quarrel with the loader's processes."""
+    out = np.empty((3, image.height, image.width), np.float32)
+    for plane, band, mean, std in zip(out, image.split(), MEAN, STD):
+        np.multiply(np.asarray(band), np.float32(1 / (255 * std)), out=plane)
+        plane -= np.float32(mean / std)
+    return torch.from_numpy(out)
 
 
 def flip(image, rng):
@@ -122,18 +122,15 @@ def magnitude(operation, level):
 
 def apply(image, operation, level, rng):
     m = magnitude(operation, level)
-    if operation[:2] in ("sh", "tr") or operation in ENHANCE:
+    if operation[:2] in ("sh", "tr") or operation in ENHANCE:  # "sh" takes in sharpness, which is signed as well
         m *= rng.choice((-1, 1))
     if operation in ENHANCE:
         return ENHANCE[operation](image).enhance(1 + m)
-    if operation == "shX":
-        return image.transform(image.size, Image.AFFINE, (1, m, 0, 0, 1, 0), Image.BICUBIC, fillcolor=GREY)
-    if operation == "shY":
-        return image.transform(image.size, Image.AFFINE, (1, 0, 0, m, 1, 0), Image.BICUBIC, fillcolor=GREY)
-    if operation == "trX":
-        return image.transform(image.size, Image.AFFINE, (1, 0, m * image.size[0], 0, 1, 0), fillcolor=GREY)
-    if operation == "trY":
-        return image.transform(image.size, Image.AFFINE, (1, 0, 0, 0, 1, m * image.size[1]), fillcolor=GREY)
+    if operation[:2] in ("sh", "tr"):  # the output pixel (x, y) is taken from (x + ax y + tx, y + ay x + ty)
+        ax, tx, ay, ty = {"shX": (m, 0, 0, 0), "trX": (0, m * image.width, 0, 0),
+                          "shY": (0, 0, m, 0), "trY": (0, 0, 0, m * image.height)}[operation]
+        return image.transform(image.size, Image.AFFINE, (1, ax, tx, ay, 1, ty),
+                               Image.BICUBIC if operation[1] == "h" else Image.NEAREST, fillcolor=GREY)
     if operation == "rot":
         return image.rotate(m, fillcolor=GREY)  # always counter-clockwise
     if operation == "pos":

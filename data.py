@@ -124,7 +124,7 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
     elif is_sheet(data):
         table, prompts, _ = datasets.sheet(data, root)
         parts = {"train": table}
-        if isinstance(val, (str, Path)):
+        if val is not None and not isinstance(val, float):
             other, _, _ = datasets.sheet(val, root)
             if sorted(other.names) != sorted(table.names):
                 raise DataError(f"{val}: its classes differ from those of {data}: {sorted(set(other.names) ^ set(table.names))}")
@@ -210,6 +210,10 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
         raise DataError(f"ratio is a share in (0, 1], got {ratio}")
     if (single_positive is not None) + (mask is not None) + (ratio != 1) > 1:
         raise DataError("single_positive, mask and ratio < 1 exclude each other: choose one of them")
+    try:
+        val = float(val)  # a share may come from the command line as text
+    except (TypeError, ValueError):
+        pass
     cole, splc = single_positive == "largeloss", single_positive == "splc"
     parts, prompts = tables(data, root, cole, splc, names, keep_unannotated, val)
     if splc:
@@ -237,7 +241,7 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
     held = None if isinstance(val, float) else parts.get("val")
     if held is None:
         share = (0.2 if cole or is_sheet(data) else 0.0) if val is None else val
-        if not isinstance(share, (int, float)) or not 0 <= share < 1:
+        if not isinstance(share, float) or not 0 <= share < 1:
             raise DataError(f"val is a share in [0, 1) of the training images (or, for a sheet, a second sheet); got {val!r}")
         used, rows = hold_out(len(labels), share)
         held = train.take(rows[keep[rows]]) if keep[rows].any() else None

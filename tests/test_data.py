@@ -225,6 +225,46 @@ def test_checker_in_its_own_process(tmp_path):
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and run.stdout == ""
 
 
+# ---------------------------------------------------------------------------------------------------- training
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory):
+    """The CLIP that ships, or one of the same shape with random weights while it is not there."""
+    from clip import pretrain
+    from clip.model import CLIP
+    if pretrain.TINY.is_file():
+        return "tiny"
+    path = tmp_path_factory.mktemp("clip") / "quickgelu.safetensors"
+    pretrain.save(CLIP(**pretrain.DIMENSIONS), path, {})
+    return path
+
+
+@pytest.fixture
+def one_thread():
+    """Batches this small lose more to a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name,setting", [(name, setting) for name in fake.MAKERS for setting in ("partial", "largeloss")]
+                         + [(name, "splc") for name in data.LISTS] + [("sheet", "partial"), ("sheet", "largeloss")])
+def test_one_epoch_through_the_command_line(trees, tmp_path, small_clip, name, setting, capsys, one_thread):
+    import train
+    if name == "sheet":
+        fake.sheet(tmp_path)
+    where = ["--data", tmp_path / "photos.csv"] if name == "sheet" else ["--data", name, "--root", trees / name]
+    labels = ["--ratio", 0.5] if setting == "partial" else ["--single-positive", setting]
+    code = train.main([str(a) for a in (*where, *labels, "--clip", small_clip, "--epochs", 1, "--size", 64, "--batch", 5,
+                                        "--context", 4, "--workers", 0, "--out", tmp_path / "run")])
+    assert code == 0, capsys.readouterr().err
+    about = json.loads((tmp_path / "run/config.json").read_text())["data"]
+    info = about["photos/train" if name == "sheet" else f"{name}/train"]
+    assert len(info["mask_sha256"]) == 64 and info["images"] > 0 and info["unknowns"] > 0
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(line["L"])
+
+
 # ------------------------------------------------------------------------------------------------- real samples
 @samples
 def test_real_coco():
