@@ -64,40 +64,45 @@ def suggest(predictor, args):
     threshold, most probable first; then label 0, the least probable unknown cells, as many. The first --pictures
     rows come with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
     """
-    config, splits, file, found = predictor.config, predictor.splits(), Path(args.suggest), []
-    base = file.with_name(file.stem + "-regions")
-    home = Path(config["root"] or (Path(config["data"]).parent if data.is_sheet(config["data"]) else data.SCENES)).resolve()
-    for split in filter(None, (splits[name] for name in ("train", "val"))):
-        p = np.empty(split.labels.shape, np.float32)                               # (n, C)
-        for i, row, _ in predictor.over(split.paths, args.batch, args.workers, progress=True):
-            p[i] = row
-        found += [(float(p[i, c]), c, split.paths[i], int(split.truth[i, c])) for i, c in np.argwhere(split.labels == data.UNKNOWN)]
-    present = sorted((cell for cell in found if cell[0] >= predictor.threshold[cell[1]]), key=lambda cell: -cell[0])
-    absent = sorted((cell for cell in found if cell[0] < predictor.threshold[cell[1]]), key=lambda cell: cell[0])[: len(present)]
+    config, splits, file = predictor.config, predictor.splits(), Path(args.suggest)
+    parts, folder = [s for s in (splits["train"], splits["val"]) if s], file.with_name(file.stem + "-regions")
+    paths = [path for part in parts for path in part.paths]
+    labels, truth = (np.concatenate([getattr(part, which) for part in parts]) for which in ("labels", "truth"))      # (n, C)
+    p = np.empty(labels.shape, np.float32)
+    for i, row, _ in predictor.over(paths, args.batch, args.workers, progress=True):
+        p[i] = row
+    image, c = np.nonzero(labels == data.UNKNOWN)
+    believed, order = p[image, c] >= predictor.threshold[c], np.argsort(-p[image, c], kind="stable")
+    present = order[believed[order]]
+    absent = order[~believed[order]][::-1][: len(present)]
 
     regions, shown = {}, present[: 100 if args.pictures is None else args.pictures]
-    paths = sorted({path for _, _, path, _ in shown})
-    if shown:
-        base.mkdir(parents=True, exist_ok=True)
-    for i, p, maps in predictor.over(paths) if paths else ():
-        for rank, (_, c, path, _) in enumerate(shown, 1):
-            if path == paths[i]:
-                name = re.sub(r"[^\w.-]+", "_", f"{rank:04d}_{Path(path).stem}_{predictor.names[c]}.png")
-                picture([predictor.tiles(path, p, maps, [c])]).save(base / name)
-                regions[rank] = f"{base.name}/{name}"
+    drawn = np.unique(image[shown]).tolist()
+    if drawn:
+        folder.mkdir(parents=True, exist_ok=True)
+    for i, row, maps in predictor.over([paths[i] for i in drawn], args.batch, args.workers) if drawn else ():
+        for rank in np.flatnonzero(image[shown] == drawn[i]):
+            category = c[shown[rank]]
+            name = re.sub(r"[^\w.-]+", "_", f"{rank + 1:04d}_{Path(paths[drawn[i]]).stem}_{predictor.names[category]}.png")
+            picture([predictor.tiles(paths[drawn[i]], row, maps, [category])]).save(folder / name)
+            regions[shown[rank]] = f"{folder.name}/{name}"
+
+    home = Path(config["root"] or (Path(config["data"]).resolve().parent if data.is_sheet(config["data"]) else data.SCENES))
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerow(["image", "category", "label", "probability", "region"])
-    for rank, (p, c, path, _) in enumerate(present + absent, 1):
-        inside = Path(path).is_relative_to(home)
-        writer.writerow([Path(path).relative_to(home).as_posix() if inside else path, predictor.names[c],
-                         int(rank <= len(present)), f"{p:.4f}", regions.get(rank, "")])
+    for label, cells in ((1, present), (0, absent)):
+        for cell in cells:
+            path = Path(paths[image[cell]])                                        # named as the sheet names it
+            writer.writerow([path.relative_to(home).as_posix() if path.is_relative_to(home) else path, predictor.names[c[cell]],
+                             label, f"{p[image[cell], c[cell]]:.4f}", regions.get(cell, "")])
     write_atomically(file, sheet.getvalue())
 
-    print(f"{file}: of {len(found)} unknown labels {len(present)} are likely present (label 1, most probable first) and the "
-          f"{len(absent)} least probable are listed as absent (label 0); {len(regions)} pictures in {base}/")
+    print(f"{file}: of {len(order)} unknown labels {len(present)} are likely present (label 1, most probable first) and the "
+          f"{len(absent)} least probable are listed as absent (label 0); {len(regions)} pictures in {folder}/")
     for word, cells, code in (("present", present, 1), ("absent", absent, -1)):
-        known = [truth == code for *_, truth in cells if truth]
-        if known:                                                                  # a benchmark whose labels were hidden
-            print(f"suggested {word}: {100 * np.mean(known):.1f} % of {len(known)} agree with the hidden labels")
+        known = truth[image[cells], c[cells]]
+        known = known[known != data.UNKNOWN]
+        if len(known):                                                             # a benchmark whose labels were hidden
+            print(f"suggested {word}: {100 * np.mean(known == code):.1f} % of {len(known)} agree with the hidden labels")
     print("A probability ranks, it is no frequency: look at the rows, fill the right ones into the sheet, train again.")

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,18 +23,17 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from tqdm import tqdm
 
+import captions
 import clip
 import data
 import eval as evaluation
 import kernels
 import losses
 from features import Features, precision
+from files import (ConfigError, Lock, Parser, best_device, guarded, read_checkpoint, save_checkpoint,
+                   write_atomically)
 from memory import MemoryBank
 from trm import TRM, Prompts
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be: one line for the user."""
 
 
 def option(default, help, **rules):
@@ -55,6 +53,8 @@ class Config:
     val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2 (CSV data only)")
     names: Optional[str] = option(None, "file of prompt names, one category a line")
     train_images: Optional[int] = option(None, "use only the first n training images", low=1)
+    images: str = option("photos", "what is learned from: photos, or captions as images (captions.py; masks do not apply)", choices=("photos", "captions"))
+    captions: Optional[str] = option(None, "captions_*.json of --images captions (default: that of the data set's training images)")
     clip: str = option("RN101", "tiny RN50 RN101 RN50x4 RN50x16 ViT-B/32 ViT-B/16 ViT-L/14, or a weights file")
     activation: Optional[str] = option(None, "of CLIP, where its file does not tell", choices=("quickgelu", "gelu"))
     size: int = option(448, "side of the input in pixels", low=32)
@@ -119,6 +119,8 @@ class Config:
             raise ConfigError(f"--without expects any of kd,mmcp,mmcl,visual,text, got {','.join(sorted(unknown))}")
         if {"visual", "text"} <= self.parts_left_out:
             raise ConfigError("--without visual,text leaves no prototype: say --without mmcp")
+        if self.carl_from and self.matching != "carl":
+            raise ConfigError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.assume_negative is None:
             self.assume_negative = 0.3 if self.single_positive else 0.0
 
@@ -136,7 +138,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 def parse(argv):
     """Command line -> (Config, run to resume or None). Order: command line, preset of the data set, the paper's defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(__doc__.split("\n")[2:]))
     parser.add_argument("--resume", metavar="RUN", help="go on with a run; its own settings are used")
     for f in dataclasses.fields(Config):
@@ -156,7 +158,10 @@ def load_config(run):
     file = run / "config.json"
     if not file.is_file():
         raise ConfigError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
-    stored = json.loads(file.read_text())["config"]
+    try:
+        stored = dict(json.loads(file.read_text(encoding="utf-8"))["config"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} is no config.json of train.py: restore it, or train into another --out") from None
     unknown = set(stored) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise ConfigError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: it was written by another version")
@@ -249,35 +254,15 @@ class PseudoCount:
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
-def write_atomically(file, save):
-    """save(temporary name), flushed to disk, then renamed: a kill at any moment leaves the old file or the new one."""
-    temporary = file.with_name(file.name + ".tmp")
-    save(temporary)
-    with open(temporary, "rb+") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
-
-
-class Lock:
-    """One process writes a run folder; the lock goes with the process, however it ends."""
-
-    def __init__(self, run):
-        self.file = open(run / ".lock", "w")
-        try:
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass                                                                   # no such lock on Windows
-        except OSError:
-            raise ConfigError(f"another process is writing {run}: wait for it, or choose another --out") from None
-
-
 def run_folder(cfg):
-    setting = cfg.single_positive or f"{cfg.ratio:g}"
+    setting = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
     name = f"{Path(cfg.data).stem}-{setting}-{cfg.matching}{'-no-' + cfg.without.replace(',', '-') if cfg.without else ''}-seed{cfg.seed}"
     run = Path(cfg.out or f"runs/{name}")
     for i in range(2, 1000):
         if not (run / "config.json").exists():
+            above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):                # told now, not after an hour of decoding
+                raise ConfigError(f"{above} cannot be written into: choose another --out")
             return run
         if cfg.out:
             raise ConfigError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
@@ -285,8 +270,12 @@ def run_folder(cfg):
 
 
 def load_data(cfg):
-    return data.load(cfg.data, cfg.root, ratio=cfg.ratio, single_positive=cfg.single_positive, seed=cfg.seed,
-                     train_images=cfg.train_images, mask=cfg.mask, val=cfg.val, names=cfg.names)
+    splits = data.load(cfg.data, cfg.root, ratio=cfg.ratio, single_positive=cfg.single_positive, seed=cfg.seed,
+                       train_images=cfg.train_images, mask=cfg.mask, val=cfg.val, names=cfg.names)
+    if cfg.images == "photos":
+        return splits
+    file = cfg.captions or Path(cfg.root or data.SCENES) / "annotations" / "captions_train2014.json"
+    return captions.load(file, splits[0].names, splits[0].prompts, cfg.train_images), *splits[1:]
 
 
 class Run:
@@ -296,11 +285,14 @@ class Run:
         self.cfg, self.rank, self.world = cfg, 0, 1
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        self.device = best_device(int(os.environ.get("LOCAL_RANK", 0)), self.world)
         if self.world > 1 and cfg.batch % self.world:
             raise ConfigError(f"--batch {cfg.batch} does not divide among {self.world} processes")
-        kernels.use(cfg.kernels)
+        try:
+            kernels.use(cfg.kernels)
+        except ValueError as error:
+            raise ConfigError(error) from None
+        self.folder = resume or run_folder(cfg)
         self.train_split, self.val_split, self.test_split = splits or load_data(cfg)
         self.clip = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(self.device)
         self.amp = amp = precision(cfg.amp, self.device)
@@ -310,7 +302,10 @@ class Run:
         torch.backends.cudnn.allow_tf32 = amp is not None
         common = dict(clip=self.clip, size=cfg.size, batch=cfg.batch, workers=cfg.workers, cache=cfg.cache_dir, device=self.device,
                       amp=amp, rank=self.rank, world=self.world, whole=cfg.matching == "global")
-        self.feed = Features(self.train_split, augment=cfg.augment, seed=cfg.seed, views=cfg.cache_features, **common)
+        if cfg.images == "captions":
+            self.feed = captions.Captions(self.train_split, self.clip, cfg.batch, cfg.seed, self.device, self.rank, self.world)
+        else:
+            self.feed = Features(self.train_split, augment=cfg.augment, seed=cfg.seed, views=cfg.cache_features, **common)
         self.feeds = {name: Features(split, views=min(1, cfg.cache_features), **common)
                       for name, split in (("val", self.val_split), ("test", self.test_split)) if split is not None}
         torch.manual_seed(cfg.seed)
@@ -324,30 +319,34 @@ class Run:
         self.labels = torch.from_numpy(self.train_split.labels).to(self.device)
         self.truth = torch.from_numpy(self.train_split.truth).to(self.device)
         self.epoch, self.best, self.history = 0, None, []
-        self.folder = resume or run_folder(cfg)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.folder)
+        # Through JSON, so that what a later run reads back compares equal.
+        about = json.loads(json.dumps({"config": dataclasses.asdict(cfg), "clip_sha256": self.clip.sha256, "data": {
+            s.name: s.info for s in (self.train_split, self.val_split, self.test_split) if s}}))
         if resume:
-            self._load(resume / "last.pt")
+            self._load(about)
         elif self.rank == 0:
-            about = {"config": dataclasses.asdict(cfg), "clip_sha256": self.clip.sha256,
-                     "data": {s.name: s.info for s in (self.train_split, self.val_split, self.test_split) if s}}
-            write_atomically(self.folder / "config.json", lambda file: file.write_text(json.dumps(about, indent=1)))
+            write_atomically(self.folder / "config.json", json.dumps(about, indent=1))
 
     def _model(self):
         cfg, split = self.cfg, self.train_split
         queries = self.clip.encode_text(self.clip.tokenize([f"a photo of a {p}" for p in split.prompts]).to(self.device)) if cfg.queries == "text" else None
-        model = TRM(len(split.names), self.clip.D, Prompts(self.clip, split.prompts, cfg.context), cfg.matching, queries,
+        try:
+            prompts = Prompts(self.clip, split.prompts, cfg.context)
+        except ValueError as error:                                                # a name too long for CLIP
+            raise ConfigError(error) from None
+        model = TRM(len(split.names), self.clip.D, prompts, cfg.matching, queries,
                     contrastive=cfg.uses("mmcl"))
         if cfg.carl_from:
-            source = Path(cfg.carl_from) / "last.pt"
-            if not source.is_file():
-                raise ConfigError(f"--carl-from expects a finished run, found no {source}")
-            state = torch.load(source, map_location="cpu", weights_only=True)
-            if state["names"] != split.names:
-                raise ConfigError(f"--carl-from {cfg.carl_from} was trained on other categories than {cfg.data}")
-            model.carl.load_state_dict({k[5:]: v for k, v in state["model"].items() if k.startswith("carl.")})
+            state = read_checkpoint(Path(cfg.carl_from) / "last.pt")
+            if state["names"] != split.names or state["clip_sha256"] != self.clip.sha256:
+                raise ConfigError(f"--carl-from {cfg.carl_from} was trained on other categories than {cfg.data}, or on another CLIP")
+            carl = {k[5:]: v for k, v in state["model"].items() if k.startswith("carl.")}
+            if not carl:
+                raise ConfigError(f"--carl-from {cfg.carl_from} is a run without regions: give one with --matching carl")
+            model.carl.load_state_dict(carl)
             model.carl.requires_grad_(False)
         return model
 
@@ -390,16 +389,23 @@ class Run:
         bar = tqdm(self.feed.batches(self.epoch), total=batches, desc=f"epoch {self.epoch + 1}/{cfg.epochs}", leave=False,
                    disable=self.rank > 0 or not sys.stderr.isatty())
         for i, (index, f, x) in enumerate(bar):
-            for name, term in self.step(index, f, x, stage_two, min(cfg.batch, len(self.feed) - i * cfg.batch)).items():
+            terms = self.step(index, f, x, stage_two, min(cfg.batch, len(self.feed) - i * cfg.batch))
+            for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term
             if i % check == 0 or i == batches - 1:
                 if not torch.isfinite(sums["L"]):
-                    raise FloatingPointError("the loss is not finite after step %d of epoch %d: %s; lower --lr, or use --amp none" % (
-                        i + 1, self.epoch + 1, ", ".join(f"{k} {float(v):g}" for k, v in sums.items())))
+                    raise self._diverged(f"the loss is not finite after step {i + 1} of {batches}", terms)
                 bar.set_postfix(loss=f"{float(sums['L']) / (i + 1):.3f}")
+        if not all(parameter.isfinite().all() for parameter in self.learned):      # finite losses, yet a gradient was not
+            raise self._diverged("a weight is not finite after the last step", terms)
         seconds = time.perf_counter() - start
         return dict(epoch=self.epoch + 1, stage=2 if stage_two else 1) | {k: round(float(v) / batches, 6) for k, v in sums.items()} \
             | self.pseudo.report() | dict(images_per_second=round(len(self.feed) / seconds, 1), seconds=round(seconds, 2), waiting=round(self.feed.waited / seconds, 3))
+
+    def _diverged(self, what, terms):
+        kept = f"{self.folder / 'last.pt'} holds epoch {self.epoch}" if self.epoch else "no epoch was finished"
+        return FloatingPointError(f"epoch {self.epoch + 1}: {what} ({', '.join(f'{k} {float(v):g}' for k, v in terms.items())}); {kept}; "
+                                  "train anew with a lower --lr or --amp none, and look at the images if that does not help")
 
     @torch.no_grad()
     def evaluate(self):
@@ -466,23 +472,30 @@ class Run:
         inference = dict(config=json.dumps(dataclasses.asdict(self.cfg)), names=list(self.train_split.names), clip_sha256=self.clip.sha256,
                          model=self.model.state_dict(), g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=self.epoch)
         if improved:
-            write_atomically(self.folder / "best.pt", lambda file: torch.save(inference, file))
+            save_checkpoint(inference, self.folder / "best.pt")
         state = inference | dict(memory=self.memory.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
                                  scaler=self.scaler.state_dict(), best=self.best, history=json.dumps(self.history))
-        write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write_text(lines))
+        save_checkpoint(state, self.folder / "last.pt")
+        self._write_history()
 
-    def _load(self, file):
+    def _write_history(self):
+        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def _load(self, about):
+        file, begun = self.folder / "last.pt", json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        for what, now in about.items():
+            if begun.get(what, now) != now and what != "config":
+                raise ConfigError(f"{self.folder} was begun on other {'data' if what == 'data' else 'CLIP weights'} than are there now "
+                                  f"(config.json tells which): put them back, or train anew")
         if not file.is_file():
             return                                                                 # stopped before its first epoch ended: start anew
-        state = torch.load(file, map_location=self.device, weights_only=True)
-        if state["clip_sha256"] != self.clip.sha256:
-            raise ConfigError(f"{file} belongs to CLIP {state['clip_sha256'][:12]}..., {self.cfg.clip} is {self.clip.sha256[:12]}...")
+        state = read_checkpoint(file, self.device)
         self.model.load_state_dict(state["model"])
         for name in ("memory", "optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         self.epoch, self.best, self.history = state["epoch"], state["best"], json.loads(state["history"])
+        if self.rank == 0:
+            self._write_history()                                                  # a kill may have come between the two files
 
     def _finish(self):
         last = self.history[-1]
@@ -532,23 +545,18 @@ def curves(history, file):
 
 
 def main(argv=None):
-    try:
+    def work():
         cfg, resume = parse(argv)
-        if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        Run(cfg, resume).train()
-    except (ConfigError, data.DataError, clip.ClipError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the last finished epoch is in last.pt: go on with --resume", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        try:
+            Run(cfg, resume).train()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return guarded(work, "stopped; what was finished is in last.pt of the run folder: go on with --resume")
 
 
 if __name__ == "__main__":

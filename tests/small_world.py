@@ -1,0 +1,74 @@
+"""A world small enough for dozens of training runs: 40 drawn scenes of 64 pixels, a CLIP with random weights, seconds a run."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from test_clip import small
+
+import scenes
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+_made = {}
+
+
+@pytest.fixture
+def world(tmp_path_factory):
+    """Folder with scenes/ and clip-quickgelu.safetensors; made once a session."""
+    if "folder" not in _made:
+        _made["folder"] = make(tmp_path_factory.mktemp("world"))
+    return _made["folder"]
+
+
+def make(folder):
+    scenes.write(folder / "scenes", train=40, val=16, test=16, size=64, workers=1)
+    save_file(small("resnet"), folder / "clip-quickgelu.safetensors")
+    return folder
+
+
+def options(world, out, **changes):
+    """The command line of a run of seconds; a change of None leaves an option out."""
+    chosen = dict(data="scenes", root=world / "scenes", ratio=0.5, clip=world / "clip-quickgelu.safetensors", size=64, epochs=3,
+                  batch=16, context=4, queue=8, workers=0, cache_features=1, cache_dir=world / "features", out=out) | changes
+    return [str(word) for name, value in chosen.items() if value is not None for word in ("--" + name.replace("_", "-"), value)]
+
+
+def run(world, out, **changes):
+    """Trains in this process; returns the history."""
+    cfg, _ = train.parse(options(world, out, **changes))
+    return train.Run(cfg).train()
+
+
+def start(script, *arguments, **keywords):
+    """`python SCRIPT ARGUMENTS` as a user would, output kept, one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, script, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+
+
+def command(main, arguments, capfd):
+    """main(arguments) -> (exit status, lines on stdout, lines on stderr)."""
+    capfd.readouterr()
+    status = main([str(a) for a in arguments])
+    out, err = capfd.readouterr()
+    return status, out.splitlines(), err.splitlines()
+
+
+def one_line(main, arguments, capfd, *words):
+    """The command is refused: status 2 and a single line on stderr that holds `words`. Returns that line."""
+    status, _, err = command(main, arguments, capfd)
+    assert status == 2, (status, err)
+    assert len(err) == 1 and err[0].startswith("error: ") and len(err[0]) < 700, err
+    for word in words:
+        assert str(word) in err[0], err[0]
+    return err[0]
+
+
+def rows(folder):
+    """metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
