@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .tokenizer import ClipError, tokenize
 
-ACTIVATIONS = {"quickgelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+ACTIVATIONS = {"quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu}  # silu(x) = x sigmoid(x)
 
 
 def resize_positions(positions, h, w):
@@ -136,6 +136,15 @@ class Attention(nn.Module):
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         return self.out_proj(attend(q, k, v, self.heads, causal))
 
+    def last(self, x, at):
+        """What token at[t] of text t, the last one that counts, gets from those before it and from itself. (T, W)"""
+        q, k, v = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q = F.linear(x[torch.arange(len(x), device=x.device), at], *q)                           # (T, W)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, F.linear(x, *k), F.linear(x, *v)))
+        s = torch.einsum("thc,tshc->ths", q, k) / q.shape[-1] ** 0.5                             # (T, heads, S)
+        s = s.masked_fill((torch.arange(x.shape[1], device=x.device) > at[:, None])[:, None], -torch.inf)
+        return self.out_proj(torch.einsum("ths,tshc->thc", s.softmax(-1).to(v.dtype), v).flatten(1))
+
     def values(self, x):
         """Each token attends to itself alone."""
         weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
@@ -152,9 +161,13 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
         self.activation = activation
 
-    def forward(self, x, causal=False, values_only=False):
+    def forward(self, x, causal=False, values_only=False, at=None):
+        """x (B, S, C) -> the same, or with at (B,) only token at[b] of each: (B, C), as if causal."""
         y = self.ln_1(x)
-        x = x + (self.attn.values(y) if values_only else self.attn(y, causal))
+        if at is not None:
+            x = x[torch.arange(len(x), device=x.device), at] + self.attn.last(y, at)
+        else:
+            x = x + (self.attn.values(y) if values_only else self.attn(y, causal))
         return x + self.mlp["c_proj"](ACTIVATIONS[self.activation](self.mlp["c_fc"](self.ln_2(x))))
 
 
@@ -245,9 +258,10 @@ class CLIP(nn.Module):
         """embeddings (T, S, W), S up to context_length, without positions; eot (T,) index of the end-of-text token
         -> (T, D), not normalised. Differentiable in embeddings."""
         x = embeddings + self.positional_embedding[:embeddings.shape[1]]                         # (T, S, W)
-        for block in self.transformer.resblocks:
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
             x = block(x, causal=True)
-        return self.ln_final(x[torch.arange(len(x), device=x.device), eot]) @ self.text_projection
+        return self.ln_final(last(x, at=eot)) @ self.text_projection  # of the last block only one token is asked
 
     def encode_text(self, tokens):
         """tokens (T, S) -> (T, D). The causal mask keeps what follows the end-of-text token from mattering, so all texts
