@@ -1,0 +1,145 @@
+"""Texts as images: prompts learned from captions alone, without a single photo (TaI-DPT, Guo et al., CVPR 2023; paper, Tables 1, 2).
+
+    python train.py --data scenes --images captions --matching global       the global prompts, matched with whole sentences
+    python train.py --data scenes --images captions --matching dualcoop     the local prompts, matched with single words
+
+CLIP puts texts and images into one space, so a caption's features stand in for an image's: the sentence for the global
+feature x (D,), its words for the dense ones f (N, D). Its labels are the categories that it names. What is learned is then
+applied to photos. The double-grained prompts of TaI-DPT do not meet before inference, so they are two runs here, whose scores
+are averaged (`eval.py RUN --ensemble RUN`). Not as there: our dual prompts and Eq. 14 in place of its ranking loss.
+"""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clip import ClipError
+from data import NEGATIVE, POSITIVE, DataError, as_split
+from datasets import Table
+from features import order
+
+# Words that mean the same, a group a line; a category is named by every word of the groups that hold its own name. Words with
+# many other meanings ("glass", "mouse" of a computer) stay with the category that captions mostly mean by them.
+SAME = """
+person, people, man, men, woman, women, boy, girl, child, children, kid, baby, guy, lady, player, skier, surfer, skateboarder, rider, crowd
+airplane, aeroplane, plane, jet, airliner    |  bicycle, bike, cyclist          |  motorcycle, motorbike, motor bike, scooter, moped
+car, suv, sedan, taxi, automobile            |  bus, minibus, double decker     |  train, locomotive, railway engine, tram
+truck, lorry, pickup, fire engine, fire truck|  boat, boats, ship, ferry, canoe, sailboat, kayak, yacht
+traffic light, traffic signal, stoplight     |  fire hydrant, hydrant           |  stop sign  |  parking meter  |  bench, park bench
+bird, birds, pigeon, seagull, duck, goose, geese, parrot, owl, gull             |  cat, kitten, kitty  |  dog, puppy, hound
+horse, horses, pony, foal                    |  sheep, lamb, ram, ewe           |  cow, cattle, bull, calf, ox, oxen  |  elephant
+bear, polar bear  |  zebra  |  giraffe       |  backpack, rucksack, knapsack    |  umbrella, parasol    |  handbag, purse
+tie, necktie, bow tie                        |  suitcase, luggage, baggage      |  frisbee, flying disc |  skis, ski  |  snowboard
+sports ball, soccer ball, tennis ball, basketball, football, baseball, ball     |  kite  |  baseball bat |  baseball glove, mitt
+skateboard  |  surfboard                     |  tennis racket, tennis racquet, racket, racquet          |  bottle  |  wine glass, wineglass
+cup, mug, teacup  |  fork  |  knife, knives  |  spoon  |  bowl  |  banana  |  apple  |  sandwich, burger, hamburger  |  orange, tangerine
+broccoli  |  carrot  |  hot dog, hotdog      |  pizza  |  donut, doughnut       |  cake, cupcake        |  chair, armchair, stool
+couch, sofa, loveseat, settee                |  potted plant, pottedplant, houseplant, house plant      |  bed
+dining table, diningtable, table, desk       |  toilet, urinal                  |  tv, television, tvmonitor, tv monitor, monitor
+laptop, notebook computer  |  mouse          |  remote, remote control          |  keyboard             |  cell phone, cellphone, smartphone, phone
+microwave  |  oven, stove  |  toaster        |  sink, washbasin                 |  refrigerator, fridge, freezer  |  book, books
+clock  |  vase  |  scissors                  |  teddy bear, teddy, stuffed bear |  hair drier, hair dryer, blow dryer  |  toothbrush
+sun, sunshine  |  moon  |  cloud, clouds     |  flower, flowers, blossom        |  house, houses, cottage  |  tree  |  lamp
+"""
+
+
+def singular(word):
+    """"butterflies" -> "butterfly", "buses" -> "bus", "snowmen" -> "snowman"; words of a group may give what has no rule."""
+    for ending, one in (("men", "man"), ("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("uses", "us"),
+                        ("ves", "f"), ("ss", "ss"), ("us", "us"), ("s", "")):
+        if word.endswith(ending) and len(word) > len(ending) + 1:
+            return word[: -len(ending)] + one
+    return word
+
+
+def words_of(text):
+    return [singular(word) for word in re.findall(r"[a-z]+", text.lower())]
+
+
+def vocabulary(names):
+    """{words of a phrase, singular: set of category numbers}, from the names and the groups that hold them."""
+    groups = [[tuple(words_of(phrase)) for phrase in group.split(",")] for line in SAME.strip().splitlines() for group in line.split("|")]
+    found = {}
+    for c, name in enumerate(names):
+        own = tuple(words_of(name))
+        for phrase in {own}.union(*(group for group in groups if own in group)):
+            found.setdefault(phrase, set()).add(c)
+    # A longer phrase of another category takes its words with it: a hot dog is no dog, also where "hot dog" is not asked for.
+    return {phrase: set() for group in groups for phrase in group if len(phrase) > 1} | found
+
+
+def mentioned(text, phrases):
+    """The categories that a caption names: the longest phrase at each place, left to right."""
+    words, longest, found, i = words_of(text), max(map(len, phrases)), set(), 0
+    while i < len(words):
+        for length in range(min(longest, len(words) - i), 0, -1):
+            if tuple(words[i: i + length]) in phrases:
+                found |= phrases[tuple(words[i: i + length])]
+                break
+        i += length
+    return found
+
+
+def load(file, names, prompts, images=None):
+    """captions_*.json as COCO's -> data.Split whose `paths` are the captions that name a category, the first `images` images'."""
+    try:
+        raw = json.loads(Path(file).read_text())
+        wanted = {image["id"] for image in raw["images"][:images]}
+        texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: captions in COCO's format are needed (captions_train2014.json): {type(error).__name__} {error}") from None
+    phrases = vocabulary(names)
+    named = [(text, found) for text in texts if (found := mentioned(text, phrases))]
+    if not named:
+        raise DataError(f"{file}: none of its {len(texts)} captions names one of the categories: {', '.join(names[:5])}, ...")
+    labels = np.full((len(named), len(names)), NEGATIVE, np.int8)                  # what a caption does not name counts as absent
+    for row, (_, found) in zip(labels, named):
+        row[list(found)] = POSITIVE
+    table = Table([text for text, _ in named], labels, list(names), notes={"captions that name no category": len(texts) - len(named)})
+    return as_split("captions", table, prompts)
+
+
+class Captions:
+    """The feed of captions, in the form of features.Features: yields (index (B,), f (B, N, D) words, x (B, D) sentences)."""
+
+    def __init__(self, split, clip, batch=128, seed=0, device="cpu", rank=0, world=1):
+        self.split, self.clip, self.batch, self.seed, self.device, self.rank, self.world = split, clip, batch, seed, device, rank, world
+        self.waited = 0.0
+        rows = []
+        for text in split.paths:
+            words = text.split()
+            while True:                                                            # a text that is too long loses its end
+                try:
+                    rows.append(clip.tokenize([" ".join(words)])[0].int().cpu())
+                    break
+                except ClipError:
+                    words = words[: len(words) * 3 // 4]
+        self.tokens = torch.stack(rows)                                            # (n, S)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def batches(self, epoch, shuffle=True):
+        for part in (order(len(self), epoch, self.seed) if shuffle else torch.arange(len(self))).split(self.batch):
+            part = torch.cat([part, part[:1].expand(-len(part) % self.world)])[self.rank:: self.world]
+            yield part.to(self.device), *self.encode(self.tokens[part].long().to(self.device))
+
+    @torch.no_grad()
+    def encode(self, tokens):
+        """tokens (B, S) -> f (B, N, D), x (B, D). Every token is projected as CLIP projects the end of the text, which is x.
+
+        f holds the words and the end, not the start, which is the same in all texts. N is that of the longest text of the batch,
+        and a shorter one repeats itself, so that no padding has to be kept out of the softmax over the locations.
+        """
+        eot = tokens.argmax(1)                                                     # (B,) the end of the text has the largest id
+        tokens = tokens[:, : int(eot.max()) + 1]
+        h = self.clip.embed(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
+        for block in self.clip.transformer.resblocks:
+            h = block(h, causal=True)
+        h = self.clip.ln_final(h) @ self.clip.text_projection                      # (B, S, D)
+        B, N = len(h), h.shape[1] - 1
+        place = 1 + torch.arange(N, device=h.device) % eot[:, None]                # (B, N) 1 ... eot, again and again
+        rows = torch.arange(B, device=h.device)
+        return h[rows[:, None], place].float(), h[rows, eot].float()
