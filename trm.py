@@ -12,6 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import region_pool
 
@@ -33,7 +34,9 @@ class Prompts(nn.Module):
 
     clip    a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category names
     context (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1.
+    at_once  prompts whose activations are held for the backward pass (some 10 MB each in CLIP's text transformer)
     """
+    at_once = 512
 
     def __init__(self, clip, texts, M=16):
         super().__init__()
@@ -53,7 +56,12 @@ class Prompts(nn.Module):
         """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context through the frozen encoder."""
         sot, name = self.sot.expand(2, -1, -1, -1), self.name_eot.expand(2, -1, -1, -1)
         prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)        # (2C, 1+M+S, W)
-        g = clip.encode_prompts(prompts, self.eot.repeat(2))                       # (2C, D)
+        eot, step = self.eot.repeat(2), self.at_once
+        if len(eot) <= step:
+            g = clip.encode_prompts(prompts, eot)                                  # (2C, D)
+        else:                                                                      # many categories: less memory, for a second forward pass
+            g = torch.cat([checkpoint(clip.encode_prompts, *part, use_reentrant=False, preserve_rng_state=False)
+                           for part in zip(prompts.split(step), eot.split(step))])
         return F.normalize(g.float(), dim=-1).chunk(2)
 
 
