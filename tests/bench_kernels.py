@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import test_compile
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from conftest import GPU, gpu
 
@@ -104,11 +105,11 @@ def provide(provider, public, reference):
 
 
 @pytest.fixture(autouse=True)
-def restore(monkeypatch):
+def restore():
     earlier, threads = kernels.use("auto"), torch.get_num_threads()
     torch.set_num_threads(1)                                    # another program on a second core would stall every step
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)        # a backward that is timed again and again
-    yield
+    with torch._functorch.config.patch(donated_buffer=False):   # a compiled backward may then run again and again
+        yield
     torch.set_num_threads(threads)
     kernels.use(earlier)
 
