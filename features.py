@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,6 +143,11 @@ class Features:
                 item = next(iterator, None)
             except DataError as error:                                             # a worker's comes with its traceback: the last line says it
                 raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from None
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError("a process that decodes images was ended from outside, mostly because memory ran out: use fewer "
+                                "--workers, or 0") from None
             self.waited += time.perf_counter() - start
             if item is None:
                 return
@@ -190,7 +196,7 @@ class Features:
 
             try:
                 batches = tqdm(self._timed(self._load(places)), f"features of {self.split.name}", len(places), leave=False,
-                               disable=not places or self.rank > 0)
+                               disable=not places or self.rank > 0 or not sys.stderr.isatty())
                 for chunk, (view, index), (images, _) in zip(missing, places, batches):
                     f, x = self._encode(images)
                     stored[view, index] = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16).cpu()

@@ -1,0 +1,272 @@
+"""What a practitioner does with a run: predictions, pictures, suggestions of missing labels, tables; and what is refused."""
+import csv
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_world import command, one_line, run, world                              # noqa: F401
+from test_clip import small
+
+import clip
+import data
+import eval as evaluation
+import train
+from eval import Predictor
+
+
+@pytest.fixture
+def trained(world, tmp_path_factory):                                              # noqa: F811
+    """A run of two epochs on the small world, made once."""
+    out = world / "trained"
+    if not out.exists():
+        run(world, out, epochs=2)
+    return out
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Photos as people have them: sizes, modes, formats and marks."""
+    folder, rng = tmp_path / "photos", np.random.RandomState(0)
+    folder.mkdir()
+    rgb = Image.fromarray(rng.randint(0, 256, (90, 140, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                               # turned by the camera
+    for name, image, how in (("wide.jpg", rgb.resize((900, 40)), {}), ("tall.png", rgb.resize((3, 200)), {}), ("one.bmp", rgb.resize((1, 1)), {}),
+                             ("grey.png", rgb.convert("L"), {}), ("grey16.png", Image.fromarray(rng.randint(0, 65536, (50, 60)).astype(np.uint16)), {}),
+                             ("alpha.png", rgb.convert("RGBA"), {}), ("palette.gif", rgb.convert("P"), {}), ("print.jpg", rgb.convert("CMYK"), {}),
+                             ("bits.png", rgb.convert("1"), {}), ("turned.jpg", rgb, dict(exif=exif)), ("scan.tif", rgb, {}), ("web.webp", rgb, {}),
+                             ("größe π.JPG", rgb, {})):
+        image.save(folder / name, **how)
+    (folder / "notes.txt").write_text("not an image, and not taken for one")
+    return folder
+
+
+def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, tmp_path, capfd):
+    sheet, pictures = tmp_path / "all.csv", tmp_path / "pictures"
+    status, out, err = command(evaluation.main, [trained, "--image", photos, "--json", "--csv", sheet, "--out", pictures, "--top", 3,
+                                                 "--batch", 4], capfd)
+    assert status == 0 and err == []
+    found = [json.loads(line) for line in out]
+    images = sorted(p for p in photos.iterdir() if p.suffix != ".txt")
+    assert [row["image"] for row in found] == [str(p) for p in images] and len(images) == 13
+    rows = list(csv.DictReader(open(sheet, encoding="utf-8")))
+    names = Predictor(trained).names
+    assert [row.pop("image") for row in rows] == [str(p) for p in images] and list(rows[0]) == names
+    for row, wide in zip(found, rows):
+        shown = list(row["scores"].values())
+        assert len(shown) == 3 and shown == sorted(shown, reverse=True) and all(0 < p < 1 for p in shown)
+        best = sorted((float(p) for p in wide.values()), reverse=True)[:3]
+        assert np.allclose(shown, best, atol=1e-4)
+        with Image.open(row["picture"]) as picture:
+            assert picture.size == (4 * 198 + 6, 219)
+    assert len(list(pictures.iterdir())) == 13
+
+    status, out, err = command(evaluation.main, [trained, "--image", photos / "grey.png", "--pictures", 0, "--out", tmp_path / "none"], capfd)
+    assert status == 0 and len(out) == 2 and out[1].startswith(f"{photos / 'grey.png'}: ") and not list((tmp_path / "none").iterdir())
+
+
+def test_one_pass_of_the_network_in_batches(trained, photos, tmp_path, capfd, monkeypatch):
+    sizes, encode = [], clip.CLIP.encode
+    monkeypatch.setattr(clip.CLIP, "encode", lambda self, x: sizes.append(len(x)) or encode(self, x))
+    assert evaluation.main([str(trained), "--image", str(photos), "--batch", "5", "--out", str(tmp_path)]) == 0
+    assert sizes == [5, 5, 3]
+
+
+def test_batches_workers_and_neighbours_do_not_change_a_prediction(trained, photos):
+    model, paths = Predictor(trained), evaluation.images_in([photos])
+    rows = model.predict(paths, batch=32)
+    for other in (model.predict(paths, batch=1), model.predict(paths, batch=3, workers=2)):
+        for a, b in zip(rows, other):
+            assert a["image"] == b["image"]
+            assert all(abs(p - b["scores"][name]) < 1e-5 for name, p in a["scores"].items())
+
+
+def test_files_of_one_name_keep_their_own_pictures(trained, photos, tmp_path, capfd):
+    (tmp_path / "more").mkdir()
+    for name in ("grey.png", "GREY.png"):
+        shutil.copy(photos / "grey.png", tmp_path / "more" / name)
+    arguments = [trained, "--image", photos / "grey.png", tmp_path / "more", photos / "grey.png", "--out", tmp_path / "out", "--json"]
+    status, out, _ = command(evaluation.main, arguments, capfd)
+    drawn = {json.loads(line)["picture"].lower() for line in out}
+    assert status == 0 and len(out) == len(drawn) == 4 and len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd):
+    (photos / "broken.jpg").write_bytes((photos / "turned.jpg").read_bytes()[:700])
+    (photos / "empty.png").write_bytes(b"")
+    status, out, err = command(evaluation.main, [trained, "--image", photos, "--json", "--out", tmp_path, "--workers", 1], capfd)
+    assert status == 2 and len(out) == 13
+    assert len(err) == 1 and err[0].startswith("error: 2 files are no readable images and were skipped: ")
+    assert "broken.jpg" in err[0] and "empty.png" in err[0]
+    with pytest.raises(data.DataError, match="broken.jpg"):
+        Predictor(trained).predict([photos / "grey.png", photos / "broken.jpg"])
+
+
+def test_thresholds_come_from_validation_and_decide_what_is_present(trained, capfd):
+    state = torch.load(trained / "last.pt", weights_only=True)
+    model = Predictor(trained, "last")
+    val = model.split("val")
+    scores, _ = evaluation.run_scores(model, model.features(val))
+    assert np.allclose(model.threshold, evaluation.best_thresholds(scores, val.truth), atol=1e-6)
+    assert state["threshold"] == model.threshold.tolist() and len(set(state["threshold"])) > 2
+    row = model.row("x", np.where(np.arange(len(model.names)) % 2, 1.0, 0.0))
+    assert row["present"] == model.names[1::2]
+
+
+def test_inference_needs_the_run_folder_and_the_image_encoder_only(world, photos, tmp_path, monkeypatch):       # noqa: F811
+    shutil.copytree(world / "scenes", tmp_path / "scenes")
+    run(world, tmp_path / "run", root=tmp_path / "scenes", epochs=1, cache_dir=tmp_path / "cache")
+    before = Predictor(tmp_path / "run").predict([photos / "grey.png"])
+    shutil.rmtree(tmp_path / "scenes")
+    shutil.rmtree(tmp_path / "cache")
+    for kept in (tmp_path / "run").iterdir():
+        if kept.name != "best.pt":
+            kept.unlink()
+
+    def never(*_, **__):
+        raise AssertionError("the text encoder was asked")
+    for name in ("encode_text", "encode_prompts", "embed", "tokenize"):
+        monkeypatch.setattr(clip.CLIP, name, never)
+    monkeypatch.setattr(data, "load", never)
+    assert Predictor(tmp_path / "run").predict([photos / "grey.png"]) == before
+
+
+def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
+    status, out, err = command(evaluation.main, [trained, "--checkpoint", "last", "--json"], capfd)
+    stored = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["test"]
+    got = json.loads(out[-1])
+    assert status == 0 and got["mAP"] == pytest.approx(stored["mAP"], abs=0.01) and got["left_out"] == stored["left_out"]
+    status, out, _ = command(evaluation.main, [trained, "--ensemble", trained, "--checkpoint", "last", "--json"], capfd)
+    assert status == 0 and json.loads(out[-1])["mAP"] == pytest.approx(stored["mAP"], abs=0.01)
+    status, out, _ = command(evaluation.main, [trained, "--compare", trained], capfd)
+    assert status == 0 and [line.split(",")[0].split(" ")[0] for line in out[-4:]] == ["zero-shot", "zero-shot", str(trained), str(trained)]
+
+
+# ------------------------------------------------------------------------------------------------------------ suggestions
+def test_suggestions_of_a_benchmark_are_the_hidden_cells_in_order_of_belief(trained, tmp_path, capfd):
+    status, out, err = command(evaluation.main, [trained, "--suggest", tmp_path / "s.csv", "--pictures", 4], capfd)
+    assert status == 0 and err == []
+    model = Predictor(trained)
+    split = model.split("train")
+    rows = list(csv.DictReader(open(tmp_path / "s.csv", encoding="utf-8")))
+    assert list(rows[0]) == ["image", "category", "label", "probability", "region"]
+    at = {os.path.relpath(path, model.config["root"]): i for i, path in enumerate(split.paths)}
+    p = np.empty(split.labels.shape)
+    for i, row, _ in model.over(split.paths):
+        p[i] = row
+    present = (p >= model.threshold) & (split.labels == 0)
+    listed = [(at[row["image"]], model.names.index(row["category"])) for row in rows]
+    assert len(set(listed)) == len(rows) and all(split.labels[cell] == 0 for cell in listed)         # no known cell, none twice
+    first = [row for row in rows if row["label"] == "1"]
+    assert rows[: len(first)] == first and {cell for cell in listed[: len(first)]} == set(zip(*np.nonzero(present)))
+    belief = [float(row["probability"]) for row in rows]
+    assert belief[: len(first)] == sorted(belief[: len(first)], reverse=True) and belief[len(first):] == sorted(belief[len(first):])
+    assert all(abs(b - p[cell]) < 1e-3 for b, cell in zip(belief, listed))
+    pictures = [row["region"] for row in rows if row["region"]]
+    assert pictures == [row["region"] for row in rows[:4]] and all((tmp_path / name).is_file() for name in pictures)
+    known = [split.truth[cell] == 1 for cell in listed[: len(first)]]
+    assert f"suggested present: {100 * np.mean(known):.1f} % of {len(first)} agree" in "\n".join(out)
+
+
+def test_a_half_filled_sheet_is_trained_suggested_for_filled_and_trained_again(world, tmp_path, capfd):           # noqa: F811
+    images = sorted((world / "scenes" / "train2014").iterdir())[:24]
+    (tmp_path / "in").mkdir()
+    lines, rng = ["image,sun, a tree ,red/blue"], np.random.RandomState(0)
+    for image in images:
+        shutil.copy(image, tmp_path / "in")
+        lines.append(",".join([f"in/{image.name}", *rng.choice(["1", "0", "", ""], 3)]))
+    sheet = tmp_path / "labels.csv"
+    sheet.write_text("\n".join(lines))
+    run(world, tmp_path / "run", data=sheet, root=None, ratio=None, epochs=2, cache_features=0)
+    status, out, err = command(evaluation.main, [tmp_path / "run", "--suggest", tmp_path / "more.csv"], capfd)
+    assert status == 0 and err == [] and "hidden" not in "\n".join(out)
+
+    filled = [line.split(",") for line in lines]
+    rows = list(csv.DictReader(open(tmp_path / "more.csv", encoding="utf-8")))
+    assert rows and f"of {sum(line.count('') for line in filled)} unknown labels" in out[-2]          # validation's rows too
+    column, row_of = {"sun": 1, "a tree": 2, "red/blue": 3}, {line[0]: line for line in filled}
+    for row in rows:                                                               # named as the sheet names them
+        assert row_of[row["image"]][column[row["category"]]] == ""
+        row_of[row["image"]][column[row["category"]]] = row["label"]
+        assert not row["region"] or (tmp_path / row["region"]).is_file()
+    sheet.write_text("\n".join(",".join(line) for line in filled))
+    run(world, tmp_path / "again", data=sheet, root=None, ratio=None, epochs=1, cache_features=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd):
+    bad = lambda *arguments, words: one_line(evaluation.main, arguments, capfd, *words)
+    bad(trained, "--imgae", "x.jpg", words=["--imgae", "did you mean --image"])
+    bad(trained, "--top", "x", words=["--top"])
+    bad(words=["run"])
+    bad(tmp_path / "nowhere", words=["nowhere", "run folder"])
+    bad(trained, "--image", tmp_path / "gone.jpg", words=["gone.jpg"])
+    (tmp_path / "empty").mkdir()
+    bad(trained, "--image", tmp_path / "empty", words=["found no .jpg"])
+    bad(trained, "--image", photos, "--top", 0, words=["--top expects a number from 1"])
+    bad(trained, "--image", photos, "--batch", 0, words=["--batch"])
+    bad(trained, "--image", photos, "--suggest", tmp_path / "s.csv", words=["give one"])
+    bad(trained, "--suggest", tmp_path / "no" / "s.csv", "--pictures", 0, words=["s.csv", "cannot be written"])
+    bad(trained, "--image", photos / "grey.png", "--out", photos / "grey.png", words=["grey.png"])
+    bad(trained, "--root", tmp_path / "moved", words=["moved"])
+    bad(trained, "--split", "val", "--root", tmp_path, words=[str(tmp_path)])
+
+
+@pytest.mark.parametrize("damage", ("truncated", "empty", "text", "pickle", "foreign", "folder"))
+def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage):
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "best.pt"
+    whole = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "text":
+        file.write_text("<html>404</html>")
+    elif damage == "pickle":
+        file.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    elif damage == "foreign":
+        torch.save({"model": {"weight": torch.zeros(3)}}, file)
+    else:
+        file.unlink()
+        file.mkdir()
+    one_line(evaluation.main, [tmp_path / "run"], capfd, "best.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_clip_is_refused(trained, world, tmp_path, capfd):                 # noqa: F811
+    from safetensors.torch import save_file
+    run(world, tmp_path / "run", epochs=1, clip=shutil.copy(world / "clip-quickgelu.safetensors", tmp_path / "mine-quickgelu.safetensors"))
+    save_file({k: v + (0.1 if v.is_floating_point() else 0) for k, v in small("resnet").items()}, tmp_path / "mine-quickgelu.safetensors")
+    one_line(evaluation.main, [tmp_path / "run"], capfd, "was trained on CLIP")
+    one_line(train.main, ["--resume", tmp_path / "run"], capfd, "CLIP weights")
+
+
+# ------------------------------------------------------------------------------------------------------------ platforms
+def test_the_device_is_chosen_and_every_module_works_without_optional_packages(world, trained, monkeypatch):      # noqa: F811
+    from files import best_device
+    if not torch.cuda.is_available():
+        assert best_device().type == ("mps" if torch.backends.mps.is_available() else "cpu")
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        assert best_device().type == "mps" and best_device(1, 2).type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(best_device(3, 4)) == "cuda:3"
+
+
+def test_without_triton_matplotlib_and_fcntl_a_run_trains_and_predicts(world, tmp_path):                          # noqa: F811
+    """As on Windows and macOS: the packages are hidden from a fresh interpreter."""
+    import subprocess
+    from small_world import ROOT, options
+    code = ("import sys\nfor name in ('triton', 'matplotlib', 'fcntl'): sys.modules[name] = None\n"
+            "import os, shutil; del os.statvfs\nimport train, eval\n"
+            f"assert train.main({options(world, tmp_path / 'run', epochs=1)!r}) == 0\n"
+            f"assert eval.main([{str(tmp_path / 'run')!r}, '--image', {str(world / 'scenes' / 'val2014')!r}, '--pictures', '1']) == 0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout and "curves.png needs matplotlib" in done.stdout
+    assert not (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "last.pt").exists()
