@@ -1,0 +1,108 @@
+"""Two processes that share every batch give what one process gives: losses, memory, thresholds, scores; only one of them writes.
+
+The two run in processes of their own (this file, called with a rank), over gloo on the CPU.
+"""
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from files import ConfigError
+from small_world import make, options, start, world                                # noqa: F401   (world is a fixture)
+
+UNEVEN = dict(train_images=37, batch=6, epochs=3)                                  # 7 steps an epoch, the last of a single image
+
+
+def job(folder, rank, ranks):
+    """Trains, and saves what every step gave as {ranks}-{rank}.pt."""
+    torch.set_num_threads(1)
+    cfg, _ = train.parse(options(folder, folder / f"run-{ranks}", **UNEVEN))
+    training, val, test = train.load_data(cfg)
+    test = dataclasses.replace(test, paths=test.paths[:11], labels=test.labels[:11], truth=test.truth[:11],
+                               boxes=test.boxes and test.boxes[:11])              # 6 and 5: one image more on rank 0
+    steps, scores, step = [], [], train.Run.step
+
+    def recorded(run, *args):
+        steps.append(step(run, *args))
+        return steps[-1]
+
+    with mock.patch.object(train.Run, "step", recorded), mock.patch.object(train, "curves"):
+        run = train.Run(cfg, splits=(training, val, test))
+        run.train()
+        scores = run.evaluate()[1]
+    torch.save(dict(terms=[{k: float(v) for k, v in terms.items()} for terms in steps], memory=run.memory.state_dict(),
+                    model=run.model.state_dict(), scores={k: torch.tensor(v) for k, v in scores.items()}, history=run.history),
+               folder / f"{ranks}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """(one process, rank 0 of two, rank 1 of two), and the folder."""
+    folder = make(tmp_path_factory.mktemp("ranks"))
+    job(folder, 0, 1)                                                              # also fills the cache that all of them read
+    processes = [start(__file__, folder, rank, 2) for rank in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+    return [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")], folder
+
+
+def test_losses_of_20_steps_agree(results):
+    one, *two = results[0]
+    assert len(one["terms"]) == 21 and "L_NCE" in one["terms"][-1]
+    for rank in two:
+        for i, (a, b) in enumerate(zip(one["terms"][:20], rank["terms"])):
+            assert a.keys() == b.keys()
+            for k in a:
+                assert abs(a[k] - b[k]) <= 1e-5 * max(1, abs(a[k])), f"step {i}: {k} is {b[k]!r} on two processes, {a[k]!r} on one"
+
+
+def test_memory_is_the_same_everywhere(results):
+    one, *two = (r["memory"] for r in results[0])
+    for rank in two:
+        assert torch.equal(one["bank"], rank["bank"]) and torch.equal(one["cursor"], rank["cursor"])
+        for k in ("theta", "T"):
+            assert torch.equal(rank[k].isnan(), one[k].isnan())
+            assert torch.allclose(rank[k], one[k], atol=1e-5, equal_nan=True), k
+    for k in one:                                                                  # and bit for bit between the two
+        assert torch.equal(two[0][k].nan_to_num(7), two[1][k].nan_to_num(7)), k
+    for k, v in results[0][1]["model"].items():
+        assert torch.equal(v, results[0][2]["model"][k]), k
+
+
+def test_every_image_is_scored_once(results):
+    one, *two = (r["scores"] for r in results[0])
+    assert len(one["test"]) == 11 and len(one["val"]) == 16
+    for rank in two:
+        for split in one:
+            assert torch.allclose(rank[split], one[split], atol=1e-4), split
+    clean = lambda history: [{k: v for k, v in line.items() if k in ("stage", "pseudo_pos", "pseudo_neg")} for line in history]
+    assert clean(results[0][0]["history"]) == clean(results[0][1]["history"])     # padding is not counted
+
+
+def test_one_rank_writes(results):
+    folder = results[1]
+    assert sorted(p.name for p in folder.glob("run-2*")) == ["run-2"]
+    lines = [json.loads(line) for line in (folder / "run-2" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and {"config.json", "last.pt"} <= {p.name for p in (folder / "run-2").iterdir()}
+
+
+def test_a_batch_that_does_not_divide_is_refused(world, tmp_path):                 # noqa: F811
+    cfg, _ = train.parse(options(world, tmp_path / "run", batch=5))
+    with mock.patch.multiple(dist, is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2):
+        with pytest.raises(ConfigError, match="--batch 5 does not divide among 2"):
+            train.Run(cfg)
+
+
+if __name__ == "__main__":
+    folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    job(folder, rank, ranks)
+    dist.destroy_process_group()
