@@ -179,6 +179,7 @@ class Features:
         with alone(folder / "lock") if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
             if self.rank == 0:
                 reserve(file, needed, f"features of {self.split.name}: {n} images x {views} views x {rows} x {D} bf16")
+                grow(folder / "done", views * chunks)
             self._barrier()
             stored = torch.from_file(str(file), shared=True, size=needed // 2, dtype=torch.bfloat16).view(self.shape)
             done = torch.from_file(str(folder / "done"), shared=True, size=views * chunks, dtype=torch.uint8)
@@ -222,6 +223,12 @@ def digest(*parts):
     return sha.hexdigest()
 
 
+def grow(file, size):
+    """By zeros, never shorter. Not left to torch.from_file, which clears the first byte of a file that it extends."""
+    with open(file, "ab") as handle:
+        handle.truncate(max(size, handle.tell()))
+
+
 def reserve(file, needed, about):
     """Says what a new cache will take and takes it at once, so that a full disk is noticed now and not in the middle."""
     size = file.stat().st_size if file.exists() else 0
@@ -232,7 +239,8 @@ def reserve(file, needed, about):
     try:
         if needed - size > free:
             raise OSError
-        with open(file, "ab") as handle:
+        grow(file, needed)
+        with open(file, "rb+") as handle:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, needed)
     except OSError:
