@@ -239,10 +239,10 @@ def reserve(file, needed, about):
     try:
         if needed - size > free:
             raise OSError
-        grow(file, needed)
-        with open(file, "rb+") as handle:
+        with open(file, "ab") as handle:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, needed)
+        grow(file, needed)                                                         # where nothing can be reserved
     except OSError:
         raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free / 2**30:.1f} GiB free: "
                         f"choose fewer --cache-features or another --cache-dir") from None
