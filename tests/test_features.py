@@ -1,0 +1,283 @@
+"""The feature cache: equal to what it stands for, found again, never mistaken, unharmed by a kill; and the loader around it."""
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import pytest
+import torch
+
+import data
+import features
+from conftest import gpu
+from features import Features, order
+from fake_datasets import photo
+from small_world import start
+from test_clip import small
+
+import clip
+
+SIZE = 64
+
+
+def make_split(folder, n=21, seed=0):
+    paths = [str(folder / f"{i}.png") for i in range(n)]
+    for i, path in enumerate(paths):
+        photo(path, seed + i, size=(70, 60))
+    labels = np.ones((n, 2), np.int8)
+    return data.Split("photos", paths, ["a", "b"], ["a", "b"], labels, labels)
+
+
+def make_clip():
+    return clip.build(small("resnet"), fold=True)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 4)                                      # 21 images: five full chunks and one of a single image
+    monkeypatch.setattr(features, "FLUSH", 0.0)
+    torch.set_num_threads(1)
+    return SimpleNamespace(split=make_split(tmp_path), clip=make_clip(), folder=tmp_path / "cache",
+                           options=dict(size=SIZE, batch=8, augment="taidpt", cache=tmp_path / "cache"))
+
+
+def cached(made, **changes):
+    return Features(**(dict(split=made.split, clip=made.clip, views=2) | made.options | changes))
+
+
+def encoded_images(made, monkeypatch, **changes):
+    """How many images the backbone sees while such a cache is opened."""
+    seen, encode = [0], Features._encode
+
+    def counting(self, images, whole=True):
+        seen[0] += len(images)
+        return encode(self, images, whole)
+
+    monkeypatch.setattr(Features, "_encode", counting)
+    cached(made, **changes)
+    monkeypatch.undo()
+    monkeypatch.setattr(features, "CHUNK", 4), monkeypatch.setattr(features, "FLUSH", 0.0)
+    return seen[0]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_cached_equals_uncached_up_to_bf16(made, shuffle):
+    with_cache, without = cached(made), cached(made, views=0)
+    for epoch in (0, 1, 2):                                                        # view 0, view 1, and view 0 again
+        rows = 0
+        for (i, f, x), (j, g, y) in zip(with_cache.batches(epoch, shuffle), without.batches(epoch % 2, shuffle)):
+            rows += len(i)
+            if epoch < 2:
+                assert torch.equal(i, j) and f.dtype == torch.float32
+                for a, b in ((f, g), (x, y)):                                      # bf16 keeps 8 bits: half a unit is 2^-9
+                    assert ((a - b).abs() <= 2**-8 * b.abs() + 1e-5).all()
+        assert rows == 21
+    a, b = (dict(zip(i.tolist(), f)) for i, f, _ in [next(iter(with_cache.batches(0))), next(iter(with_cache.batches(2)))])
+    assert all(torch.equal(a[i], b[i]) for i in a.keys() & b.keys())
+
+
+def test_found_again_and_grown_by_views(made, monkeypatch):
+    assert encoded_images(made, monkeypatch) == 42
+    assert encoded_images(made, monkeypatch) == 0
+    assert encoded_images(made, monkeypatch, batch=5) == 0                         # neither batch nor the number of processes matters
+    assert encoded_images(made, monkeypatch, views=3) == 21                        # one view more
+    assert encoded_images(made, monkeypatch, views=1) == 0
+    assert encoded_images(made, monkeypatch, views=7, augment="none") == 21        # without augmentation there is one view
+
+
+def test_mask_and_labels_do_not_matter(made, monkeypatch):
+    cached(made)
+    made.split = dataclasses.replace(made.split, labels=np.zeros((21, 2), np.int8))
+    assert encoded_images(made, monkeypatch) == 0
+
+
+def test_key(made):
+    folders = lambda: {p.name for p in made.folder.iterdir()}
+    seen = set()
+
+    def is_new(**changes):
+        cached(made, views=1, **changes)
+        now = folders()
+        assert len(now - seen) == 1, changes
+        seen.update(now)
+
+    is_new()
+    is_new(seed=1)
+    is_new(augment="flip")
+    is_new(augment="none")
+    is_new(size=96)
+    cached(made, views=1, augment="none", seed=5)                                  # what is not random does not depend on the seed
+    assert folders() == seen
+    weight = made.clip.visual.layer1[0].conv1.weight
+    weight.data[0, 0] += 1e-3
+    is_new()
+    photo(made.split.paths[20], seed=99, size=(70, 60))                            # another picture under the same name
+    is_new()
+    made.split = dataclasses.replace(made.split, paths=made.split.paths[:20], labels=made.split.labels[:20])
+    is_new()
+
+
+def test_disk_need_is_told_before_and_a_full_disk_refused(made, capsys, monkeypatch):
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(data.DataError, match="the feature cache needs .* GiB, .* has 0.0 GiB free: choose fewer"):
+        cached(made)
+    monkeypatch.undo()
+    cached(made)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "MiB" in line][-1:]
+    f = cached(made)
+    assert f"21 images x 2 views x {f.shape[2]} x {f.shape[3]} bf16" in line and str(made.folder) in line
+    assert f.stored.nbytes == 2 * 21 * f.shape[2] * f.shape[3] * 2
+    assert capsys.readouterr().out == ""                                           # nothing to announce the second time
+
+
+def test_stopped_by_an_error_it_goes_on(made, monkeypatch):
+    encode, seen = Features._encode, []
+
+    def stops(self, images, whole=True):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return encode(self, images, whole)
+
+    monkeypatch.setattr(Features, "_encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        cached(made)
+    monkeypatch.setattr(Features, "_encode", encode)
+    assert encoded_images(made, monkeypatch) == 42 - 12
+    whole = cached(made).stored
+    assert torch.equal(whole, cached(made, cache=made.folder / "anew").stored)
+
+
+def test_killed_it_goes_on(made, monkeypatch):
+    process = start(__file__, Path(made.split.paths[0]).parent, made.folder)
+    assert process.stdout.readline().startswith("features of photos")
+    done = None
+    for _ in range(1200):                                                          # until a few chunks are there
+        done = next(iter(made.folder.glob("*/done")), None)
+        if done and sum(done.read_bytes()) >= 2:
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    there = sum(done.read_bytes())
+    assert 2 <= there < 12
+    assert 42 - 4 * there <= encoded_images(made, monkeypatch) <= 42 - 4 * there + 3    # the last chunk of a view has one image
+    assert torch.equal(cached(made).stored, cached(made, cache=made.folder / "anew").stored)
+
+
+def test_two_at_once(made):
+    """Another process that opens the same cache waits until it is complete."""
+    process = start(__file__, Path(made.split.paths[0]).parent, made.folder)
+    assert process.stdout.readline().startswith("features of photos")             # it holds the lock now
+    mine = cached(made)
+    folder = next(made.folder.iterdir())
+    assert sum((folder / "done").read_bytes()) == 12
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and torch.equal(mine.stored, cached(made, cache=made.folder / "anew").stored)
+
+
+def test_workers_stay_and_change_nothing(made):
+    alone, helped = cached(made, views=0), cached(made, views=0, workers=2)
+    workers = []
+    for epoch in (0, 1):
+        for (i, f, x), (j, g, y) in zip(alone.batches(epoch), helped.batches(epoch)):
+            assert torch.equal(i, j) and torch.equal(f, g) and torch.equal(x, y)
+        workers.append([w.pid for w in helped.loader._iterator._workers])
+    assert workers[0] == workers[1] and helped.waited > 0
+    next(iter(helped.batches(2)))                                                  # left in the middle, then begun anew
+    assert sorted(torch.cat([i for i, _, _ in helped.batches(3, shuffle=False)]).tolist()) == list(range(21))
+
+
+def test_a_broken_image_is_one_line_from_workers_too(made):
+    Path(made.split.paths[7]).write_bytes(b"no image")
+    for workers in (0, 1):
+        with pytest.raises(data.DataError) as error:
+            list(cached(made, views=0, workers=workers).batches(0))
+        assert "\n" not in str(error.value) and str(error.value).startswith(made.split.paths[7])
+    os.remove(made.split.paths[7])
+    with pytest.raises(data.DataError, match="7.png: .*; put the image back or take it off the list"):
+        cached(made)
+
+
+def test_attention_pool_is_skipped_unless_asked_for(made):
+    (_, f, x), (_, g, y) = (next(iter(cached(made, views=0, whole=whole).batches(0))) for whole in (True, False))
+    assert torch.equal(f, g) and x is not None and y is None
+
+
+def test_the_runs_random_numbers_are_untouched(made):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    list(cached(made, views=0, workers=1).batches(0))
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shares_of_the_ranks(made, ranks):
+    """Training: equal shares that interleave to the batch, padded by its first image. Evaluation: every image once."""
+    feeds = [cached(made, views=0, rank=rank, world=ranks, batch=6) for rank in range(ranks)]
+    for f in feeds:
+        f._encode = lambda images, whole: (images.new_zeros(len(images), 1, 1), None)
+    shares = [[i for i, _, _ in f.batches(1)] for f in feeds]
+    for b, batch in enumerate(order(21, 1, 0).split(6)):
+        parts = [share[b] for share in shares]
+        assert len({len(part) for part in parts}) == 1
+        rows = torch.stack(parts, 1).flatten()
+        assert torch.equal(rows[: len(batch)], batch) and (rows[len(batch):] == batch[0]).all()
+    seen = torch.cat([i for f in feeds for i, _, _ in f.batches(0, shuffle=False)])
+    assert sorted(seen.tolist()) == list(range(21))
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert [features.precision(amp, cpu) for amp in ("auto", "none", "bf16", "fp16")] == [None, None, torch.bfloat16, torch.float16]
+
+
+@gpu
+@pytest.mark.parametrize("amp", ["auto", "none", "fp16"])
+def test_a_step_never_waits_for_the_gpu(made, amp):
+    """Training steps of both stages, fed from the backbone and from the cache, without a single host synchronisation."""
+    import train
+    from small_world import make, options
+    folder = make(made.folder.parent / "world")
+    for cache in (0, 1):
+        run = train.Run(train.parse(options(folder, folder / f"run-{amp}-{cache}", amp=amp, cache_features=cache))[0])
+        run.pseudo = train.PseudoCount(run.device)
+        run.memory.set_text_prototypes(run.text_features()[0])
+        batches = run.feed.batches(0)
+        run.step(*next(batches), False)                                            # compiles, allocates
+        run.step(*next(batches), True)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run.step(*next(batches), True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_the_gpu_uses_bf16_and_tf32_as_told():
+    import train                                                                   # noqa: F401
+    device = torch.device("cuda")
+    assert features.precision("auto", device) is (torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else None)
+
+
+if __name__ == "__main__":                                                         # a process to kill: fills the cache, slowly
+    features.CHUNK, features.FLUSH = 4, 0.0
+    torch.set_num_threads(1)
+    encode = Features._encode
+
+    def slowly(self, images, whole=True):
+        time.sleep(0.3)
+        return encode(self, images, whole)
+
+    Features._encode = slowly
+    folder = Path(sys.argv[1])
+    paths = [str(folder / f"{i}.png") for i in range(21)]
+    labels = np.ones((21, 2), np.int8)
+    Features(data.Split("photos", paths, ["a", "b"], ["a", "b"], labels, labels), make_clip(), SIZE, batch=8, augment="taidpt",
+             views=2, cache=sys.argv[2])
