@@ -1,5 +1,5 @@
 """From image files to tensors: decoding, the test transform, and the training augmentation of TaI-DPT, which the paper
-follows (section 4.1): one of {random crop, cutout}, one of 117 colour-and-shape policies, mirroring, CLIP's normalisation.
+follows (section 4.1): a random crop or cutout, one of 117 colour and shape policies, mirroring, CLIP's normalisation.
 
 PIL and numpy only. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
 """
@@ -80,6 +80,8 @@ def cutout(image, rng, factor=0.4):
 # ------------------------------------------------------------------------------------------------- the 117 policies
 # AutoAugment's 25 ImageNet policies and 92 of its CIFAR-10 ones, as MLC_Policy of TaI-DPT has them: each applies its
 # first operation with the first probability, then the second. "0.4pos8" = probability 0.4, posterize, level 8.
+# shX shY shear, trX trY translate, rotate, color, contrast, sharpness, brightness, posterize, solarize, autocontrast,
+# equalize, invert; level 0..9.
 TABLE = """
 0.4pos8 0.6rot9 | 0.6sol5 0.6aut5 | 0.8equ8 0.6equ3 | 0.6pos7 0.6pos6 | 0.4equ7 0.2sol4 | 0.4equ4 0.8rot8 |
 0.6sol3 0.6equ7 | 0.8pos5 1equ2 | 0.2rot3 0.6sol8 | 0.6equ8 0.4pos6 | 0.8rot8 0.4col0 | 0.4rot9 0.6equ2 |
@@ -104,9 +106,6 @@ TABLE = """
 """
 POLICIES = [[(float(step[:-4]), step[-4:-1], int(step[-1])) for step in row.split()] for row in TABLE.split("|")]
 
-OPERATIONS = {"shX": "shearx", "shY": "sheary", "trX": "translatex", "trY": "translatey", "rot": "rotate", "col": "color",
-              "con": "contrast", "sha": "sharpness", "bri": "brightness", "pos": "posterize", "sol": "solarize",
-              "aut": "autocontrast", "equ": "equalize", "inv": "invert"}
 ENHANCE = {"col": ImageEnhance.Color, "con": ImageEnhance.Contrast, "sha": ImageEnhance.Sharpness,
            "bri": ImageEnhance.Brightness}
 LEVELS = {"sh": np.linspace(0, 0.3, 10), "tr": np.linspace(0, 150 / 331, 10), "rot": np.linspace(0, 30, 10),

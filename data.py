@@ -4,8 +4,8 @@
     python data.py photos.csv                     the same for your own sheet; every problem with its line
 
 `load` gives train, val and test `Split`s in the paper's two settings: partial labels (each cell kept with probability
-`ratio`) and single positive (one positive a training image). `Images` turns a Split into tensors. The layouts and
-their parsers are in datasets.py, the augmentation in augment.py.
+`ratio`) and single positive (one positive a training image). `Images` turns a Split into tensors. The six layouts
+are in datasets.py, your own CSV in sheets.py, the augmentation in augment.py.
 
 N images, C categories.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import augment as transforms
 import datasets
 from datasets import NEGATIVE, POSITIVE, UNKNOWN, DataError
+from sheets import is_sheet, second_sheet, sheet
 
 NAMES = ("scenes", "coco", "voc2007", "voc2012", "vg200", "nuswide", "cub")
 SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
@@ -63,7 +64,7 @@ def prompts_for(data, names, style):
 
 # ------------------------------------------------------------------------------------------ which labels are seen
 def partial_mask(shape, ratio, seed=0):
-    """(N, C) bool. At seed 0 SARB's published masks bit for bit. The same numbers serve all ratios: 10 % lie in 20 %."""
+    """(N, C) bool. At seed 0 SARB's published masks bit for bit. The same numbers serve all ratios: 0.1 is in 0.2."""
     return np.random.RandomState(seed).random_sample(shape) < ratio
 
 
@@ -100,39 +101,33 @@ def read_mask(path, table):
         raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
                         f"{error}") from None
     if array.shape != table.labels.shape:
-        raise DataError(f"{path}: a mask for {table.labels.shape} images x classes is needed, this one is {array.shape}")
+        raise DataError(f"{path}: expected a mask for {table.labels.shape} images x classes, got {array.shape}")
     if not np.isin(array, (-1, 0, 1)).all():
         raise DataError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
     wrong = (array != table.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise DataError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first row {row + 1}, class "
-                        f"{table.names[column]!r}: {array[row, column]}; codes are 1 present, -1 absent, 0 unknown")
+        raise DataError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first row {row + 1}, "
+                        f"class {table.names[column]!r}: {array[row, column]}; codes are 1 present, -1 absent, 0 unknown")
     return array != UNKNOWN
 
 
 # ------------------------------------------------------------------------------------------------------- the sets
 def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated=False, val=None):
-    """{"train", "val", "test"} -> datasets.Table with complete labels, or None; and the prompt names if a sheet has any."""
-    prompts = None
+    """{"train", "val", "test"} -> datasets.Table with all that is known; some of the three may be absent."""
     if data == "scenes":
-        if root is None and not (SCENES / "annotations" / "instances_val2014.json").exists():
+        if root is None:
             import scenes
-            scenes.write(SCENES)
+            try:
+                scenes.write(SCENES)  # leaves them alone when they are there
+            except scenes.SceneError as error:
+                raise DataError(str(error)) from None
         parts = {key: datasets.coco(root or SCENES, folder)
                  for key, folder in (("train", "train2014"), ("val", "tune2014"), ("test", "val2014"))}
     elif is_sheet(data):
-        table, prompts, _ = datasets.sheet(data, root)
-        parts = {"train": table}
+        parts = {"train": sheet(data, root)}
         if val is not None and not isinstance(val, float):
-            other, _, _ = datasets.sheet(val, root)
-            if sorted(other.names) != sorted(table.names):
-                raise DataError(f"{val}: its classes differ from those of {data}: {sorted(set(other.names) ^ set(table.names))}")
-            both = set(other.files) & set(table.files)
-            if both:
-                raise DataError(f"{val}: {len(both)} images are in {data} too, first {min(both)}; keep them apart")
-            other.labels, other.names = other.labels[:, [other.names.index(n) for n in table.names]], table.names
-            parts["val"] = other
+            parts["val"] = second_sheet(val, root, parts["train"], data)
     elif root is None:
         raise DataError(f"{data}: say where the data set lies with --root" if data in NAMES else
                         f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
@@ -154,16 +149,13 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
         parts = {split: getattr(datasets, data)(root, split) for split in ("train", "test")}
     else:
         raise DataError(f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
-    classes = {tuple(table.names) for table in parts.values()}
-    if len(classes) > 1:
-        raise DataError(f"{root}: the splits name different classes")
-    return parts, prompts
+    if len({tuple(table.names) for table in parts.values()}) > 1:
+        raise DataError(f"{root}: its splits name different classes")
+    return parts
 
 
 def splc_lists(data, root, lists, parts):
-    """The SPLC setup: its published lists name the training images and their one positive. -> (train, observed, test)"""
-    if data not in LISTS:
-        raise DataError(f"single_positive='splc' has lists for {', '.join(LISTS)}; for {data} use 'largeloss'")
+    """The SPLC setup: published lists name the training images and their positive. -> (train, its labels, test)"""
     where = Path(lists or root)
     paths = [where if i == 0 and where.is_file() else
              datasets.find(where.parent if where.is_file() else where, name, f"annotations/{name}", f"scpnet_{name}",
@@ -172,7 +164,8 @@ def splc_lists(data, root, lists, parts):
         concepts = datasets.nus_names(root)
         (train_names, observed), (test_names, test) = (datasets.single_list(path, 81) for path in paths)
         train = datasets.photos(root, train_names, observed, concepts, paths[0])
-        return train, observed, datasets.photos(root, test_names, np.where(test == POSITIVE, test, NEGATIVE), concepts, paths[1])
+        test = np.where(test == POSITIVE, test, NEGATIVE)
+        return train, observed, datasets.photos(root, test_names, test, concepts, paths[1])
     names, observed = datasets.single_list(paths[0], len(parts["train"].names))
     row = {Path(file).name: i for i, file in enumerate(parts["train"].files)}
     absent = [name for name in names if Path(name).name not in row]
@@ -182,7 +175,7 @@ def splc_lists(data, root, lists, parts):
     if (observed & (train.labels != POSITIVE)).any():
         i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
         raise DataError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which its annotation denies")
-    train.drop = None
+    train.drop[:] = False  # what the list holds counts
     return train, observed, parts["test"]
 
 
@@ -210,18 +203,20 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
         raise DataError(f"ratio is a share in (0, 1], got {ratio}")
     if (single_positive is not None) + (mask is not None) + (ratio != 1) > 1:
         raise DataError("single_positive, mask and ratio < 1 exclude each other: choose one of them")
+    if single_positive == "splc" and data not in LISTS:
+        raise DataError(f"single_positive='splc' has lists for {', '.join(LISTS)}; for {data} use 'largeloss'")
+    if seed < 0 or (train_images is not None and train_images < 1):
+        raise DataError(f"seed is 0 or more and train_images 1 or more, got {seed} and {train_images}")
     try:
         val = float(val)  # a share may come from the command line as text
     except (TypeError, ValueError):
         pass
     cole, splc = single_positive == "largeloss", single_positive == "splc"
-    parts, prompts = tables(data, root, cole, splc, names, keep_unannotated, val)
+    parts = tables(data, root, cole, splc, names, keep_unannotated, val)
     if splc:
         train, labels, parts["test"] = splc_lists(data, root, lists, parts)
-    elif cole:
-        train = parts["train"]
-        if train.drop is not None and data != "nuswide":  # images without labels never had a row there; lost photos did
-            train = train.take(~train.drop)
+    elif cole:  # the published sampler never had a row for images without labels; for photos lost since, it had
+        train = parts["train"] if data == "nuswide" else parts["train"].used()
         labels = single_positives(train.labels, 1200 + seed)
     else:
         train = parts["train"]
@@ -229,43 +224,36 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
         labels = train.labels * kept
     digest = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()  # of all rows, before any is dropped
 
+    prompts = train.prompts or prompts_for(data, train.names, prompt_names)
     if names and data != "vg200":
         prompts = datasets.read_lines(names)
         if len(prompts) != len(train.names):
             raise DataError(f"{names}: expected {len(train.names)} names, one a line, got {len(prompts)}")
-    prompts = prompts or prompts_for(data, train.names, prompt_names)
-    label = Path(data).stem if is_sheet(data) else data
 
-    keep = np.ones(len(labels), bool) if train.drop is None else ~train.drop
-    used = np.arange(len(labels))
-    held = None if isinstance(val, float) else parts.get("val")
+    rows, held = np.arange(len(labels)), None if isinstance(val, float) else parts.get("val")
     if held is None:
         share = (0.2 if cole or is_sheet(data) else 0.0) if val is None else val
         if not isinstance(share, float) or not 0 <= share < 1:
-            raise DataError(f"val is a share in [0, 1) of the training images (or, for a sheet, a second sheet); got {val!r}")
-        used, rows = hold_out(len(labels), share)
-        held = train.take(rows[keep[rows]]) if keep[rows].any() else None
-    used = used[keep[used]][:train_images]
-    if len(used) == 0:
-        raise DataError(f"{data}: no training image is left (train_images={train_images}, val={val})")
-    splits = [as_split(f"{label}/train", train.take(used), prompts, labels[used]),
-              *(table and as_split(f"{label}/{name}", table if table.drop is None else table.take(~table.drop), prompts)
-                for name, table in (("val", held), ("test", parts.get("test"))))]
-    splits[0].info["mask_sha256"] = digest
-    if not splits[0].info["positives"]:
-        raise DataError(f"{data}: no positive label is left to train on ({splits[0].info}); raise ratio or train_images")
-    return tuple(splits)
-
-
-def is_sheet(data):
-    return str(data).lower().endswith(".csv")
+            raise DataError(f"val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {val}")
+        rows, held_rows = hold_out(len(labels), share)
+        held_rows = held_rows[~train.drop[held_rows]]
+        held = train.take(held_rows) if len(held_rows) else None
+    rows = rows[~train.drop[rows]][:train_images]
+    label = Path(data).stem if is_sheet(data) else data
+    first = as_split(f"{label}/train", train.take(rows), prompts, labels[rows])
+    first.info["mask_sha256"] = digest
+    if not first.info["positives"]:
+        raise DataError(f"{data}: no positive label is left in {len(rows)} training images; raise ratio or train_images")
+    return first, *(table and as_split(f"{label}/{name}", table.used(), prompts)
+                    for name, table in (("val", held), ("test", parts.get("test"))))
 
 
 def as_split(name, table, prompts, labels=None):
     labels = table.labels if labels is None else labels
-    info = {"images": len(labels), **{word: int((labels == code).sum()) for word, code in
-                                      (("positives", POSITIVE), ("negatives", NEGATIVE), ("unknowns", UNKNOWN))}}
-    return Split(name, table.files, table.names, prompts, labels, table.labels, table.boxes, {**info, "dropped": table.notes})
+    info = {"images": len(labels), "positives": int((labels == POSITIVE).sum()),
+            "negatives": int((labels == NEGATIVE).sum()), "unknowns": int((labels == UNKNOWN).sum()),
+            "dropped": table.notes}
+    return Split(name, table.files, table.names, prompts, labels, table.labels, table.boxes, info)
 
 
 def describe(split):
@@ -279,7 +267,7 @@ def describe(split):
 
 # --------------------------------------------------------------------------------------------------------- images
 class Images:
-    """A Split's images as (float32 (3, size, size) CLIP-normalised, index); a key is (epoch, index), or an index (epoch 0).
+    """A Split's images as (float32 (3, size, size) CLIP-normalised, index); a key is (epoch, index), or index (epoch 0).
 
     augment: "none" (the test transform: bicubic to size x size), "flip" (the same and half the images mirrored) or
     "taidpt" (see augment.py). All randomness comes from (seed, epoch, index): any number of workers, or a resumed
@@ -300,7 +288,8 @@ class Images:
         try:
             image = transforms.read(self.paths[index])
         except Exception as error:  # decoders raise whatever a broken file makes them: one message for all of it
-            raise DataError(f"{self.paths[index]}: not a readable image ({error}); replace it or take it off the list") from None
+            raise DataError(f"{self.paths[index]}: not a readable image ({error}); "
+                            "replace it or take it off the list") from None
         if self.augment == "taidpt":
             image = transforms.taidpt(image, self.size, rng, self.smallest_crop)
         else:
@@ -313,16 +302,12 @@ class Images:
 def check(data, root=None, names=None, decode=True):
     """Prints what is in a data set or sheet; returns the problems, one line each."""
     try:
-        if is_sheet(data):
-            table, prompts, lines = datasets.sheet(data, root)
-            parts, where = {"sheet": table}, {file: f"{data}:{line}: " for file, line in zip(table.files, lines)}
-        else:
-            parts, where = tables(data, root, names=names)[0], {}
+        parts = tables(data, root, names=names)
     except DataError as error:
         return getattr(error, "problems", [str(error)])
     problems = []
     for name, table in parts.items():
-        table = table if table.drop is None else table.take(~table.drop)
+        table = table.used()
         positive = (table.labels == POSITIVE).astype(np.float32)
         counts = positive.sum(0)
         print(f"\n{describe(as_split(f'{data} {name}', table, table.names))}")
@@ -331,28 +316,29 @@ def check(data, root=None, names=None, decode=True):
             column = table.labels[:, c]
             print(f"{category[:31]:32}{int(counts[c]):9}{(column == NEGATIVE).sum():9}{(column == UNKNOWN).sum():9}")
         never = [category for category, count in zip(table.names, counts) if not count]
-        if never and name in ("train", "sheet"):
-            problems.append(f"{data} {name}: nothing to learn {', '.join(map(repr, never))} from: no image has a 1 there")
+        if never and name == "train":
+            problems.append(f"{data} {name}: no image has {', '.join(map(repr, never))}: nothing to learn from")
         together = np.triu(positive.T @ positive, 1)
         lift = np.where(together >= 3, together * len(positive) / np.maximum(np.outer(counts, counts), 1), 0)
         print("seen together most, beyond chance:")
         for pair in np.argsort(lift, axis=None)[::-1][:8]:
             a, b = np.unravel_index(pair, lift.shape)
             if lift[a, b] > 1:
-                print(f"  {table.names[a]} + {table.names[b]}: {int(together[a, b])} images, {lift[a, b]:.1f} times chance")
+                print(f"  {table.names[a]} + {table.names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times chance")
         if decode:
-            def unreadable(file):
+            def unreadable(i):
                 try:
-                    transforms.read(file)
+                    transforms.read(table.files[i])
                 except Exception as error:
-                    return f"{where.get(file, '')}{file}: not a readable image ({error})"
+                    place = f"{table.where[i]}: " if table.where else ""
+                    return f"{place}{table.files[i]}: not a readable image ({error})"
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
-                problems += [line for line in pool.map(unreadable, table.files) if line]
+                problems += [line for line in pool.map(unreadable, range(len(table.files))) if line]
     return problems
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check a data set or a sheet of labels: counts, co-occurrence, problems.")
+    parser = argparse.ArgumentParser(description="Check a data set or a sheet: counts, co-occurrence, problems.")
     parser.add_argument("data", help=f"{', '.join(NAMES)}, or a .csv: image,<class>,... with cells 1, 0 or empty")
     parser.add_argument("--root", help="folder of the download; for a sheet, where relative image names start")
     parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")

@@ -1,4 +1,4 @@
-"""Where the data sets keep their images and labels: one function per layout, each returning `Table`s of complete labels.
+"""Where the data sets keep images and labels: one function per layout, each returning a `Table` of complete labels.
 
 Nothing here knows of masks, settings or training (data.py does). Every function takes the folder that the official
 download unpacks to, tries the variants found in the wild, and raises DataError with one line when something is off.
@@ -6,9 +6,9 @@ Rows come in the order of the field's published code, because the published rand
 
 N images, C categories.
 """
-import csv, hashlib, io, json, os, tempfile
+import hashlib, json, os, tempfile
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +31,22 @@ class Table:
     labels: np.ndarray                # (N, C) int8, complete where the data set is; UNKNOWN where nobody knows
     names: list                       # C official names
     boxes: list = None                # N arrays (n, 5) float32: class, x0, y0, x1, y1 as fractions of the image
-    drop: np.ndarray = None           # (N,) bool, rows that count for the mask but are not used
-    notes: dict = field(default_factory=dict)  # what was dropped, and why
+    drop: np.ndarray = None           # (N,) bool: rows that count for the mask but are not used
+    notes: dict = field(default_factory=dict)  # what is dropped, and why: {"photo missing": 3}
+    prompts: list = None              # C names for prompts, where a sheet gives them
+    where: list = None                # N places to name in messages, such as "sheet.csv:12"
+
+    def __post_init__(self):
+        self.drop = np.zeros(len(self.files), bool) if self.drop is None else self.drop
 
     def take(self, rows):
-        """The same table with only these rows (indices, or a boolean per row)."""
-        rows = np.asarray(rows)
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return Table([self.files[i] for i in rows], self.labels[rows], self.names,
-                     None if self.boxes is None else [self.boxes[i] for i in rows],
-                     None if self.drop is None else self.drop[rows], self.notes)
+        """The same table with only these rows (indices)."""
+        boxes, where = ([part[i] for i in rows] if part else None for part in (self.boxes, self.where))
+        return replace(self, files=[self.files[i] for i in rows], labels=self.labels[rows], drop=self.drop[rows],
+                       boxes=boxes, where=where)
+
+    def used(self):
+        return self.take(np.flatnonzero(~self.drop))
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -111,6 +117,10 @@ def require(paths, where):
                         "complete the download or correct --root")
 
 
+def noted(why, drop):
+    return {why: int(drop.sum())} if drop.any() else {}
+
+
 def cached(kind, files, parse):
     """parse() -> dict of arrays, kept in the user's cache folder under the sha256 of what `files` hold.
 
@@ -156,7 +166,7 @@ def parse_coco(path):
             raise DataError(f"{path}: no images, no categories, or a category without a name: {str(names)[:200]}")
         column = {key: c for c, key in enumerate(sorted(names))}  # ids run 1..90 with holes: the index is the rank
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected COCO's images, annotations and categories with id and name; {error!r}") from None
+        raise DataError(f"{path}: expected COCO's images, annotations, categories with id and name; {error!r}") from None
     row, sizes = {}, []
     for i, image in enumerate(images):
         try:
@@ -182,6 +192,8 @@ def parse_coco(path):
     labels = np.full((len(images), len(names)), NEGATIVE, np.int8)
     labels[rows, columns] = POSITIVE
     boxes = np.array(boxes, np.float64).reshape(-1, 6)
+    if not np.isfinite(boxes).all():
+        raise DataError(f"{path}: a bbox, width or height is not a finite number")
     boxes = boxes[boxes[:, 0].argsort(kind="stable")]
     return {"files": np.array("\n".join(image["file_name"] for image in images)),
             "ids": np.array("\n".join(map(str, row))), "names": np.array([names[key] for key in column]),
@@ -202,14 +214,10 @@ def coco(root, split, cole=False, keep_unannotated=False):
     files = [inside(folder, name, path) for name in str(raw["files"]).split("\n")]
     require(files, path)
     boxes = np.split(raw["boxes"], np.cumsum(raw["counts"])[:-1])
-    table = Table(files, raw["labels"], raw["names"].tolist(), boxes)
     drop = ~raw["annotated"] & (not keep_unannotated)
-    table.notes = {"without annotation": int(drop.sum())} if drop.any() else {}
-    if not cole:
-        table.drop = drop
-        return table
+    table = Table(files, raw["labels"], raw["names"].tolist(), boxes, drop, noted("without annotation", drop))
     ids = str(raw["ids"]).split("\n")
-    return table.take([i for i in sorted(range(len(ids)), key=ids.__getitem__) if not drop[i]])
+    return table.take(sorted(range(len(ids)), key=ids.__getitem__)).used() if cole else table
 
 
 # ------------------------------------------------------------------------------------------------------------ VOC
@@ -235,7 +243,8 @@ def voc(root, year, split, difficult=NEGATIVE):
                     labels[row[key], c] = code[value]
                     seen += 1
                 except (ValueError, KeyError):
-                    raise DataError(f"{path}:{number}: expected an id of {split}.txt and 1, 0 or -1, got {line!r}") from None
+                    raise DataError(f"{path}:{number}: expected an id of {split}.txt and 1, 0 or -1, "
+                                    f"got {line[:80]!r}") from None
             if seen != len(ids):
                 raise DataError(f"{path}: {seen} lines, but {split}.txt lists {len(ids)} images")
     else:
@@ -251,7 +260,7 @@ def voc(root, year, split, difficult=NEGATIVE):
     files = [inside(jpegs, f"{name}.jpg", main / f"{split}.txt") for name in ids]
     require(files, main / f"{split}.txt")
     drop = ~(labels == POSITIVE).any(1)  # none in 2007; in 2012 the few whose objects are all difficult
-    return Table(files, labels, list(VOC), None, drop, {"without a positive": int(drop.sum())} if drop.any() else {})
+    return Table(files, labels, list(VOC), None, drop, noted("without a positive", drop))
 
 
 # ------------------------------------------------------------------------------------------------- Visual Genome
@@ -272,7 +281,8 @@ def vg_labels(root, split):
             for i, image in enumerate(images):
                 labels[i, [c for c in known[image] if 0 <= c < 200]] = POSITIVE
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{index}: expected {{'<id>.jpg': [class indices]}} for every image of {path.name}; {error!r}") from None
+            raise DataError(f"{index}: expected {{'<id>.jpg': [class indices]}} for every image of {path.name}; "
+                            f"{error!r}") from None
         return {"files": np.array("\n".join(images)), "labels": labels}
     raw = cached("vg200", [path, index], parse)
     return path, str(raw["files"]).split("\n"), raw["labels"]
@@ -290,7 +300,8 @@ def vg200(root, split, names=None):
     names = read_lines(names)
     if len(names) != 200 or len(set(names)) != 200:
         raise DataError(f"VG-200 needs 200 distinct names, one a line; got {len(names)} ({len(set(names))} distinct)")
-    folders = [f for f in (Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")) if f.is_dir()]
+    folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
+    folders = [folder for folder in folders if folder.is_dir()]
     if not folders:
         raise DataError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's two image archives")
     files = np.array([inside(folders[0], name, path) for name in images], object)
@@ -308,7 +319,8 @@ def vg_match(root, objects):
     row = {name: i for i, name in enumerate(parts[0][0] + parts[1][0])}
     positive = (np.concatenate([part[1] for part in parts]) == POSITIVE).astype(np.float32)
     aliases = Path(objects).with_name("object_alias.txt")
-    alias = {w: words[0] for words in (line.split(",") for line in read_lines(aliases)) for w in words} if aliases.exists() else {}
+    groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
+    alias = {word: words[0] for words in groups for word in words}
     seen = {}
     try:
         for image in json.loads(read_bytes(objects), object_hook=lambda r: r if "objects" in r else r["names"]):
@@ -326,23 +338,18 @@ def vg_match(root, objects):
 
 # ------------------------------------------------------------------------------------------------------- NUS-WIDE
 def nus_names(root):
-    return read_lines(find(root, "ConceptsList/Concepts81.txt", "Concepts81.txt", "ImageList/Concepts81.txt", what="the 81 concepts"))
+    return read_lines(find(root, *(f"{h}Concepts81.txt" for h in ("ConceptsList/", "", "ImageList/")), what="the concepts"))
 
 
 def photos(root, names, labels, concepts, where):
     """NUS-WIDE's photos vanish from Flickr: the missing ones are dropped, counted and told, never replaced."""
-    flat = [name.replace("\\", "/") for name in names]
-    best = None
+    names = [name.replace("\\", "/") for name in names]
     for folder in (Path(root) / f for f in ("Flickr", "images", "Flickr/images", ".")):
-        if folder.is_dir():
-            files = [inside(folder, name, where) for name in flat]
-            found = present(files)
-            if best is None or found.sum() > best[1].sum():
-                best = files, found
-    if best is None or not best[1].any():
-        raise DataError(f"{where}: none of its {len(names)} photos is below {root}/Flickr or {root}/images, e.g. {flat[0]}")
-    files, found = best
-    return Table(files, labels, concepts, None, ~found, {"photo missing": int((~found).sum())} if not found.all() else {})
+        files = [inside(folder, name, where) for name in names]
+        lost = ~present(files)
+        if not lost.all():
+            return Table(files, labels, concepts, None, lost, noted("photo missing", lost))
+    raise DataError(f"{where}: none of its {len(names)} photos is in {root}/Flickr or {root}/images, e.g. {names[:1]}")
 
 
 def nuswide(root, split):
@@ -352,7 +359,7 @@ def nuswide(root, split):
     path = find(root, f"ImageList/{part}Imagelist.txt", f"{part}Imagelist.txt", what=f"the {split} list")
     merged = Path(root) / "Groundtruth" / f"Labels_{part}.txt"
     columns = [merged] if merged.exists() else [
-        find(root, *(f"{h}TrainTestLabels/Labels_{name}_{part}.txt" for h in ("Groundtruth/", "")), what=f"labels of {name}")
+        find(root, *(f"{h}TrainTestLabels/Labels_{name}_{part}.txt" for h in ("Groundtruth/", "")), what=f"label {name}")
         for name in concepts]
 
     def parse():
@@ -360,8 +367,8 @@ def nuswide(root, split):
         for column in columns:
             tokens = read_bytes(column).split()
             if len(tokens) * len(columns) != len(images) * len(concepts) or set(tokens) - {b"0", b"1"}:
-                raise DataError(f"{column}: expected {len(images)} lines of 0 or 1 as in {path.name}, got {len(tokens)} "
-                                f"values of {sorted(set(tokens))[:5]}")
+                raise DataError(f"{column}: expected {len(images)} lines of 0 or 1 as in {path.name}, "
+                                f"got {len(tokens)} values of {sorted(set(tokens))[:5]}")
             values.append(np.array(tokens) == b"1")
         present_ = values[0].reshape(len(images), -1) if merged.exists() else np.stack(values, 1)
         return {"files": np.array("\n".join(images)), "labels": np.where(present_, POSITIVE, NEGATIVE).astype(np.int8)}
@@ -371,18 +378,17 @@ def nuswide(root, split):
 
 def nus_arrays(root, split):
     """The split of the LargeLoss setup: formatted_{train,val}_{images,labels}.npy. Rows without a positive stay."""
-    arrays = []
-    for kind in ("images", "labels"):
-        path = find(root, f"formatted_{split}_{kind}.npy", f"Flickr/formatted_{split}_{kind}.npy", what=f"the {split} {kind}")
-        try:
-            arrays.append(np.load(path, allow_pickle=False))
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{path}: not a plain array file ({error})") from None
-    images, labels = arrays
+    paths = [find(root, *(f"{h}formatted_{split}_{kind}.npy" for h in ("", "Flickr/")), what=f"the {split} {kind}")
+             for kind in ("images", "labels")]
+    try:
+        images, labels = (np.load(path, allow_pickle=False) for path in paths)
+        images = [str(name) for name in images.ravel()]
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{paths[0]} or its labels are not plain array files ({error})") from None
     if labels.shape != (len(images), 81) or not np.isin(labels, (0, 1)).all():
-        raise DataError(f"{path}: expected 0/1 for {len(images)} images x 81 concepts, got {labels.shape}")
+        raise DataError(f"{paths[1]}: expected 0/1 for {len(images)} images x 81 concepts, got {labels.shape}")
     labels = np.where(labels == 1, POSITIVE, NEGATIVE).astype(np.int8)
-    return photos(root, [str(name) for name in images.ravel()], labels, nus_names(root), path)
+    return photos(root, images, labels, nus_names(root), paths[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ CUB
@@ -399,7 +405,7 @@ def cub(root, split):
         tables = []
         for path in (index, attributes, files[0]):
             pairs = [line.split() for line in read_lines(path)]
-            if not all(len(pair) == 2 for pair in pairs) or [p[0] for p in pairs] != [str(i + 1) for i in range(len(pairs))]:
+            if any(len(pair) != 2 or pair[0] != str(i) for i, pair in enumerate(pairs, 1)):
                 raise DataError(f"{path}: expected lines 'id value' with ids 1, 2, 3, ...")
             tables.append([pair[1] for pair in pairs])
         images, names, sides = tables
@@ -413,10 +419,12 @@ def cub(root, split):
                 labels[int(image) - 1, int(attribute) - 1] = code[value]
             except (ValueError, KeyError, IndexError):
                 if line.strip():
-                    raise DataError(f"{files[1]}:{number}: expected 'image attribute 0|1 ...', got {line[:80]!r}") from None
+                    raise DataError(f"{files[1]}:{number}: expected 'image attribute 0|1 ...', "
+                                    f"got {line[:80]!r}") from None
         if (labels == UNKNOWN).any() or len(sides) != len(images):
-            raise DataError(f"{files[1]}: {int((labels == UNKNOWN).sum())} of {labels.size} cells have no line; is it complete?")
-        return {"files": np.array("\n".join(images)), "names": np.array(names), "labels": labels, "train": np.array(sides) == "1"}
+            raise DataError(f"{files[1]}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line; is it complete?")
+        return {"files": np.array("\n".join(images)), "names": np.array(names), "labels": labels,
+                "train": np.array(sides) == "1"}
     raw = cached("cub", [index, attributes, *files], parse)
     names = str(raw["files"]).split("\n")
     rows = np.flatnonzero(raw["train"] == (split == "train"))
@@ -425,7 +433,7 @@ def cub(root, split):
     return Table(paths, raw["labels"][rows], raw["names"].tolist())
 
 
-# ------------------------------------------------------------------------------------------------ lists and sheets
+# ------------------------------------------------------------------------------------- the lists of the SPLC setup
 def single_list(path, classes):
     """A list of the SPLC setup, 'name.jpg,idx idx': names, and (N, C) int8 with the listed classes POSITIVE."""
     names, lines = [], read_lines(path)
@@ -439,70 +447,6 @@ def single_list(path, classes):
                 raise ValueError
             labels[i, columns] = POSITIVE
         except (ValueError, IndexError):
-            raise DataError(f"{path}:{i + 1}: expected 'name.jpg,idx idx' with 0 <= idx < {classes}, got {line[:80]!r}") from None
+            raise DataError(f"{path}:{i + 1}: expected 'name.jpg,idx idx' with 0 <= idx < {classes}, "
+                            f"got {line[:80]!r}") from None
     return names, labels
-
-
-def sheet(path, root=None):
-    """A CSV `image,<class>,<class>,...` with cells 1 present, 0 absent, empty unknown -> (Table, prompts, lines).
-
-    Relative image names start at `root` (default: the sheet's folder) and stay below it; absolute ones are taken as
-    they are. A second row whose first cell is empty or '#prompt' gives the names to use in prompts. Raises one
-    DataError for the first problem; its `problems` lists them all.
-    """
-    root, problems = Path(root or Path(path).resolve().parent), []
-
-    def problem(line, text):
-        problems.append(f"{path}:{line}: {text}")
-    read_lines(path)  # says where it is not text
-    files, cells, lines, code, first = [], [], [], {"1": POSITIVE, "0": NEGATIVE, "": UNKNOWN}, {}
-    try:
-        reader = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(c.strip() for c in row)]
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not a CSV row ({error})") from None
-    if not rows:
-        raise DataError(f"{path}: the sheet is empty; expected a header 'image,<class>,<class>,...'")
-    names = rows[0][1][1:]
-    if not names:
-        raise DataError(f"{path}:1: expected a header 'image,<class>,...' with commas, got {','.join(rows[0][1])[:80]!r}")
-    for c, name in enumerate(names):
-        if not name or name in names[:c]:
-            problem(1, f"column {c + 2} has no class name" if not name else f"class {name!r} comes twice")
-    body, prompts = rows[1:], list(names)
-    if body and body[0][1][0] in ("", "#prompt"):
-        line, row = body.pop(0)
-        prompts = row[1:]
-        if len(prompts) != len(names) or not all(prompts):
-            problem(line, f"the row of prompt names needs {len(names)} names")
-    for line, row in body:
-        bad = [f"{names[c]}={cell!r}" for c, cell in enumerate(row[1:len(names) + 1]) if cell not in code]
-        if len(row) != len(names) + 1:
-            problem(line, f"{len(row)} cells, but the header has {len(names) + 1}")
-        elif bad:
-            problem(line, f"a cell is 1 (present), 0 (absent) or empty (unknown), got {', '.join(bad[:3])}")
-        elif not row[0]:
-            problem(line, "no image name in the first column")
-        else:
-            try:
-                file = os.path.normpath(row[0]) if os.path.isabs(row[0]) else inside(root, row[0], f"{path}:{line}")
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            if file in first:
-                problem(line, f"{row[0]} is already on line {first[file]}; merge the two rows")
-            elif not os.path.isfile(file):
-                problem(line, f"no image {file} ({'a folder' if os.path.isdir(file) else 'missing'})")
-            first.setdefault(file, line)
-            files.append(file)
-            lines.append(line)
-            cells.append([code[cell] for cell in row[1:]])
-    labels = np.array(cells, np.int8).reshape(-1, len(names))
-    if not problems and not (labels == POSITIVE).any():
-        problem(1, f"no cell is 1 in {len(labels)} rows: there is nothing to learn; mark what is present")
-    if problems:
-        more = f" (and {len(problems) - 1} more; python data.py {path} lists them)" if len(problems) > 1 else ""
-        error = DataError(problems[0] + more)
-        error.problems = problems
-        raise error
-    return Table(files, labels, names), prompts, lines

@@ -164,6 +164,8 @@ def edit(content, case):
         notes[0]["category_id"] = 12
     elif case == "box of three":
         notes[0]["bbox"] = [1, 2, 3]
+    elif case == "box of nothing":
+        notes[0]["bbox"] = [1, 2, float("nan"), 4]
     elif case == "note is null":
         notes[0] = None
     elif case == "category without a name":
@@ -188,7 +190,7 @@ JSON = {"leaves the root": "leads out of", "leaves by backslash": "leads out of"
         "image twice": r"images\[10\] needs a unique id", "file twice": "is listed twice", "no file name": r"images\[1\] needs",
         "no width": r"images\[1\] needs", "missing photo": "1 of 10 images are missing", "unknown image": r"annotations\[0\] needs",
         "unknown category": r"annotations\[0\] needs", "box of three": r"annotations\[0\] needs",
-        "note is null": r"annotations\[0\] needs", "category without a name": "categories with id and name",
+        "box of nothing": "not a finite number", "note is null": r"annotations\[0\] needs", "category without a name": "categories with id and name",
         "blank category": "category without a name", "category id twice": "comes twice", "category name twice": "comes twice",
         "no categories": "no images, no categories", "no images": "no images", "no annotations key": "'annotations'"}
 
@@ -227,9 +229,9 @@ def test_folders_and_arguments(coco, tmp_path):
     root = coco[0]
     for match, options in {"ratio is a share": dict(ratio=0), "ratio is a share in": dict(ratio=1.5), "exclude each other":
                            dict(ratio=0.5, single_positive="largeloss"), "single_positive is": dict(single_positive="cole"),
-                           "val is a share": dict(val=1.5), "val is a share in": dict(val="x.csv"), "no training image":
+                           "val is a share": dict(val=1.5), "val is a share in": dict(val="x.csv"), "train_images 1 or more":
                            dict(train_images=0), "prompt_names is one of": dict(prompt_names="short"), "cannot be read":
-                           dict(names=tmp_path / "none.txt"), "a mask for": dict(mask=tmp_path / "file"),
+                           dict(names=tmp_path / "none.txt"), "expected a mask for": dict(mask=tmp_path / "file"),
                            "no positive label": dict(ratio=1e-9)}.items():
         refused(match, "coco", root, **options)
     with pytest.raises(DataError, match="augment is none"):
@@ -301,7 +303,7 @@ def test_nuswide(tmp_path):
     np.save(tmp_path / "formatted_train_labels.npy", np.zeros((3, 81)))
     refused("expected 0/1 for 10 images x 81", "nuswide", tmp_path, single_positive="largeloss")
     np.save(tmp_path / "formatted_train_labels.npy", np.array([None]))
-    refused("not a plain array file", "nuswide", tmp_path, single_positive="largeloss")   # pickles are never loaded
+    refused("not plain array files", "nuswide", tmp_path, single_positive="largeloss")   # pickles are never loaded
     replace(tmp_path / "nus_train_singlelabel.txt", b",", b",81 ")
     refused("nus_train_singlelabel.txt:1: expected", "nuswide", tmp_path, single_positive="splc")
     replace(tmp_path / "nus_train_singlelabel.txt", b",81 ", b",-1 ")
