@@ -25,8 +25,9 @@ def match(x, g_pos, g_neg, scale):
     scale   scalar       1 / tau
     returns (..., C)     logits; the probability is sigmoid(logit), which is the two-way softmax over (present, absent)
     """
-    x, g_pos, g_neg = (F.normalize(v, dim=-1) for v in (x, g_pos, g_neg))
-    return scale * (x * (g_pos - g_neg)).sum(-1)                                   # (..., C)
+    difference = F.normalize(g_pos, dim=-1) - F.normalize(g_neg, dim=-1)           # cos(x, g+) - cos(x, g-) = x.(g+ - g-) / |x|
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=difference.dtype)
+    return scale * (x * difference).sum(-1) / norm.clamp(min=1e-12)                # (..., C)
 
 
 class Prompts(nn.Module):
@@ -70,7 +71,10 @@ class CARL(nn.Module):
 
     The cross-attention's scaled scores before its softmax are the energies e_c; their sigmoid is the soft region (Eq. 2),
     which pools the *raw* CLIP features (Eq. 4), so the regions stay in CLIP's joint space. The layer's output is F^q (Eq. 3).
+    at_once  numbers of a (B, C, D) tensor whose activations are held for the backward pass (some 60 bytes each)
     """
+    at_once = 2**25
+
 
     def __init__(self, C, D, queries: Optional[Tensor] = None):
         super().__init__()
@@ -86,11 +90,22 @@ class CARL(nn.Module):
 
     def forward(self, f):
         """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions F^r (B, C, D), queries F^q (B, C, D)."""
-        D = f.shape[-1]
         # The queries meet no image before the cross-attention: their self-attention is computed once for the whole batch.
         Q = self.Q[None]
         Q = self.norm1(Q + self.self_att(Q, Q, Q, need_weights=False)[0])[0]       # (C, D)
 
+        if len(f) * Q.numel() <= self.at_once:
+            energy, queries = self.decode(Q, f)
+        else:                                                                      # thousands of categories: less memory, for a second forward pass
+            parts = f.split(max(1, self.at_once // Q.numel()))
+            parts = [checkpoint(self.decode, Q, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+            energy, queries = (torch.cat(whole) for whole in zip(*parts))
+        regions = region_pool(energy, f)                                           # (B, C, D)   F^r of Eq. 4
+        return energy, regions, queries
+
+    def decode(self, Q, f):
+        """Cross-attention and feed-forward: Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), queries (B, C, D)."""
+        D = f.shape[-1]
         # Not in the paper: keys and values see LayerNorm(f). CLIP's features have a large common part that drowns the rest.
         x = F.layer_norm(f, (D,))                                                  # (B, N, D)
         # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: projecting the C queries is cheaper than projecting the B*N keys.
@@ -99,10 +114,7 @@ class CARL(nn.Module):
         # Softmax weights sum to one, so W_v may follow the sum over locations as well.
         attended = self.out(self.v(energy.softmax(-1) @ x))                        # (B, C, D)   Cross_Att(Q, f)
         h = self.norm2(Q + attended)
-        queries = self.norm3(h + self.mlp(h))                                      # (B, C, D)   F^q of Eq. 3
-
-        regions = region_pool(energy, f)                                           # (B, C, D)   F^r of Eq. 4
-        return energy, regions, queries
+        return energy, self.norm3(h + self.mlp(h))                                 # (B, C, D)   F^q of Eq. 3
 
 
 def spatial_aggregation(f, g_pos, g_neg, scale, spatial_scale):
