@@ -40,11 +40,11 @@ BACKBONES = {"RN50": dict(embed_dim=1024, layers=(3, 4, 6, 3)), "RN101": dict(em
              "small": dict(embed_dim=128, layers=(1, 1, 1, 1), vision_width=16, text_width=128, text_layers=2)}
 
 
-def random_clip(backbone):
+def random_clip(backbone, **changes):
     """CLIP of a published size with random weights; BatchNorm's statistics are random too, so that folding has work to do."""
     torch.manual_seed(0)
     model = CLIP(**(dict(resolution=224, vision_width=64, patch=None, context_length=77, vocab_size=49408, text_width=512)
-                    | BACKBONES[backbone])).eval().requires_grad_(False)
+                    | BACKBONES[backbone] | changes)).eval().requires_grad_(False)
     for bn in model.modules():
         if isinstance(bn, torch.nn.BatchNorm2d):
             bn.weight.uniform_(0.3, 0.9), bn.bias.normal_(0, 0.1), bn.running_mean.normal_(0, 0.1), bn.running_var.uniform_(0.5, 1.5)
@@ -119,11 +119,13 @@ def plain_contrastive(anchors, samples, classes, tau):
 # ------------------------------------------------------------------------------------------------------------ the versions
 def stages(folded):
     """[(name, the parts that change)]: each line keeps what the lines above it switched on."""
-    ours = torch.no_grad()(lambda _, images: folded.encode_dense(images.contiguous(memory_format=torch.channels_last)))
-
     @torch.no_grad()
     def folded_with_pool(_, images):
         return folded.encode(images.contiguous(memory_format=torch.channels_last))[1]
+
+    @torch.no_grad()
+    def ours(_, images):
+        return folded.encode_dense(images.contiguous(memory_format=torch.channels_last))
 
     return [("plain", dict(text=partial(plain_text, length=77), image=plain_image, carl=plain_carl, similarities=plain_similarities,
                            contrastive=plain_contrastive, optimizer=torch.optim.AdamW)),
