@@ -51,7 +51,8 @@ class Split:
 
 def cub_prompt(name):
     """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill' (and, as it is, 'blue upper')."""
-    return name.split("::")[1].split("_(")[0] + " " + name.split("_")[1] if "::" in name else name
+    group, _, value = name.partition("::")
+    return value.split("_(")[0] + " " + name.split("_")[1] if value and "_" in group else name
 
 
 def prompts_for(data, names, style):

@@ -137,6 +137,7 @@ def split(tmp_path_factory):
     return data.Split("photos/train", paths, ["a"], ["a"], none, none)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8")
 def test_the_same_images_with_any_number_of_workers(split):
     images = data.Images(split, 32, "taidpt", seed=7)
     keys = [(epoch, i) for epoch in (0, 3) for i in np.random.RandomState(0).permutation(12)]
