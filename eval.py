@@ -115,7 +115,7 @@ class Predictor:
 
     def splits(self):
         """{"train", "val", "test"}: the splits that the run was trained on, None where its data has none."""
-        keys = ("ratio", "single_positive", "seed", "train_images", "mask", "val", "names")
+        keys = ("ratio", "single_positive", "seed", "train_images", "mask", "val", "names", "lists", "prompt_names", "keep_unannotated")
         c = self.config
         return dict(zip(("train", "val", "test"), data.load(c["data"], c["root"], **{k: c[k] for k in keys})))
 

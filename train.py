@@ -52,6 +52,9 @@ class Config:
     mask: Optional[str] = option(None, "file of the known cells, instead of drawing them")
     val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2 (CSV data only)")
     names: Optional[str] = option(None, "file of prompt names, one category a line")
+    prompt_names: str = option("peers", "category words in the prompts: the peers', the official ones, or joined words split", choices=("peers", "official", "words"))
+    lists: Optional[str] = option(None, "folder or training list of the splc setup (default: --root)")
+    keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
     train_images: Optional[int] = option(None, "use only the first n training images", low=1)
     images: str = option("photos", "what is learned from: photos, or captions as images (captions.py; masks do not apply)", choices=("photos", "captions"))
     captions: Optional[str] = option(None, "captions_*.json of --images captions (default: that of the data set's training images)")
@@ -271,7 +274,8 @@ def run_folder(cfg):
 
 def load_data(cfg):
     splits = data.load(cfg.data, cfg.root, ratio=cfg.ratio, single_positive=cfg.single_positive, seed=cfg.seed,
-                       train_images=cfg.train_images, mask=cfg.mask, val=cfg.val, names=cfg.names)
+                       train_images=cfg.train_images, mask=cfg.mask, val=cfg.val, names=cfg.names,
+                       lists=cfg.lists, prompt_names=cfg.prompt_names, keep_unannotated=cfg.keep_unannotated)
     if cfg.images == "photos":
         return splits
     file = cfg.captions or Path(cfg.root or data.SCENES) / "annotations" / "captions_train2014.json"
