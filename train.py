@@ -110,12 +110,12 @@ class Config:
                 value = float(value)
                 setattr(self, f.name, value)
             if type(value) is not kind:
-                raise ConfigError(f"--{f.name} expects {kind.__name__}, got {value!r}")
+                raise ConfigError(f"--{f.name.replace('_', '-')} expects {kind.__name__}, got {value!r}")
             low, high = rules.get("low"), rules.get("high")
             if "choices" in rules and value not in rules["choices"]:
-                raise ConfigError(f"--{f.name} expects one of {' '.join(rules['choices'])}, got {value!r}")
+                raise ConfigError(f"--{f.name.replace('_', '-')} expects one of {' '.join(rules['choices'])}, got {value!r}")
             if not ((low is None or value > low or (value == low and not rules.get("open"))) and (high is None or value <= high)):
-                raise ConfigError(f"--{f.name} expects a number {'above' if rules.get('open') else 'from'} {low}"
+                raise ConfigError(f"--{f.name.replace('_', '-')} expects a number {'above' if rules.get('open') else 'from'} {low}"
                                   f"{f' up to {high}' if high is not None else ''}, got {value}")
         unknown = self.parts_left_out - {"kd", "mmcp", "mmcl", "visual", "text"}
         if unknown:
