@@ -191,7 +191,7 @@ class Version:
 def make_case(backbone, size, C, batch, L=64):
     clip = random_clip(backbone)
     texts, D = [COCO[c % 80] for c in range(C)], clip.D
-    case = SimpleNamespace(clip=clip, folded=copy.deepcopy(clip).fold(), name=f"{backbone} {size} C {C} B {batch}")
+    case = SimpleNamespace(clip=clip, folded=copy.deepcopy(clip).fold(), name=f"{backbone} {size} C {C} B {batch} {DEVICE.type}")
     torch.manual_seed(1)
     case.model = TRM(C, D, Prompts(clip, texts)).to(DEVICE)
     case.memory = MemoryBank(C, L, D).to(DEVICE)
@@ -215,9 +215,9 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def interleaved(works, repeats):
-    """Medians of works that take turns; the first turn warms up."""
-    rounds = [[seconds(work) for work in works] for _ in range(repeats + 1)][1:]
+def interleaved(works, repeats, warm=True):
+    """Medians of works that take turns; the first turn warms up, unless that has been done."""
+    rounds = [[seconds(work) for work in works] for _ in range(repeats + warm)][warm:]
     return [statistics.median(times) for times in zip(*rounds)]
 
 
@@ -259,10 +259,11 @@ def compare(case, repeats=3, ends=False):
         parts = parts | change
         steps.append((name, parts))
     versions = [(name, Version(parts, case)) for name, parts in (steps[::len(steps) - 1] if ends else steps)]
-    first = [version.step() for _, version in versions]                            # also the first warm-up
+    first, memory = [], []
+    for _, version in versions:                                                    # the step that warms up tells losses and memory
+        memory.append(peak(lambda: first.append(version.step())))
     plain, ours = versions[0][1], versions[-1][1]
-    times = interleaved([version.step for _, version in versions], repeats)
-    memory = [peak(version.step) for _, version in versions]
+    times = interleaved([version.step for _, version in versions], repeats, warm=False)
     rows, device = [], torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{case.name}, {device}, torch {torch.__version__}\n{'':61}  s/step  x plain    MiB   max loss difference")
     for (name, _), t, mib, terms in zip(versions, times, memory, first):
@@ -283,7 +284,7 @@ def compare(case, repeats=3, ends=False):
                               ("evaluation, text features kept", [partial(plain.scores, g), partial(ours.scores, g)], 1),
                               (f"prototype similarity, L {L}", [similarity[0], similarity[2]], 20),
                               (f"prototype similarity, L {L}, against one product", [similarity[1], similarity[2]], 20)):
-        a, b = interleaved([lambda w=w: [w() for _ in range(kept)] for w in works], max(3, repeats))
+        a, b = interleaved([lambda w=w: [w() for _ in range(kept)] for w in works], repeats)
         rows.append(dict(case=case.name, what=what, version="ours", device=device, seconds=b / kept, ratio=a / b, MiB="", gap=""))
         print(f"{what:61} {b / kept:7.4f} {a / b:8.2f}")
     write_rows("bench_step.csv", rows)
