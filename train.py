@@ -33,7 +33,7 @@ from features import Features, precision
 from files import (ConfigError, Lock, Parser, best_device, guarded, read_checkpoint, save_checkpoint,
                    write_atomically)
 from memory import MemoryBank
-from trm import TRM, Prompts
+from trm import TRM, Output, Prompts
 
 
 def option(default, help, **rules):
@@ -92,7 +92,8 @@ class Config:
     seed: int = option(0, "of masks, initialisation, order and augmentation", low=0)
     eval_every: int = option(1, "epochs between evaluations", low=1)
 
-    amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none; none is IEEE float32 throughout",
+    amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none; none is IEEE float32 throughout; "
+                      "bf16 also serves CPUs that have it in hardware",
                       choices=("auto", "none", "bf16", "fp16"))
     kernels: str = option("auto", "auto takes Triton on a GPU", choices=("auto", "reference", "triton"))
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment images; 0 decodes in the main one", low=0)
@@ -363,7 +364,8 @@ class Run:
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             g_pos, g_neg = self.text_features()
             out = self.model(f, x, g_pos, g_neg)
-        out = type(out)(*(part if part is None else gather(part.float(), B) for part in out))
+        out = out if out.regions is not None else Output(out.logits_r)             # a baseline's map plays no part in training
+        out = Output(*(part if part is None else gather(part.float(), B) for part in out))
         labels, truth = gather(labels, B), gather(self.truth[index], B)
         f = gather(f, B) if dist.is_initialized() and out.regions is not None else f
         terms, pseudo = step_terms(self.model, self.memory, self.cfg, out, f, g_pos, labels, stage_two)
