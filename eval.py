@@ -26,7 +26,7 @@ from tqdm import tqdm
 import augment
 import clip
 import data
-from features import Features
+from features import Features, precision
 from files import ConfigError, Parser, best_device, guarded, read_checkpoint
 from metrics import (average_precision, best_thresholds, interpolated_precision, localisation,  # noqa: F401  for
                      metrics)                                                      # callers that evaluate
@@ -93,7 +93,8 @@ class Predictor:
         """
         nothing = np.zeros((len(paths), len(self.names)), np.int8)
         split = data.Split("images", [str(p) for p in paths], self.names, self.names, nothing, nothing)
-        features = Features(split, self.clip, self.config["size"], batch=batch, workers=workers, device=self.device)
+        features = Features(split, self.clip, self.config["size"], batch=batch, workers=workers, device=self.device,
+                            whole=self.config["matching"] == "global")
         if unreadable is not None:
             features.images = Photos(split, self.config["size"])
         with tqdm(total=len(paths), disable=not (progress and sys.stderr.isatty()), leave=False, unit="image") as bar:
@@ -128,7 +129,7 @@ class Predictor:
     def features(self, split):
         c = self.config
         return Features(split, self.clip, c["size"], batch=c["batch"], workers=c["workers"], cache=c["cache_dir"],
-                        views=min(1, c["cache_features"]), device=self.device)
+                        views=min(1, c["cache_features"]), device=self.device, amp=precision(c["amp"], self.device))
 
 
 def pick(out, score):
@@ -156,8 +157,8 @@ def scores_of(model, g_pos, g_neg, features):
     for _, f, x in features.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
         for name in ("region", "query", "mean") if out.logits_q is not None else ("region",):
-            rows.setdefault(name, []).append(pick(out, name).sigmoid().cpu())
-    return {name: torch.cat(value).float().numpy() for name, value in rows.items()}
+            rows.setdefault(name, []).append(pick(out, name).sigmoid())
+    return {name: torch.cat(value).float().cpu().numpy() for name, value in rows.items()}
 
 
 @torch.no_grad()
