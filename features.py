@@ -67,9 +67,6 @@ class Keys:
     def __iter__(self):
         return ([(epoch, i) for i in part.tolist()] for epoch, part in self.batches)
 
-    def __len__(self):
-        return len(self.batches)
-
 
 @contextlib.contextmanager
 def alone(file):
@@ -117,8 +114,9 @@ class Features:
         if self.stored is not None:
             view = self.stored[epoch % self.shape[0]]                              # (n, 1+N, D)
             for both, part in self._timed(ahead(lambda part: (self._pin(view[part]), part), parts)):
-                both = both.to(self.device, non_blocking=True).to(dtype)
-                yield self._pin(part).to(self.device, non_blocking=True), both[:, 1:], both[:, 0]
+                both = both.to(self.device, non_blocking=True)
+                f, x = both[:, 1:].to(dtype).contiguous(), both[:, 0].to(dtype)
+                yield self._pin(part).to(self.device, non_blocking=True), f, x
         else:
             for images, part in self._timed(self._load([(epoch, part) for part in parts])):
                 f, x = self._encode(images, self.whole)
