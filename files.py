@@ -95,8 +95,6 @@ def read_checkpoint(file, device="cpu"):
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         missing = {"config", "names", "clip_sha256", "model", "g_pos", "g_neg", "threshold", "epoch"} - set(state)
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror or error})") from None
     except Exception as error:                                                     # whatever a damaged file makes the reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ConfigError(f"{file} is no readable checkpoint ({reason}): restore it, or train again") from None

@@ -10,6 +10,7 @@ A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.p
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -115,7 +116,8 @@ class Config:
             low, high = rules.get("low"), rules.get("high")
             if "choices" in rules and value not in rules["choices"]:
                 raise ConfigError(f"--{f.name.replace('_', '-')} expects one of {' '.join(rules['choices'])}, got {value!r}")
-            if not ((low is None or value > low or (value == low and not rules.get("open"))) and (high is None or value <= high)):
+            if not ((low is None or value > low or (value == low and not rules.get("open")))
+                    and (high is None or value <= high) and (kind is not float or math.isfinite(value))):
                 raise ConfigError(f"--{f.name.replace('_', '-')} expects a number {'above' if rules.get('open') else 'from'} {low}"
                                   f"{f' up to {high}' if high is not None else ''}, got {value}")
         unknown = self.parts_left_out - {"kd", "mmcp", "mmcl", "visual", "text"}
