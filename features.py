@@ -128,9 +128,9 @@ class Features:
     def _load(self, batches):
         """An iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next call."""
         self.keys.batches = batches
-        self.loader = self.loader or DataLoader(
-            self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-            persistent_workers=self.workers > 0, generator=torch.Generator())      # its own: the run's random state stays untouched
+        if self.loader is None:                                                    # not `or`: that would ask for its length
+            self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.device.type == "cuda",
+                                     persistent_workers=self.workers > 0, generator=torch.Generator())      # leaves the run's state alone
         return iter(self.loader)
 
     def _timed(self, iterator):
