@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,6 +35,8 @@ import train
 from features import Features
 from files import ConfigError, Parser, best_device, guarded
 from metrics import localisation, metrics
+from photos import images_in
+from pictures import picture
 from train import Config
 
 # ---------------------------------------------------------------------------------------------------------- the paper's numbers
@@ -54,7 +57,7 @@ PAPER_4 = {"voc2007": ((92.0, 93.9, 94.4, 94.9, 95.0), (94.8, 94.9, 95.0, 95.1, 
            "coco": ((80.8, 82.9, 83.7, 84.3, 84.6), (83.1, 83.8, 84.2, 84.5, 84.7))}                          # without, with
 PAPER_5 = {"DualCoOp": (91.17, 1.25, 36.97), "TRM-ML": (96.72, 6.80, 37.50)}         # total, learnable (Mi), multiply-adds (G)
 PAPER_6 = {"voc2007": (93.24, 94.29, 94.15, 94.76)}                                  # neither, text, visual, both: mean of 10-50 %
-AVERAGE = "Avg."
+AVERAGE = "Avg."          # of the shown ratios; the paper's, where it prints no more than that, of 10-90 % (Table 3) or 10-50 % (Table 6)
 NINE, FIVE = tuple(i / 10 for i in range(1, 10)), tuple(i / 10 for i in range(1, 6))
 
 
@@ -67,8 +70,9 @@ class Cell(NamedTuple):
     paper: Optional[float] = None
 
 
-def percent(ratio):
-    return f"{100 * ratio:.0f} %"
+def nearest(printed, data_name):
+    """The data set whose printed numbers stand beside those of `data_name`: itself, else MS-COCO, else the only one there is."""
+    return next(name for name in (data_name, "coco", *printed) if name in printed)
 
 
 def grid(rows, ratios, paper=None, of=NINE, zero_shot=False):
@@ -76,10 +80,10 @@ def grid(rows, ratios, paper=None, of=NINE, zero_shot=False):
     cells = [Cell(f"zero-shot CLIP, {kind}", AVERAGE, kind) for kind in ("global", "dense")] if zero_shot else []
     for name, runs in rows.items():
         runs, known = [runs] if isinstance(runs, dict) else runs, (paper or {}).get(name)
-        printed = dict(zip(of, known)) if isinstance(known, tuple) else {}
-        cells += [Cell(name, percent(r), tuple(dict(ratio=r) | run for run in runs), printed.get(r)) for r in ratios]
-        if isinstance(known, (float, tuple)):
-            cells.append(Cell(name, AVERAGE, None, float(np.mean(known))))
+        at = dict(zip(of, known)) if isinstance(known, tuple) else {}
+        cells += [Cell(name, f"{100 * r:.0f} %", tuple(dict(ratio=r) | run for run in runs), at.get(r)) for r in ratios]
+        if not at and known is not None:
+            cells.append(Cell(name, AVERAGE, None, known))
     return cells
 
 
@@ -100,12 +104,12 @@ def table_1(base, ratios):
     rows, tai = {"DualCoOp": DUALCOOP, "TRM-ML": {}}, tai_dpt(base)
     if tai:                                                                        # equal halves: the run twice, the two granularities
         rows |= {"TaI-DPT": tai, "TaI-DPT+DualCoOp": [DUALCOOP] * 2 + tai, "TaI-DPT+TRM-ML": [{}] * 2 + tai}
-    return grid(rows, ratios or NINE, PAPER_1.get(base.data), zero_shot=True)
+    return grid(rows, ratios or NINE, PAPER_1[nearest(PAPER_1, base.data)], zero_shot=True)
 
 
 def table_2(base, ratios):
     """Single positive. RN50 unless --clip says otherwise. The SPLC setup is defined by published lists, which scenes lack."""
-    weight, printed = base.assume_negative or 0.3, PAPER_2.get(base.data, (None, None))
+    weight, printed = base.assume_negative or 0.3, PAPER_2[nearest(PAPER_2, base.data)]
     rows = {"DualCoOp": DUALCOOP, "TRM-ML": {}, "TRM-ML, unknowns never negative": dict(assume_negative=0.0)}
     return [Cell(name, title, (dict(single_positive=setup, assume_negative=weight) | run,), number if name == "TRM-ML" else None)
             for name, run in rows.items() for title, setup, number in zip(("LargeLoss setup", "SPLC setup"), ("largeloss", "splc"), printed)
@@ -115,7 +119,7 @@ def table_2(base, ratios):
 def table_3(base, ratios):
     rows = {"average feature": dict(matching="average"), "+CARL": PARTS_OFF, "+CARL +KD": dict(without="mmcp,mmcl"),
             "+CARL +KD +MMCP": dict(without="mmcl"), "+CARL +KD +MMCL": dict(without="mmcp"), "all (TRM-ML)": {}}
-    paper = dict(zip(rows, PAPER_3.get(base.data, ())))
+    paper = dict(zip(rows, PAPER_3[nearest(PAPER_3, base.data)]))
     more = {"global feature": dict(matching="global"), "DualCoOp": DUALCOOP, "DualCoOp, fixed spatial scale": dict(matching="dualcoop-fixed"),
             "all but KD": dict(without="kd")}
     return grid(rows | more, ratios or (NINE if base.data != "scenes" else (0.1, 0.5, 0.9)), paper, zero_shot=True)
@@ -124,16 +128,16 @@ def table_3(base, ratios):
 def table_4(base, ratios):
     plain = dict(without="mmcp,mmcl")
     rows = {"w/o complete": plain, "w complete": plain | dict(carl_from=plain | dict(ratio=1.0))}
-    return grid(rows, ratios or FIVE, dict(zip(rows, PAPER_4.get(base.data, ()))), FIVE)
+    return grid(rows, ratios or FIVE, dict(zip(rows, PAPER_4[nearest(PAPER_4, base.data)])), FIVE)
 
 
 def table_6(base, ratios):
     rows = {"neither (CARL, KD)": dict(without="mmcp,mmcl"), "text": dict(without="mmcl,visual"),
             "visual": dict(without="mmcl,text"), "text and visual": dict(without="mmcl")}
-    return grid(rows, ratios or (FIVE if base.data != "scenes" else (0.1, 0.3, 0.5)), dict(zip(rows, PAPER_6.get(base.data, ()))))
+    return grid(rows, ratios or (FIVE if base.data != "scenes" else (0.1, 0.3, 0.5)), dict(zip(rows, PAPER_6["voc2007"])))
 
 
-TABLES = {1: table_1, 2: table_2, 3: table_3, 4: table_4, 6: table_6}
+TABLES = {1: (table_1, PAPER_1), 2: (table_2, PAPER_2), 3: (table_3, PAPER_3), 4: (table_4, PAPER_4), 6: (table_6, PAPER_6)}
 
 # Where the paper is silent. The score of inference (region, query, mean) is in every table and needs no runs of its own.
 STUDIES = {
@@ -169,13 +173,14 @@ def key(cfg, sha256):
 
 class Runs:
     """The run folders below `out`: which settings are there, which are missing, and training of those."""
+    FOLDER = "runs"
 
     def __init__(self, base, out, jobs):
-        self.base, self.out, self.jobs = base, Path(out), jobs
+        self.base, self.out, self.jobs = base, out, jobs
         self.device = best_device()
-        self.encoder = clip.load(base.clip).to(self.device)
+        self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
         self.folders = {}
-        for file in sorted(self.out.glob("runs/*/config.json")):
+        for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
             with contextlib.suppress(train.ConfigError, json.JSONDecodeError):     # a folder of another version
                 self.folders[key(train.load_config(file.parent), json.loads(file.read_text()).get("clip_sha256"))] = file.parent
 
@@ -190,7 +195,7 @@ class Runs:
         if identity not in self.folders:
             name = [Path(cfg.data).stem, cfg.single_positive or f"{cfg.ratio:g}", "captions" if cfg.images == "captions" else "", cfg.matching,
                     cfg.without and "no-" + cfg.without.replace(",", "-"), f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
-            self.folders[identity] = self.out / "runs" / "-".join(filter(None, name))
+            self.folders[identity] = self.out / self.FOLDER / "-".join(filter(None, name))
         return before + [dataclasses.replace(cfg, out=str(self.folders[identity]))]
 
     def train(self, wanted):
@@ -251,9 +256,9 @@ class Runs:
         return np.load(kept)
 
     def measure(self, cell, seeds):
-        """{"region, last epoch": {seed: mAP}, ...}; empty for a cell that holds only the paper's number, or whose runs diverged."""
+        """{score: {"last": {seed: mAP}, "best": {seed: mAP}}}; empty for a cell of the paper alone, or whose runs diverged."""
         if isinstance(cell.runs, str):
-            return {"": {0: self.mAP(self.zero_shot[cell.runs])}}
+            return {"similarity": {"last": {0: self.mAP(self.zero_shot[cell.runs])}}}
         found = {}
         for seed in seeds if cell.runs else ():
             runs = [self.config(run, seed)[-1] for run in cell.runs]
@@ -261,11 +266,12 @@ class Runs:
                 continue
             for checkpoint in ("last", "best"):
                 if len(runs) > 1:
-                    numbers = {"averaged scores": self.mAP(np.mean([self.scores(cfg.out, checkpoint) for cfg in runs], 0))}
+                    numbers = {"averaged": self.mAP(np.mean([self.scores(cfg.out, checkpoint) for cfg in runs], 0))}
                 else:
-                    numbers = {k[4:]: v for k, v in chosen(runs[0].out, checkpoint)["test"].items() if k in ("mAP_region", "mAP_query", "mAP_mean")}
+                    line = chosen(runs[0].out, checkpoint)["test"]
+                    numbers = {score: line[f"mAP_{score}"] for score in ("region", "query", "mean") if f"mAP_{score}" in line}
                 for score, number in numbers.items():
-                    found.setdefault(f"{score}, {checkpoint}", {})[seed] = number
+                    found.setdefault(score, {}).setdefault(checkpoint, {})[seed] = number
         return found
 
 
@@ -295,12 +301,11 @@ def splits_of(cfg):
     return _splits(tuple((name, getattr(cfg, name)) for name in SPLIT_SETTINGS))
 
 
-@functools.lru_cache(maxsize=1)
-def encoder_of(name):
-    return clip.load(name)
+encoder_of = functools.lru_cache(maxsize=1)(clip.load)
 
 
 def share_cores(jobs):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                                   # Ctrl-C ends a worker at once; its checkpoint is whole
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
@@ -311,34 +316,41 @@ def train_one(cfg):
     resume = folder if (folder / "config.json").exists() else None
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            train.Run(cfg, resume, splits_of(cfg), encoder_of(cfg.clip)).train()
+            train.Run(cfg, resume, splits_of(cfg), encoder_of(cfg.clip, activation=cfg.activation)).train()
         except FloatingPointError as error:
             print(error)
     return time.perf_counter() - start
 
 
 # -------------------------------------------------------------------------------------------------------------------- tables
-def table(cells, runs, seeds):
-    """Trains what is missing. Returns the Markdown table and {row: {variant: {column: {seed: mAP}}}}."""
+def table(cells, runs, seeds, paper="paper"):
+    """Trains what is missing. Returns the Markdown table and {row: {score: {column: {"last" or "best": {seed: mAP}}}}}."""
     runs.train([runs.config(run, seed) for seed in seeds for cell in cells if isinstance(cell.runs, tuple) for run in cell.runs])
     columns = list(dict.fromkeys(cell.column for cell in cells if cell.column != AVERAGE))
-    measured, paper = {}, {}
+    measured, printed = {}, {}
     for cell in cells:
-        paper.setdefault(cell.row, {})[cell.column] = cell.paper
-        for variant, by_seed in runs.measure(cell, seeds).items():
-            measured.setdefault(cell.row, {}).setdefault(variant, {})[cell.column] = by_seed
-    for variants in measured.values():                                             # the mean over the columns, seed by seed
-        for by_column in variants.values():
-            if len(columns) > 1 and list(by_column) == columns:
-                common = set.intersection(*map(set, by_column.values()))
-                by_column[AVERAGE] = {seed: float(np.mean([by_column[c][seed] for c in columns])) for seed in sorted(common)}
-    columns += [AVERAGE] if len(columns) > 1 or any(cell.column == AVERAGE for cell in cells) else []
-    lines = [["", ""] + columns, ["---", "---"] + ["---:"] * len(columns)]
-    for row in paper:
-        if any(number is not None for number in paper[row].values()):
-            lines.append([f"**{row}**", "paper"] + [f"{n:.1f}" if (n := paper[row].get(c)) is not None else "" for c in columns])
-        for variant, by_column in measured.get(row, {"none": {}}).items():
-            lines.append([f"**{row}**", variant] + [spread(by_column.get(c, {})) for c in columns])
+        printed.setdefault(cell.row, {})[cell.column] = cell.paper
+        of_row = measured.setdefault(cell.row, {})
+        for score, numbers in runs.measure(cell, seeds).items():
+            of_row.setdefault(score, {})[cell.column] = numbers
+    if len(columns) > 1:
+        for row, scores in measured.items():
+            if all(printed[row].get(c) is not None for c in columns):
+                printed[row][AVERAGE] = float(np.mean([printed[row][c] for c in columns]))
+            for numbers in scores.values():                                        # seed by seed, where no column lacks it
+                if all(c in numbers for c in columns):
+                    numbers[AVERAGE] = {when: {seed: float(np.mean([numbers[c][when][seed] for c in columns])) for seed in by_seed
+                                               if all(seed in numbers[c][when] for c in columns)} for when, by_seed in numbers[columns[0]].items()}
+    if len(columns) > 1 or any(cell.column == AVERAGE for cell in cells):
+        columns.append(AVERAGE)
+    lines = [["", "mAP of"] + columns, ["---", "---"] + ["---:"] * len(columns)]
+    for row, scores in measured.items():
+        if any(number is not None for number in printed[row].values()):
+            lines.append([f"**{row}**", paper] + ["" if (n := printed[row].get(c)) is None else f"{n:.1f}" for c in columns])
+        for score, numbers in scores.items():
+            lines.append([f"**{row}**", score] + [" / ".join(filter(None, map(spread, numbers.get(c, {}).values()))) for c in columns])
+        if not scores:
+            lines.append([f"**{row}**", "no run finished"] + [""] * len(columns))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines), measured
 
 
@@ -353,11 +365,11 @@ def plot(measured, data_name, file):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    printed = data_name if data_name in PAPER_1 else "coco"
+    printed = nearest(PAPER_1, data_name)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for row, variants in measured.items():
-        variant = next((v for v in variants if v.endswith(", last")), None)        # region score, or averaged scores
-        points = [(float(c[:-2]), list(by_seed.values())) for c, by_seed in variants.get(variant, {}).items() if c != AVERAGE and by_seed]
+    for row, scores in measured.items():
+        numbers = scores.get("region") or scores.get("averaged") or {}
+        points = [(float(column[:-2]), list(n["last"].values())) for column, n in numbers.items() if column != AVERAGE]
         if points:
             left.errorbar([x for x, _ in points], [np.mean(y) for _, y in points], [np.std(y) for _, y in points], marker=".", capsize=2, label=row)
     for row, numbers in PAPER_1[printed].items():
@@ -410,7 +422,7 @@ def figure_4(folders, images, runs, file, checkpoint="best", top=3):
             (_, p, maps), = predictor.over([path])
             tiles = predictor.tiles(path, p, maps, np.argsort(-p, kind="stable")[:top])
             rows.append([(tiles[0][0], f"{name}: {tiles[0][1]}"), *tiles[1:]])
-    evaluation.picture(rows).save(file)
+    picture(rows).save(file)
     if not runs.test.split.boxes:
         return f"The test split has no boxes: only the picture was drawn, {file}."
     names = ("pointing", "small", "medium", "large", "mass", "present", "absent", "pairs")
@@ -467,19 +479,20 @@ def reproduce(argv):
                 rows = {name: runs.config(dict(ratio=(own.ratios or [0.1])[0]) | run, base.seed) for name, run in (("DualCoOp", DUALCOOP), ("TRM-ML", {}))}
                 runs.train(list(rows.values()))
                 folders = {name: configs[-1].out for name, configs in rows.items()}
-            images = evaluation.images_in(own.image) if own.image else runs.test.split.paths[:4]
+            images = images_in(own.image) if own.image else runs.test.split.paths[:4]
             text = figure_4(folders, images, runs, file.with_suffix(".png"))
         else:
-            cells = study(own.study, own.ratios) if own.study else TABLES[own.table](base, own.ratios)
+            rows, printed = (study, None) if own.study else TABLES[own.table]
+            cells = rows(own.study or base, own.ratios)
             cells = [cell for cell in cells if not own.rows or any(part in cell.row for part in own.rows)]
             if not cells:
                 raise ConfigError(f"no row of this table holds {' or '.join(own.rows)}")
-            text, measured = table(cells, runs, seeds)
+            text, measured = table(cells, runs, seeds, printed and f"paper, {nearest(printed, base.data)}")
             if own.table == 1:
                 plot(measured, base.data, file.with_suffix(".png"))
         about = (f"{base.data}, {len(splits_of(base)[0].paths)} training images, CLIP {base.clip} ({runs.encoder.sha256[:12]}), {base.size} px, "
-                 f"{base.epochs} epochs, seeds {seeds.start} to {seeds.stop - 1}; mAP in %, mean ± standard deviation. "
-                 f"\"last\": the last epoch; \"best\": the best one on {'validation' if splits_of(base)[1] else 'the test split, as there is no other'}.")
+                 f"{base.epochs} epochs, seeds {seeds.start} to {seeds.stop - 1}; mAP on test in %, mean ± standard deviation, of the last epoch "
+                 f"/ of the best epoch on {'validation' if splits_of(base)[1] else 'the test split, as there is no other'}.")
         text = f"{about}\n\n{text}"
     text = f"`python reproduce.py {' '.join(argv)}`: {text}" if own.table != 5 else f"`python reproduce.py --table 5`\n\n{text}"
     file.with_suffix(".md").write_text(text + "\n")
