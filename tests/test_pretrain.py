@@ -43,7 +43,7 @@ def test_grouped_texts_equal_ungrouped():
 
 def test_a_small_run_learns_and_writes(tmp_path, capsys):
     out = tmp_path / "little.safetensors"
-    score = pretrain.pretrain(out, canvases=256, epochs=3, batch=32, lr=3e-3, tune=40, dimensions=LITTLE, command="a test")
+    score = pretrain.pretrain(out, canvases=160, epochs=3, batch=32, lr=3e-3, tune=24, amp=False, dimensions=LITTLE, command="a test")
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert 0 < score["global"] < 100 and 0 < score["dense"] < 100 and set(score["classes"]) <= set(scenes.NAMES)
