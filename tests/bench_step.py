@@ -9,7 +9,7 @@ The rival computes the same mathematics with the same weights on the same batch,
 self-attention of the queries for every image, keys and values projected at every location, a cosine for every prototype,
 a loop over the pairs of Eq. 13. It has today's fused attention where torch gives it by itself. `stages` switches the
 optimisations on one after the other; versions take turns (A, B, ..., A, B, ...) and medians are compared, so a busy machine
-slows both. Losses have to agree to 1e-5. Memory: the most that one step takes beyond what was there before it.
+slows both; OMP_NUM_THREADS=1 counts CPU time. Losses have to agree to 1e-5. Memory: the most that one step takes beyond what was there before it.
 Rows go to runs/bench_step.csv.
 """
 import argparse
@@ -206,13 +206,14 @@ def make_case(backbone, size, C, batch, L=64):
 
 # ------------------------------------------------------------------------------------------------------------- measurement
 def seconds(work):
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """By the clock; on a single CPU thread its own CPU time, which other processes do not lengthen."""
+    wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+    clock = time.process_time if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    wait()
+    start = clock()
     work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    wait()
+    return clock() - start
 
 
 def interleaved(works, repeats, warm=True):
