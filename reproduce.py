@@ -252,7 +252,8 @@ class Runs:
         """(n, C) test scores of a run, kept beside its checkpoint."""
         kept, file = Path(run) / f"test-{checkpoint}.npy", Path(run) / f"{checkpoint}.pt"
         if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
-            np.save(kept, evaluation.Predictor(run, checkpoint, self.device, self.encoder).scores(self.test)[0])
+            predictor = evaluation.Predictor(run, checkpoint, self.device, self.encoder)
+            np.save(kept, evaluation.run_scores(predictor, self.test)[0])
         return np.load(kept)
 
     def measure(self, cell, seeds):
@@ -428,7 +429,7 @@ def figure_4(folders, images, runs, file, checkpoint="best", top=3):
     names = ("pointing", "small", "medium", "large", "mass", "present", "absent", "pairs")
     lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) | peak, present | peak, absent | pairs |", "|---|" + "---:|" * 9]
     for name, predictor in predictors.items():
-        scores, maps = predictor.scores(runs.test, maps=True)
+        scores, maps = evaluation.run_scores(predictor, runs.test, maps=True)
         where = localisation(maps, predictor.grid, runs.test.split.boxes, runs.test.split.truth)
         lines.append(f"| **{name}** | {runs.mAP(scores):.2f} | " + " | ".join(str(where[k]) for k in names) + " |")
     return "\n".join(lines)
@@ -453,9 +454,9 @@ def parse(argv):
         raise ConfigError("expects one of --table 1..6, --figure 4, --study NAME")
     if own.seeds < 1 or own.jobs < 1:
         raise ConfigError(f"--seeds and --jobs expect a number from 1, got {min(own.seeds, own.jobs)}")
-    base, resume = train.parse(rest)
-    if resume:
+    if "--resume" in rest:
         raise ConfigError("a table goes on by itself, drop --resume: give the command that was stopped")
+    base, _ = train.parse(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
     if own.table == 2 and base.data != "scenes" and "--clip" not in rest:

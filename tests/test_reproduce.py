@@ -5,6 +5,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_world import command, one_line, options, world                          # noqa: F401
 
@@ -15,7 +16,8 @@ import train
 @pytest.fixture
 def call(world, capfd):                                                            # noqa: F811
     """call("--table", 3, ...) -> (stdout lines, folder). All calls share one folder of runs, as a user's would."""
-    folder = world / "tables"
+    folder, threads = world / "tables", torch.get_num_threads()
+    torch.set_num_threads(1)                                                       # so small a world is slower with two
 
     def work(*arguments, **changes):
         rest = options(world, folder, **dict(ratio=None, epochs=2, augment="none") | changes)
@@ -23,7 +25,8 @@ def call(world, capfd):                                                         
             status, out, err = command(reproduce.main, [*arguments, "--seeds", 1, *rest], capfd)
         assert status == 0, err
         return out, folder
-    return work
+    yield work
+    torch.set_num_threads(threads)
 
 
 def measured(folder, name):
