@@ -20,10 +20,10 @@ from data import NEGATIVE, POSITIVE, DataError, as_split
 from datasets import Table
 from features import order
 
-# Words that mean the same, a group a line; a category is named by every word of the groups that hold its own name. Words with
-# many other meanings ("glass", "mouse" of a computer) stay with the category that captions mostly mean by them.
+# Words that mean the same, a group a line; a category is named by every word of the groups that hold its own name, and by their
+# plurals. Plural names are those of NUS-WIDE. Words that mostly mean something else in captions ("glass", "bat") are left out.
 SAME = """
-person, people, man, men, woman, women, boy, girl, child, children, kid, baby, guy, lady, player, skier, surfer, skateboarder, rider, crowd
+person, people, man, woman, boy, girl, child, children, kid, baby, guy, lady, player, skier, surfer, skateboarder, rider, crowd
 airplane, aeroplane, plane, jet, airliner    |  bicycle, bike, cyclist          |  motorcycle, motorbike, motor bike, scooter, moped
 car, suv, sedan, taxi, automobile            |  bus, minibus, double decker     |  train, locomotive, railway engine, tram
 truck, lorry, pickup, fire engine, fire truck|  boat, boats, ship, ferry, canoe, sailboat, kayak, yacht
@@ -34,7 +34,7 @@ bear, polar bear  |  zebra  |  giraffe       |  backpack, rucksack, knapsack    
 tie, necktie, bow tie                        |  suitcase, luggage, baggage      |  frisbee, flying disc |  skis, ski  |  snowboard
 sports ball, soccer ball, tennis ball, basketball, football, baseball, ball     |  kite  |  baseball bat |  baseball glove, mitt
 skateboard  |  surfboard                     |  tennis racket, tennis racquet, racket, racquet          |  bottle  |  wine glass, wineglass
-cup, mug, teacup  |  fork  |  knife, knives  |  spoon  |  bowl  |  banana  |  apple  |  sandwich, burger, hamburger  |  orange, tangerine
+cup, mug, teacup  |  fork  |  knife  |  spoon  |  bowl  |  banana  |  apple  |  sandwich, burger, hamburger  |  orange, tangerine
 broccoli  |  carrot  |  hot dog, hotdog      |  pizza  |  donut, doughnut       |  cake, cupcake        |  chair, armchair, stool
 couch, sofa, loveseat, settee                |  potted plant, pottedplant, houseplant, house plant      |  bed
 dining table, diningtable, table, desk       |  toilet, urinal                  |  tv, television, tvmonitor, tv monitor, monitor
@@ -45,29 +45,29 @@ sun, sunshine  |  moon  |  cloud, clouds     |  flower, flowers, blossom        
 """
 
 
-def singular(word):
-    """"butterflies" -> "butterfly", "buses" -> "bus", "snowmen" -> "snowman"; words of a group may give what has no rule."""
-    for ending, one in (("men", "man"), ("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("uses", "us"),
-                        ("ves", "f"), ("ss", "ss"), ("us", "us"), ("s", "")):
-        if word.endswith(ending) and len(word) > len(ending) + 1:
-            return word[: -len(ending)] + one
-    return word
+def forms(phrase):
+    """"fire truck" -> {("fire", "truck"), ("fire", "trucks")}: words of a phrase, its last one in the singular and the plural."""
+    *before, word = words_of(phrase)
+    plural = (word[:-3] + "men" if word.endswith("man") else word[:-1] + "ies" if re.search("[^aeiou]y$", word) else
+              re.sub("fe?$", "ves", word) if re.search("[^f]fe?$", word) else word + ("es" if re.search("(s|x|z|sh|ch|o)$", word) else "s"))
+    return {(*before, word), (*before, plural)}
 
 
 def words_of(text):
-    return [singular(word) for word in re.findall(r"[a-z]+", text.lower())]
+    return re.findall(r"[a-z]+", text.lower())
 
 
 def vocabulary(names):
-    """{words of a phrase, singular: set of category numbers}, from the names and the groups that hold them."""
-    groups = [[tuple(words_of(phrase)) for phrase in group.split(",")] for line in SAME.strip().splitlines() for group in line.split("|")]
+    """{words of a phrase: set of category numbers}, from the names and the groups that hold them."""
+    groups = [[" ".join(words_of(phrase)) for phrase in group.split(",")] for line in SAME.strip().splitlines() for group in line.split("|")]
     found = {}
     for c, name in enumerate(names):
-        own = tuple(words_of(name))
+        own = " ".join(words_of(name))
         for phrase in {own}.union(*(group for group in groups if own in group)):
-            found.setdefault(phrase, set()).add(c)
+            for words in forms(phrase):
+                found.setdefault(words, set()).add(c)
     # A longer phrase of another category takes its words with it: a hot dog is no dog, also where "hot dog" is not asked for.
-    return {phrase: set() for group in groups for phrase in group if len(phrase) > 1} | found
+    return {words: set() for group in groups for phrase in group if " " in phrase for words in forms(phrase)} | found
 
 
 def mentioned(text, phrases):
