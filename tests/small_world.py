@@ -1,4 +1,4 @@
-"""A world small enough for dozens of training runs: 40 drawn scenes of 64 pixels, a CLIP with random weights, seconds a run."""
+"""A world small enough for dozens of training runs: 24 drawn scenes of 64 pixels, a CLIP with random weights, seconds a run."""
 import json
 import os
 import subprocess
@@ -7,9 +7,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import save_file
-from test_clip import small
 
+import clip
 import scenes
 import train
 
@@ -26,15 +27,22 @@ def world(tmp_path_factory):
 
 
 def make(folder):
-    scenes.write(folder / "scenes", train=40, val=16, test=16, size=64, workers=1)
-    save_file(small("resnet"), folder / "clip-quickgelu.safetensors")
+    scenes.write(folder / "scenes", train=24, val=12, test=12, size=64, workers=1)
+    save_file(weights(), folder / "clip-quickgelu.safetensors")
     return folder
+
+
+def weights():
+    """A state dict of CLIP's smallest possible form, random."""
+    torch.manual_seed(0)
+    return clip.CLIP(layers=(1, 1, 1, 1), vision_width=8, patch=None, resolution=64, embed_dim=24, context_length=20, vocab_size=2514,
+                     text_width=64, text_heads=1, text_layers=1).state_dict()
 
 
 def options(world, out, **changes):
     """The command line of a run of seconds; a change of None leaves an option out."""
     chosen = dict(data="scenes", root=world / "scenes", ratio=0.5, clip=world / "clip-quickgelu.safetensors", size=64, epochs=3,
-                  batch=16, context=4, queue=8, workers=0, cache_features=1, cache_dir=world / "features", out=out) | changes
+                  batch=8, context=4, queue=8, workers=0, cache_features=1, cache_dir=world / "features", out=out) | changes
     return [str(word) for name, value in chosen.items() if value is not None for word in ("--" + name.replace("_", "-"), value)]
 
 

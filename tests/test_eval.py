@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_world import command, one_line, run, world                              # noqa: F401
-from test_clip import small
+from small_world import command, one_line, run, weights, world                              # noqa: F401
 
 import clip
 import data
@@ -242,7 +241,7 @@ def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage)
 def test_another_clip_is_refused(trained, world, tmp_path, capfd):                 # noqa: F811
     from safetensors.torch import save_file
     run(world, tmp_path / "run", epochs=1, clip=shutil.copy(world / "clip-quickgelu.safetensors", tmp_path / "mine-quickgelu.safetensors"))
-    save_file({k: v + (0.1 if v.is_floating_point() else 0) for k, v in small("resnet").items()}, tmp_path / "mine-quickgelu.safetensors")
+    save_file({k: v + (0.1 if v.is_floating_point() else 0) for k, v in weights().items()}, tmp_path / "mine-quickgelu.safetensors")
     one_line(evaluation.main, [tmp_path / "run"], capfd, "was trained on CLIP")
     one_line(train.main, ["--resume", tmp_path / "run"], capfd, "CLIP weights")
 
