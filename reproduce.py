@@ -11,17 +11,9 @@ train.py with some settings changed. Its folder is recognised by its settings: w
 on, and a run that two tables share is trained once. Tables go to --out as Markdown, with the numbers of every seed as JSON.
 """
 import argparse
-import contextlib
-import dataclasses
-import functools
-import hashlib
 import json
-import os
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -32,12 +24,11 @@ import clip
 import data
 import eval as evaluation
 import train
-from features import Features
-from files import ConfigError, Parser, best_device, guarded
-from metrics import localisation, metrics
+from files import ConfigError, Parser, guarded
+from grid import Runs, splits_of
+from metrics import localisation
 from photos import images_in
 from pictures import picture
-from train import Config
 
 # ---------------------------------------------------------------------------------------------------------- the paper's numbers
 # Table 1, known labels 10 % ... 90 %. "DualCoOp" is the authors' own rerun (their star), the stronger of the two they print.
@@ -57,7 +48,7 @@ PAPER_4 = {"voc2007": ((92.0, 93.9, 94.4, 94.9, 95.0), (94.8, 94.9, 95.0, 95.1, 
            "coco": ((80.8, 82.9, 83.7, 84.3, 84.6), (83.1, 83.8, 84.2, 84.5, 84.7))}                          # without, with
 PAPER_5 = {"DualCoOp": (91.17, 1.25, 36.97), "TRM-ML": (96.72, 6.80, 37.50)}         # total, learnable (Mi), multiply-adds (G)
 PAPER_6 = {"voc2007": (93.24, 94.29, 94.15, 94.76)}                                  # neither, text, visual, both: mean of 10-50 %
-AVERAGE = "Avg."          # of the shown ratios; the paper's, where it prints no more than that, of 10-90 % (Table 3) or 10-50 % (Table 6)
+AVERAGE = "Avg."          # of the ratios that are shown
 NINE, FIVE = tuple(i / 10 for i in range(1, 10)), tuple(i / 10 for i in range(1, 6))
 
 
@@ -75,7 +66,7 @@ def nearest(printed, data_name):
     return next(name for name in (data_name, "coco", *printed) if name in printed)
 
 
-def grid(rows, ratios, paper=None, of=NINE, zero_shot=False):
+def cells_of(rows, ratios, paper=None, of=NINE, zero_shot=False):
     """rows {name: settings or list of settings}, paper {name: numbers at the ratios `of`, or one: their mean} -> Cells."""
     cells = [Cell(f"zero-shot CLIP, {kind}", AVERAGE, kind) for kind in ("global", "dense")] if zero_shot else []
     for name, runs in rows.items():
@@ -104,7 +95,7 @@ def table_1(base, ratios):
     rows, tai = {"DualCoOp": DUALCOOP, "TRM-ML": {}}, tai_dpt(base)
     if tai:                                                                        # equal halves: the run twice, the two granularities
         rows |= {"TaI-DPT": tai, "TaI-DPT+DualCoOp": [DUALCOOP] * 2 + tai, "TaI-DPT+TRM-ML": [{}] * 2 + tai}
-    return grid(rows, ratios or NINE, PAPER_1[nearest(PAPER_1, base.data)], zero_shot=True)
+    return cells_of(rows, ratios or NINE, PAPER_1[nearest(PAPER_1, base.data)], zero_shot=True)
 
 
 def table_2(base, ratios):
@@ -122,22 +113,23 @@ def table_3(base, ratios):
     paper = dict(zip(rows, PAPER_3[nearest(PAPER_3, base.data)]))
     more = {"global feature": dict(matching="global"), "DualCoOp": DUALCOOP, "DualCoOp, fixed spatial scale": dict(matching="dualcoop-fixed"),
             "all but KD": dict(without="kd")}
-    return grid(rows | more, ratios or (NINE if base.data != "scenes" else (0.1, 0.5, 0.9)), paper, zero_shot=True)
+    return cells_of(rows | more, ratios or (NINE if base.data != "scenes" else (0.1, 0.5, 0.9)), paper, zero_shot=True)
 
 
 def table_4(base, ratios):
     plain = dict(without="mmcp,mmcl")
     rows = {"w/o complete": plain, "w complete": plain | dict(carl_from=plain | dict(ratio=1.0))}
-    return grid(rows, ratios or FIVE, dict(zip(rows, PAPER_4[nearest(PAPER_4, base.data)])), FIVE)
+    return cells_of(rows, ratios or FIVE, dict(zip(rows, PAPER_4[nearest(PAPER_4, base.data)])), FIVE)
 
 
 def table_6(base, ratios):
     rows = {"neither (CARL, KD)": dict(without="mmcp,mmcl"), "text": dict(without="mmcl,visual"),
             "visual": dict(without="mmcl,text"), "text and visual": dict(without="mmcl")}
-    return grid(rows, ratios or (FIVE if base.data != "scenes" else (0.1, 0.3, 0.5)), dict(zip(rows, PAPER_6["voc2007"])))
+    return cells_of(rows, ratios or (FIVE if base.data != "scenes" else (0.1, 0.3, 0.5)), dict(zip(rows, PAPER_6["voc2007"])))
 
 
-TABLES = {1: (table_1, PAPER_1), 2: (table_2, PAPER_2), 3: (table_3, PAPER_3), 4: (table_4, PAPER_4), 6: (table_6, PAPER_6)}
+TABLES = {1: (table_1, PAPER_1, ""), 2: (table_2, PAPER_2, ""), 3: (table_3, PAPER_3, ", of 10-90 %"), 4: (table_4, PAPER_4, ""),
+          6: (table_6, PAPER_6, ", of 10-50 %")}
 
 # Where the paper is silent. The score of inference (region, query, mean) is in every table and needs no runs of its own.
 STUDIES = {
@@ -160,167 +152,7 @@ STUDIES = {
 def study(name, ratios):
     rows = {", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in run.items() if k not in ("single_positive", "ratio")): run
             for run in STUDIES[name]}
-    return grid(rows, ratios or (0.1,))
-
-
-# --------------------------------------------------------------------------------------------------------------- running rows
-NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
-
-
-def key(cfg, sha256):
-    return json.dumps([sha256, {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
-
-
-class Runs:
-    """The run folders below `out`: which settings are there, which are missing, and training of those."""
-    FOLDER = "runs"
-
-    def __init__(self, base, out, jobs):
-        self.base, self.out, self.jobs = base, out, jobs
-        self.device = best_device()
-        self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
-        self.folders = {}
-        for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
-            with contextlib.suppress(train.ConfigError, json.JSONDecodeError):     # a folder of another version
-                self.folders[key(train.load_config(file.parent), json.loads(file.read_text()).get("clip_sha256"))] = file.parent
-
-    def config(self, settings, seed):
-        """Settings of a row -> its Config with its folder in `out`, and the Configs that it needs first."""
-        settings, before = dict(settings), []
-        if isinstance(settings.get("carl_from"), dict):
-            before = self.config(settings["carl_from"], seed)
-            settings["carl_from"] = before[-1].out
-        cfg = dataclasses.replace(self.base, **settings, seed=seed)
-        identity = key(cfg, self.encoder.sha256)
-        if identity not in self.folders:
-            name = [Path(cfg.data).stem, cfg.single_positive or f"{cfg.ratio:g}", "captions" if cfg.images == "captions" else "", cfg.matching,
-                    cfg.without and "no-" + cfg.without.replace(",", "-"), f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
-            self.folders[identity] = self.out / self.FOLDER / "-".join(filter(None, name))
-        return before + [dataclasses.replace(cfg, out=str(self.folders[identity]))]
-
-    def train(self, wanted):
-        """Trains what is missing among `wanted` (lists of Configs as from `config`), those that others need first."""
-        for depth in range(max(map(len, wanted), default=0)):
-            todo = {configs[depth].out: configs[depth] for configs in wanted if len(configs) > depth}
-            todo = [cfg for cfg in todo.values() if len(history(cfg.out)) < cfg.epochs]
-            todo.sort(key=lambda cfg: cfg.seed)                                    # one whole seed after the other
-            if todo:
-                self._train(todo)
-
-    def _train(self, todo):
-        start, count = time.perf_counter(), 0
-        print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
-
-        def finished(seconds, cfg):
-            nonlocal count
-            count += 1
-            left = (time.perf_counter() - start) / count * (len(todo) - count)
-            rows = history(cfg.out)
-            told = f"mAP {rows[-1]['test']['mAP']:.2f}" if len(rows) == cfg.epochs else "diverged"
-            print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, {seconds:.0f} s, about {left / 60:.0f} minutes left", flush=True)
-
-        if self.jobs == 1:
-            for cfg in todo:
-                finished(train_one(cfg), cfg)
-            return
-        pool = ProcessPoolExecutor(self.jobs, get_context("spawn"), share_cores, (self.jobs,))
-        try:
-            futures = {pool.submit(train_one, cfg): cfg for cfg in todo}
-            for future in as_completed(futures):
-                finished(future.result(), futures[future])
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    # ------------------------------------------------------------------------------------------------------------ reading them
-    @functools.cached_property
-    def test(self):
-        """The features of the test split, which all rows of a table share."""
-        b, split = self.base, splits_of(self.base)[2]
-        if split is None:
-            raise data.DataError(f"{b.data} has no test split: nothing can be compared")
-        return Features(split, self.encoder, b.size, batch=b.batch, workers=b.workers, views=min(1, b.cache_features), cache=b.cache_dir,
-                        device=self.device)
-
-    @functools.cached_property
-    def zero_shot(self):
-        return evaluation.zero_shot(self.encoder, self.test.split.prompts, self.test)
-
-    def mAP(self, scores):
-        return metrics(scores, self.test.split.truth)["mAP"]
-
-    def scores(self, run, checkpoint):
-        """(n, C) test scores of a run, kept beside its checkpoint."""
-        kept, file = Path(run) / f"test-{checkpoint}.npy", Path(run) / f"{checkpoint}.pt"
-        if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
-            predictor = evaluation.Predictor(run, checkpoint, self.device, self.encoder)
-            np.save(kept, evaluation.run_scores(predictor, self.test)[0])
-        return np.load(kept)
-
-    def measure(self, cell, seeds):
-        """{score: {"last": {seed: mAP}, "best": {seed: mAP}}}; empty for a cell of the paper alone, or whose runs diverged."""
-        if isinstance(cell.runs, str):
-            return {"similarity": {"last": {0: self.mAP(self.zero_shot[cell.runs])}}}
-        found = {}
-        for seed in seeds if cell.runs else ():
-            runs = [self.config(run, seed)[-1] for run in cell.runs]
-            if any(len(history(cfg.out)) < cfg.epochs for cfg in runs):
-                continue
-            for checkpoint in ("last", "best"):
-                if len(runs) > 1:
-                    numbers = {"averaged": self.mAP(np.mean([self.scores(cfg.out, checkpoint) for cfg in runs], 0))}
-                else:
-                    line = chosen(runs[0].out, checkpoint)["test"]
-                    numbers = {score: line[f"mAP_{score}"] for score in ("region", "query", "mean") if f"mAP_{score}" in line}
-                for score, number in numbers.items():
-                    found.setdefault(score, {}).setdefault(checkpoint, {})[seed] = number
-        return found
-
-
-def history(run):
-    """Lines of a run's metrics, one an epoch; none before the first epoch."""
-    file = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def chosen(run, checkpoint):
-    """The line of the last epoch, or of the best one on validation (on test where a data set has no validation split)."""
-    lines = [line for line in history(run) if "test" in line]
-    judge = "val" if "val" in lines[-1] else "test"
-    return lines[-1] if checkpoint == "last" else max(lines, key=lambda line: line[judge]["mAP"])
-
-
-# What follows runs in a process of its own when --jobs asks for several.
-SPLIT_SETTINGS = ("data", "root", "ratio", "single_positive", "seed", "train_images", "mask", "val", "names")
-
-
-@functools.lru_cache(maxsize=4)
-def _splits(settings):
-    return train.load_data(Config(**dict(settings)))
-
-
-def splits_of(cfg):
-    return _splits(tuple((name, getattr(cfg, name)) for name in SPLIT_SETTINGS))
-
-
-encoder_of = functools.lru_cache(maxsize=1)(clip.load)
-
-
-def share_cores(jobs):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                                   # Ctrl-C ends a worker at once; its checkpoint is whole
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-
-
-def train_one(cfg):
-    """Trains a row, or goes on with it; returns the seconds. What it prints goes to its folder. A diverged run stays unfinished."""
-    start, folder = time.perf_counter(), Path(cfg.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    resume = folder if (folder / "config.json").exists() else None
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            train.Run(cfg, resume, splits_of(cfg), encoder_of(cfg.clip, activation=cfg.activation)).train()
-        except FloatingPointError as error:
-            print(error)
-    return time.perf_counter() - start
+    return cells_of(rows, ratios or (0.1,))
 
 
 # -------------------------------------------------------------------------------------------------------------------- tables
@@ -332,7 +164,7 @@ def table(cells, runs, seeds, paper="paper"):
     for cell in cells:
         printed.setdefault(cell.row, {})[cell.column] = cell.paper
         of_row = measured.setdefault(cell.row, {})
-        for score, numbers in runs.measure(cell, seeds).items():
+        for score, numbers in runs.measure(cell.runs, seeds).items():
             of_row.setdefault(score, {})[cell.column] = numbers
     if len(columns) > 1:
         for row, scores in measured.items():
@@ -473,6 +305,11 @@ def reproduce(argv):
     if own.table == 5:
         text = table_5()
     else:
+        if not own.figure:
+            rows, printed, average = (study, None, "") if own.study else TABLES[own.table]
+            cells = [cell for cell in rows(own.study or base, own.ratios) if not own.rows or any(part in cell.row for part in own.rows)]
+            if not cells:
+                raise ConfigError(f"no row of this table holds {' or '.join(own.rows)}")
         runs = Runs(base, out, own.jobs)
         if own.figure:
             folders = dict(zip(("DualCoOp", "TRM-ML"), own.runs or ()))
@@ -483,12 +320,7 @@ def reproduce(argv):
             images = images_in(own.image) if own.image else runs.test.split.paths[:4]
             text = figure_4(folders, images, runs, file.with_suffix(".png"))
         else:
-            rows, printed = (study, None) if own.study else TABLES[own.table]
-            cells = rows(own.study or base, own.ratios)
-            cells = [cell for cell in cells if not own.rows or any(part in cell.row for part in own.rows)]
-            if not cells:
-                raise ConfigError(f"no row of this table holds {' or '.join(own.rows)}")
-            text, measured = table(cells, runs, seeds, printed and f"paper, {nearest(printed, base.data)}")
+            text, measured = table(cells, runs, seeds, printed and f"paper, {nearest(printed, base.data)}{average}")
             if own.table == 1:
                 plot(measured, base.data, file.with_suffix(".png"))
         about = (f"{base.data}, {len(splits_of(base)[0].paths)} training images, CLIP {base.clip} ({runs.encoder.sha256[:12]}), {base.size} px, "

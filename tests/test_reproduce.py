@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from small_world import command, one_line, options, world                          # noqa: F401
 
+import grid
 import reproduce
 import train
 
@@ -57,7 +58,7 @@ def test_table_3_is_the_ladder_and_is_not_trained_twice(call):
                            "+CARL +KD +MMCL", "all (TRM-ML)", "global feature", "DualCoOp", "DualCoOp, fixed spatial scale", "all but KD"]
     assert set(found["all (TRM-ML)"]) == {"region", "query", "mean"} and set(found["DualCoOp"]) == {"region"}
     text = (folder / "table-3-scenes.md").read_text()
-    assert "| **+CARL +KD** | paper, coco |  | 84.4 |" in text and all(line in out for line in text.splitlines())
+    assert "| **+CARL +KD** | paper, coco, of 10-90 % |  | 84.4 |" in text and all(line in out for line in text.splitlines())
     runs = {cfg.parent.name: json.loads(cfg.read_text())["config"] for cfg in folder.glob("runs/*/config.json")}
     assert len(runs) == 10
     whole = next(folder / "runs" / name for name, c in runs.items() if c["matching"] == "carl" and not c["without"])
@@ -102,6 +103,8 @@ def test_table_1_averages_scores_with_prompts_of_captions(call):
     found = measured(folder, "table-1")
     assert list(found) == ["DualCoOp", "TaI-DPT", "TaI-DPT+DualCoOp", "TaI-DPT+TRM-ML"]
     assert found["TaI-DPT"]["averaged"]["50 %"] == found["TaI-DPT"]["averaged"]["90 %"]                  # captions know no ratio
+    abouts = [json.loads(cfg.read_text()) for cfg in folder.glob("runs/*captions*/config.json")]
+    assert len(abouts) == 2 and all(about["data"]["captions"]["images"] > 40 and "scenes/train" not in about["data"] for about in abouts)
     avg = found["DualCoOp"]["region"]["Avg."]["last"]["0"]
     assert avg == pytest.approx(np.mean([found["DualCoOp"]["region"][c]["last"]["0"] for c in ("50 %", "90 %")]))
     assert any(line.startswith("| **TaI-DPT+DualCoOp** | paper, coco | 83.9 | 84.5 | 84.2 |") for line in out)
@@ -146,7 +149,7 @@ def test_figure_4_draws_both_methods_and_scores_their_maps(call):
 def test_two_jobs_give_what_one_gives(call, world):                                # noqa: F811
     call("--table", 3, "--ratios", 0.3, "--rows", "average", "global feature")
     one = measured(world / "tables", "table-3")
-    with mock.patch.object(reproduce.Runs, "FOLDER", "runs-of-two"):
+    with mock.patch.object(grid.Runs, "FOLDER", "runs-of-two"):
         call("--table", 3, "--ratios", 0.3, "--rows", "average", "global feature", "--jobs", 2)
     assert measured(world / "tables", "table-3") == one and len(list(world.glob("tables/runs-of-two/*/last.pt"))) == 2
 
@@ -165,5 +168,4 @@ def test_every_study_is_made_of_settings_that_exist():
     (["--table", 3, "--resume", "x"], ["--resume"]), (["--table", 3, "--epoch", 3], ["--epochs"]), (["--study", "luck"], ["luck"]),
     (["--table", 3, "--rows", "nobody"], ["nobody"]), (["--table", 3, "--data", "coco"], ["--root"])])
 def test_a_wrong_call_is_one_line(arguments, words, world, tmp_path, capfd):       # noqa: F811
-    clip = ["--clip", world / "clip-quickgelu.safetensors"]
-    one_line(reproduce.main, [*arguments, "--out", tmp_path, *(clip if "--rows" in arguments or "--data" in arguments else [])], capfd, *words)
+    one_line(reproduce.main, [*arguments, "--out", tmp_path, "--clip", world / "clip-quickgelu.safetensors"], capfd, *words)

@@ -1,0 +1,189 @@
+"""Many runs of train.py at once: which are there already, training of the missing ones, their numbers. For reproduce.py.
+
+A run is known by its settings and CLIP's weights, so tables that share a run train it once, a finished one is only read, and
+one that was stopped goes on. --jobs N trains N at a time, in processes that share the feature cache and split the cores.
+"""
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import clip
+import data
+import eval as evaluation
+import train
+from features import Features
+from files import ConfigError, best_device
+from metrics import metrics
+from train import Config
+
+NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
+
+
+def key(cfg, sha256):
+    return json.dumps([sha256, {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
+
+
+class Runs:
+    """The run folders below `out`: which settings are there, which are missing, and training of those."""
+    FOLDER = "runs"
+
+    def __init__(self, base, out, jobs):
+        self.base, self.out, self.jobs = base, out, jobs
+        if splits_of(base)[2] is None:
+            raise data.DataError(f"{base.data} has no test split: nothing can be compared")
+        self.device = best_device()
+        self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
+        self.folders = {}
+        for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
+            with contextlib.suppress(ConfigError, json.JSONDecodeError):     # a folder of another version
+                self.folders[key(train.load_config(file.parent), json.loads(file.read_text()).get("clip_sha256"))] = file.parent
+
+    def config(self, settings, seed):
+        """Settings of a row -> its Config with its folder in `out`, and the Configs that it needs first."""
+        settings, before = dict(settings), []
+        if isinstance(settings.get("carl_from"), dict):
+            before = self.config(settings["carl_from"], seed)
+            settings["carl_from"] = before[-1].out
+        cfg = dataclasses.replace(self.base, **settings, seed=seed)
+        identity = key(cfg, self.encoder.sha256)
+        if identity not in self.folders:
+            name = [Path(cfg.data).stem, cfg.single_positive or f"{cfg.ratio:g}", "captions" if cfg.images == "captions" else "", cfg.matching,
+                    cfg.without and "no-" + cfg.without.replace(",", "-"), f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
+            self.folders[identity] = self.out / self.FOLDER / "-".join(filter(None, name))
+        return before + [dataclasses.replace(cfg, out=str(self.folders[identity]))]
+
+    def train(self, wanted):
+        """Trains what is missing among `wanted` (lists of Configs as from `config`), those that others need first."""
+        for depth in range(max(map(len, wanted), default=0)):
+            todo = {configs[depth].out: configs[depth] for configs in wanted if len(configs) > depth}
+            todo = [cfg for cfg in todo.values() if len(history(cfg.out)) < cfg.epochs]
+            todo.sort(key=lambda cfg: cfg.seed)                                    # one whole seed after the other
+            if todo:
+                self._train(todo)
+
+    def _train(self, todo):
+        start, count = time.perf_counter(), 0
+        print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
+
+        def finished(seconds, cfg):
+            nonlocal count
+            count += 1
+            left = (time.perf_counter() - start) / count * (len(todo) - count)
+            rows = history(cfg.out)
+            told = f"mAP {rows[-1]['test']['mAP']:.2f}" if len(rows) == cfg.epochs else "diverged"
+            print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, {seconds:.0f} s, about {left / 60:.0f} minutes left", flush=True)
+
+        if self.jobs == 1:
+            for cfg in todo:
+                finished(train_one(cfg), cfg)
+            return
+        pool = ProcessPoolExecutor(self.jobs, get_context("spawn"), share_cores, (self.jobs,))
+        try:
+            futures = {pool.submit(train_one, cfg): cfg for cfg in todo}
+            for future in as_completed(futures):
+                finished(future.result(), futures[future])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    # ------------------------------------------------------------------------------------------------------------ reading them
+    @functools.cached_property
+    def test(self):
+        """The features of the test split, which all rows of a table share."""
+        b, split = self.base, splits_of(self.base)[2]
+        return Features(split, self.encoder, b.size, batch=b.batch, workers=b.workers, views=min(1, b.cache_features), cache=b.cache_dir,
+                        device=self.device)
+
+    @functools.cached_property
+    def zero_shot(self):
+        return evaluation.zero_shot(self.encoder, self.test.split.prompts, self.test)
+
+    def mAP(self, scores):
+        return metrics(scores, self.test.split.truth)["mAP"]
+
+    def scores(self, run, checkpoint):
+        """(n, C) test scores of a run, kept beside its checkpoint."""
+        kept, file = Path(run) / f"test-{checkpoint}.npy", Path(run) / f"{checkpoint}.pt"
+        if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
+            predictor = evaluation.Predictor(run, checkpoint, self.device, self.encoder)
+            np.save(kept, evaluation.run_scores(predictor, self.test)[0])
+        return np.load(kept)
+
+    def measure(self, of, seeds):
+        """{score: {"last": {seed: mAP}, "best": {seed: mAP}}}; empty for runs that diverged.
+
+        of   the settings of one run, or of several whose scores are averaged; or the name of a zero-shot score; or None
+        """
+        if isinstance(of, str):
+            return {"similarity": {"last": {0: self.mAP(self.zero_shot[of])}}}
+        found = {}
+        for seed in seeds if of else ():
+            runs = [self.config(settings, seed)[-1] for settings in of]
+            if any(len(history(cfg.out)) < cfg.epochs for cfg in runs):
+                continue
+            for checkpoint in ("last", "best"):
+                if len(runs) > 1:
+                    numbers = {"averaged": self.mAP(np.mean([self.scores(cfg.out, checkpoint) for cfg in runs], 0))}
+                else:
+                    line = chosen(runs[0].out, checkpoint)["test"]
+                    numbers = {score: line[f"mAP_{score}"] for score in ("region", "query", "mean") if f"mAP_{score}" in line}
+                for score, number in numbers.items():
+                    found.setdefault(score, {}).setdefault(checkpoint, {})[seed] = number
+        return found
+
+
+def history(run):
+    """Lines of a run's metrics, one an epoch; none before the first epoch."""
+    file = Path(run) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def chosen(run, checkpoint):
+    """The line of the last epoch, or of the best one on validation (on test where a data set has no validation split)."""
+    lines = [line for line in history(run) if "test" in line]
+    judge = "val" if "val" in lines[-1] else "test"
+    return lines[-1] if checkpoint == "last" else max(lines, key=lambda line: line[judge]["mAP"])
+
+
+# What follows runs in a process of its own when --jobs asks for several.
+SPLIT_SETTINGS = ("data", "root", "ratio", "single_positive", "seed", "train_images", "mask", "val", "names", "images", "captions")
+
+
+@functools.lru_cache(maxsize=4)
+def _splits(settings):
+    return train.load_data(Config(**dict(settings)))
+
+
+def splits_of(cfg):
+    return _splits(tuple((name, getattr(cfg, name)) for name in SPLIT_SETTINGS))
+
+
+encoder_of = functools.lru_cache(maxsize=1)(clip.load)
+
+
+def share_cores(jobs):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                                   # Ctrl-C ends a worker at once; its checkpoint is whole
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def train_one(cfg):
+    """Trains a row, or goes on with it; returns the seconds. What it prints goes to its folder. A diverged run stays unfinished."""
+    start, folder = time.perf_counter(), Path(cfg.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    resume = folder if (folder / "config.json").exists() else None
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            train.Run(cfg, resume, splits_of(cfg), encoder_of(cfg.clip, activation=cfg.activation)).train()
+        except FloatingPointError as error:
+            print(error)
+    return time.perf_counter() - start
