@@ -198,6 +198,7 @@ def make_case(backbone, size, C, batch, L=64):
     case.memory.bank.copy_(F.normalize(torch.randn(C, L, D), dim=-1))             # as in the later epochs: queues are full
     case.memory.cursor.fill_(L)
     case.memory.T.copy_(F.normalize(torch.randn(C, D), dim=-1))
+    case.memory.theta.copy_(torch.tensor([[0.0], [-1e-4]]).expand_as(case.memory.theta))   # not the batch's own means: ties would flip by rounding
     case.images = torch.randn(batch, 3, size, size, device=DEVICE)
     truth = torch.where(torch.rand(batch, C) < 0.05, 1, -1)
     case.labels = torch.where(torch.rand(batch, C) < 0.3, truth, 0).to(torch.int8).to(DEVICE)
