@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from shapes import COLOURS, DISTRACTORS, IDS, KINDS, NAMES, PAINT, Kind, stamp
 
-VERSION = 2                         # part of the marker: raised whenever a change here changes the pictures
+VERSION = 3                         # part of the marker: raised whenever a change here changes the pictures
 SPLITS = ("train2014", "tune2014", "val2014")   # val2014 is the held-out test, as for COCO's peers; tune2014 is for tuning
 VISIBLE, MIN_AREA = 0.4, 60         # share of an object's pixels, and number of pixels, that must stay visible
 RADIUS = (14, 46)                   # half the extent of an object in pixels, whatever the size of the canvas
+OBJECTS = (1, 8)                    # labelled objects of a scene, least and most
 CROWD = 0.9                         # least distance of centres, in radii of the larger object: less is more occlusion
 
 
@@ -99,7 +100,7 @@ def choose(r, count):
     return chosen
 
 
-def scene(rng, size=256, objects=(1, 6)):
+def scene(rng, size=256, objects=OBJECTS):
     """One scene. rng: a random.Random, or what seeds one; size: pixels of the square canvas, up to 512; objects: least, most.
     Returns (uint8 array (size, size, 3), list of Box, list of five captions).
     Objects have the same size in pixels on any canvas, so a small canvas holds few."""
@@ -145,7 +146,7 @@ def captions(r, told, home):
     def phrase(k, colour, radius, x, y, detail):
         same = sum(k == other[0] for other in told)
         if same > 1 and r.random() < 0.7:
-            return f"{('two', 'three', 'four', 'five', 'six')[same - 2]} {KINDS[k].plural or NAMES[k] + 's'}"
+            return f"{('two', 'three', 'four', 'five', 'six', 'seven', 'eight')[same - 2]} {KINDS[k].plural or NAMES[k] + 's'}"
         words = ["small" if radius < 20 else "big" if radius > 34 else "", colour]
         words = [w for w in words if w and r.random() < detail] + [NAMES[k]]
         spots = ["at the top" if y < 0.35 else "at the bottom" if y > 0.65 else "",
@@ -180,7 +181,7 @@ def draw(job):
     return drawn
 
 
-def draw_all(split, count, size, objects=(1, 6), seed=0, workers=None, folder=None):
+def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=None):
     """Yields, in order, what `draw` gives for scenes 0..count-1 of a split, from `workers` processes (None: all cores)."""
     jobs = [(split, seed, k, min(k + 50, count), size, objects, folder) for k in range(0, count, 50)]
     with (ProcessPoolExecutor(workers or os.cpu_count()) as pool,

@@ -43,7 +43,7 @@ def test_grouped_texts_equal_ungrouped():
 
 def test_a_small_run_learns_and_writes(tmp_path, capsys):
     out = tmp_path / "little.safetensors"
-    score = pretrain.pretrain(out, canvases=160, epochs=3, batch=32, lr=3e-3, tune=24, amp=False, dimensions=LITTLE, command="a test")
+    score = pretrain.pretrain(out, canvases=96, epochs=3, batch=16, lr=3e-3, tune=16, amp=False, dimensions=LITTLE, command="a test")
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert 0 < score["global"] < 100 and 0 < score["dense"] < 100 and set(score["classes"]) <= set(scenes.NAMES)
@@ -56,9 +56,11 @@ def test_a_small_run_learns_and_writes(tmp_path, capsys):
 
 
 def test_the_shipped_weights():
-    """They fit their size, and the file says how they were made and that they are good enough for the method's comparisons."""
+    """They fit their size, and the file says how they were made and that they are good enough to compare methods with."""
     assert pretrain.TINY.stat().st_size <= 8_000_000
     with safe_open(pretrain.TINY, "pt") as file:
         metadata = file.metadata()
-    assert float(metadata["zero_shot_tune2014_global"]) >= 80 and metadata["command"].startswith("python -m clip.pretrain")
-    assert int(metadata["scenes_version"]) == scenes.VERSION, "the drawing changed after pre-training"
+    assert float(metadata["zero_shot_tune2014_global"]) >= 80
+    assert metadata["command"].startswith("python -m clip.pretrain")
+    captions = pretrain.draw("pretrain", 50, json.loads(metadata["dimensions"])["resolution"], (1, 3))[2]
+    assert metadata["captions_sha256"] == pretrain.told(captions), "the drawing changed after pre-training"
