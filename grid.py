@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -156,7 +157,7 @@ def chosen(run, checkpoint):
 
 
 # What follows runs in a process of its own when --jobs asks for several.
-SPLIT_SETTINGS = ("data", "root", "ratio", "single_positive", "seed", "train_images", "mask", "val", "names", "images", "captions")
+OF_THE_DATA = (*inspect.signature(data.load).parameters, "images", "captions")
 
 
 @functools.lru_cache(maxsize=4)
@@ -165,7 +166,7 @@ def _splits(settings):
 
 
 def splits_of(cfg):
-    return _splits(tuple((name, getattr(cfg, name)) for name in SPLIT_SETTINGS))
+    return _splits(tuple((name, getattr(cfg, name)) for name in OF_THE_DATA))
 
 
 encoder_of = functools.lru_cache(maxsize=1)(clip.load)
