@@ -87,6 +87,13 @@ def save_checkpoint(state, file):
     write_atomically(file, buffer.getvalue())
 
 
+def save_picture(save, file):
+    """save(buffer) draws a PNG, as PIL's and matplotlib's `save` do; it lands in `file` whole or not at all."""
+    buffer = io.BytesIO()
+    save(buffer)
+    write_atomically(file, buffer.getvalue())
+
+
 def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt as written by train.py; ConfigError when there is none or it is none. Runs no code from it."""
     if not file.is_file():

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from files import write_atomically
+from files import save_picture, write_atomically
 from pictures import picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -48,7 +48,8 @@ def predict(predictor, paths, args):
             drawn = folder / next(name for name in (f"{stem}{n}.png" for n in ["", *(f"-{k}" for k in range(2, len(paths) + 2))])
                                   if name.lower() not in taken)                    # a.jpg and a.png, or a.jpg of two folders
             taken.add(drawn.name.lower())
-            picture([predictor.tiles(paths[i], p, maps, np.argsort(-p, kind="stable")[: args.top])]).save(drawn)
+            tiles = predictor.tiles(paths[i], p, maps, np.argsort(-p, kind="stable")[: args.top])
+            save_picture(lambda buffer: picture([tiles]).save(buffer, "PNG"), drawn)
         writer.writerow([row["image"], *(f"{value:.4f}" for value in p)])
         tqdm.write(json.dumps(row | {"scores": dict(top), "picture": drawn and str(drawn)}) if args.json else f"{row['image']}: "
                    + "  ".join(f"{name}{'*' * (name in row['present'])} {value:.2f}" for name, value in top))
@@ -84,7 +85,8 @@ def suggest(predictor, args):
         for rank in np.flatnonzero(image[shown] == drawn[i]):
             category = c[shown[rank]]
             name = re.sub(r"[^\w.-]+", "_", f"{rank + 1:04d}_{Path(paths[drawn[i]]).stem}_{predictor.names[category]}.png")
-            picture([predictor.tiles(paths[drawn[i]], row, maps, [category])]).save(folder / name)
+            tiles = predictor.tiles(paths[drawn[i]], row, maps, [category])
+            save_picture(lambda buffer: picture([tiles]).save(buffer, "PNG"), folder / name)
             regions[shown[rank]] = f"{folder.name}/{name}"
 
     home = Path(config["root"] or (Path(config["data"]).resolve().parent if data.is_sheet(config["data"]) else data.SCENES))

@@ -31,7 +31,7 @@ import eval as evaluation
 import kernels
 import losses
 from features import Features, precision
-from files import (ConfigError, Lock, Parser, best_device, guarded, read_checkpoint, save_checkpoint,
+from files import (ConfigError, Lock, Parser, best_device, guarded, read_checkpoint, save_checkpoint, save_picture,
                    write_atomically)
 from memory import MemoryBank
 from trm import TRM, Output, Prompts
@@ -522,7 +522,8 @@ class Run:
             print("curves.png needs matplotlib: pip install matplotlib")
         if self.test_split is not None:
             predictor = evaluation.Predictor(self.folder, "last", self.device, self.clip)
-            evaluation.picture(evaluation.region_rows(predictor, self.test_split.paths[:6])).save(self.folder / "regions.png")
+            regions = evaluation.picture(evaluation.region_rows(predictor, self.test_split.paths[:6]))
+            save_picture(lambda buffer: regions.save(buffer, "PNG"), self.folder / "regions.png")
         print(f"wrote {self.folder}/: metrics.jsonl last.pt {'best.pt ' if self.best else ''}curves.png regions.png")
 
 
@@ -548,7 +549,7 @@ def curves(history, file):
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    save_picture(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)
     plt.close(figure)
 
 

@@ -80,5 +80,8 @@ def one_line(main, arguments, capfd, *words):
 
 def rows(folder):
     """metrics.jsonl without what a clock measured."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waiting")} for line in lines]
+    return timeless(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def timeless(history):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waiting")} for line in history]

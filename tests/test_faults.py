@@ -63,10 +63,13 @@ def mounted(tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("kib", (4, 300, 900, 1300))
-def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, monkeypatch, kib):               # noqa: F811
-    """No room for config.json, for a checkpoint, for the second file, for the temporary second version."""
-    disk = mounted(f"size={kib}k")
+@pytest.mark.parametrize("room", (("config.json",), ("config.json", "best.pt"), ("config.json", "best.pt", "last.pt"),
+                                  ("config.json", "best.pt", "last.pt", "last.pt", "metrics.jsonl")), ids=lambda r: f"after {len(r)} files")
+def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, monkeypatch, room):              # noqa: F811
+    """No room for best.pt; for last.pt; for the second version beside the first; for the pictures at the end."""
+    if not (world / "measured").exists():
+        run(world, world / "measured")
+    disk = mounted(f"size={sum((world / 'measured' / name).stat().st_size // 1024 + 8 for name in room)}k")
     monkeypatch.setattr(train, "curves", lambda *_: None)
     line = one_line(train.main, options(world, disk / "run", epochs=3), capfd, "No space left on device")
     assert str(disk) in line and not list(disk.rglob("*.tmp"))
@@ -95,18 +98,15 @@ def test_a_read_only_folder_is_told_before_anything_is_decoded(world, mounted, c
 
 
 @linux
-def test_a_run_folder_that_turns_read_only_keeps_its_checkpoint(world, mounted, capfd, monkeypatch):             # noqa: F811
-    disk, save = mounted("size=8m"), train.Run._save
-
-    def remount(self, *arguments):
-        if self.epoch == 2:
-            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        save(self, *arguments)
-    monkeypatch.setattr(train.Run, "_save", remount)
-    one_line(train.main, options(world, disk / "run"), capfd, "Read-only file system", disk)
-    assert read_checkpoint(disk / "run" / "last.pt")["epoch"] == 1
+def test_a_run_folder_that_became_read_only_is_refused_for_writing_and_read(world, mounted, tmp_path, capfd):    # noqa: F811
+    run(world, tmp_path / "run", epochs=1)
+    disk = mounted("size=8m")
+    shutil.copytree(tmp_path / "run", disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    photos = [disk / "run", "--image", world / "scenes" / "val2014"]
     one_line(train.main, ["--resume", disk / "run"], capfd, "Read-only file system", disk)
-    one_line(evaluation.main, [disk / "run", "--image", world / "scenes" / "val2014"], capfd, "Read-only file system", disk)
+    one_line(evaluation.main, photos, capfd, "Read-only file system", disk)
+    assert command(evaluation.main, [*photos, "--out", tmp_path / "pictures"], capfd)[0] == 0
 
 
 def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, monkeypatch):                       # noqa: F811
@@ -127,8 +127,8 @@ def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(world
     with monkeypatch.context() as patch:
         if where == "images":
             step = train.Run.step
-            patch.setattr(train.Run, "step", lambda self, index, f, x, stage:
-                          step(self, index, f * (float("nan") if self.epoch == 2 else 1), x, stage))
+            patch.setattr(train.Run, "step", lambda self, index, f, *rest:
+                          step(self, index, f * (float("nan") if self.epoch == 2 else 1), *rest))
             words = ["epoch 3", "loss is not finite after step 1 of 3", "L_r nan", "L_q nan", "holds epoch 2"]
         else:                                                                      # a gradient overflows in the very last step
             total, calls = train.losses.total, []

@@ -10,7 +10,7 @@ import torch
 from kill_train import same_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_world import ROOT, command, one_line, options, rows, run, start, world     # noqa: F401
+from small_world import ROOT, command, one_line, options, rows, run, start, timeless, world     # noqa: F401
 
 import train
 from files import read_checkpoint
@@ -41,7 +41,7 @@ def test_from_scratch_the_loss_falls_and_every_term_is_finite(world, tmp_path): 
     assert not list(folder.glob("*.tmp")) and Image.open(folder / "regions.png").size[0] > 700
     best = max(history, key=lambda line: line["val"]["mAP"])
     assert read_checkpoint(folder / "best.pt")["epoch"] == best["epoch"] and read_checkpoint(folder / "last.pt")["epoch"] == 12
-    assert rows(folder) == [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in history]
+    assert rows(folder) == timeless(history)
 
 
 def test_the_curves_are_drawn(world, whole, tmp_path):                             # noqa: F811
