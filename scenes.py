@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from shapes import COLOURS, DISTRACTORS, IDS, KINDS, NAMES, PAINT, Kind, stamp
 
-VERSION = 3                         # part of the marker: raised whenever a change here changes the pictures
+VERSION = 4                         # part of the marker: raised whenever a change here changes the pictures
 SPLITS = ("train2014", "tune2014", "val2014")   # val2014 is the held-out test, as for COCO's peers; tune2014 is for tuning
 VISIBLE, MIN_AREA = 0.4, 60         # share of an object's pixels, and number of pixels, that must stay visible
 RADIUS = (14, 46)                   # half the extent of an object in pixels, whatever the size of the canvas
@@ -111,7 +111,7 @@ def scene(rng, size=256, objects=OBJECTS):
     picture = Image.fromarray(background(r, size, scenery)).resize((2 * size, 2 * size), Image.NEAREST)
     mask = Image.new("L", (size, size))
     pens, placed, drawn = (ImageDraw.Draw(picture), ImageDraw.Draw(mask)), [], []
-    jobs = wanted + [None] * r.choice((0, 1, 1, 2, 3) if size > 160 else (0, 0, 1))     # None: a distractor
+    jobs = wanted + [None] * r.choice((1, 2, 3, 4, 5) if size > 160 else (0, 0, 1))     # None: a distractor
     r.shuffle(jobs)
     for k in jobs:
         kind = Kind("", " ".join(COLOURS), "any", 3, "", r.choice(DISTRACTORS)) if k is None else KINDS[k]
