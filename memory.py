@@ -38,7 +38,8 @@ class MemoryBank(nn.Module):
 
     def prototypes(self):
         """(C, D) mean of the stored unit prototypes, zeros for a category without any."""
-        return self.bank.sum(1) / self.cursor.clamp(1, self.bank.shape[1])[:, None]     # empty slots are zero
+        weight = self.filled() / self.cursor.clamp(1, self.bank.shape[1])[:, None]      # (C, L)
+        return (weight[:, None].to(self.bank.dtype) @ self.bank)[:, 0]
 
     @torch.no_grad()
     def similarities(self, regions):
@@ -46,9 +47,10 @@ class MemoryBank(nn.Module):
 
         mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product a category, whatever the queue's length.
         """
-        r = F.normalize(regions.to(self.bank.dtype), dim=-1)
-        visual = (r * self.prototypes()).sum(-1).masked_fill(self.cursor == 0, torch.nan)
-        return torch.stack([visual, (r * self.T).sum(-1)])
+        r = regions.to(self.bank.dtype)
+        v = self.prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
+        dots = r.transpose(0, 1) @ torch.stack([v, self.T], -1)                    # (C, B, 2)
+        return dots.permute(2, 1, 0) / r.norm(dim=-1).clamp(min=1e-12)
 
     @torch.no_grad()
     def update_thresholds(self, s, labels):
