@@ -57,9 +57,9 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.pool(F.relu(self.bn2(self.conv2(y)), inplace=True))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 class AttentionPool(nn.Module):
@@ -112,7 +112,7 @@ class ModifiedResNet(nn.Module):
 
     def trunk(self, x):
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = F.relu(bn(conv(x)))
+            x = F.relu(bn(conv(x)), inplace=True)
         return self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))            # (B, C, h, w)
 
     def pool(self, x):
