@@ -1,6 +1,6 @@
 """Many runs of train.py at once: which are there already, training of the missing ones, their numbers. For reproduce.py.
 
-A run is known by its settings and CLIP's weights, so tables that share a run train it once, a finished one is only read, and
+A run is known by its settings, CLIP's weights and the data, so tables that share a run train it once, a finished one is only read, and
 one that was stopped goes on. --jobs N trains N at a time, in processes that share the feature cache and split the cores.
 """
 import contextlib
@@ -31,8 +31,9 @@ from train import Config
 NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
 
 
-def key(cfg, sha256):
-    return json.dumps([sha256, {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
+def key(cfg, *world):
+    """What a run is known by: its settings, CLIP's weights, and the label counts of the test split, which change with the data."""
+    return json.dumps([world, {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
 
 
 class Runs:
@@ -41,14 +42,16 @@ class Runs:
 
     def __init__(self, base, out, jobs):
         self.base, self.out, self.jobs = base, out, jobs
-        if splits_of(base)[2] is None:
+        test = splits_of(base)[2]
+        if test is None:
             raise data.DataError(f"{base.data} has no test split: nothing can be compared")
         self.device = best_device()
         self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
-        self.folders = {}
+        self.world, self.folders = (self.encoder.sha256, test.info), {}
         for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
             with contextlib.suppress(ConfigError, json.JSONDecodeError):     # a folder of another version
-                self.folders[key(train.load_config(file.parent), json.loads(file.read_text()).get("clip_sha256"))] = file.parent
+                about = json.loads(file.read_text())
+                self.folders[key(train.load_config(file.parent), about.get("clip_sha256"), about["data"].get(test.name))] = file.parent
 
     def config(self, settings, seed):
         """Settings of a row -> its Config with its folder in `out`, and the Configs that it needs first."""
@@ -57,7 +60,7 @@ class Runs:
             before = self.config(settings["carl_from"], seed)
             settings["carl_from"] = before[-1].out
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
-        identity = key(cfg, self.encoder.sha256)
+        identity = key(cfg, *self.world)
         if identity not in self.folders:
             name = [Path(cfg.data).stem, cfg.single_positive or f"{cfg.ratio:g}", "captions" if cfg.images == "captions" else "", cfg.matching,
                     cfg.without and "no-" + cfg.without.replace(",", "-"), f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
