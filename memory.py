@@ -38,8 +38,8 @@ class MemoryBank(nn.Module):
 
     def prototypes(self):
         """(C, D) mean of the stored unit prototypes, zeros for a category without any."""
-        weight = self.filled() / self.cursor.clamp(1, self.bank.shape[1])[:, None]      # (C, L)
-        return (weight[:, None].to(self.bank.dtype) @ self.bank)[:, 0]
+        weight = self.filled().to(self.bank.dtype) / self.cursor.clamp(1, self.bank.shape[1])[:, None]   # (C, L)
+        return (weight[:, None] @ self.bank)[:, 0]
 
     @torch.no_grad()
     def similarities(self, regions):
