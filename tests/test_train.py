@@ -209,8 +209,7 @@ def test_weights_by_name_offline_end_in_one_line(world, tmp_path, capfd, monkeyp
     assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*"))
 
 
-@pytest.mark.parametrize("cached, workers", ((0, 0), (0, 2), (1, 0)))
-@pytest.mark.parametrize("damage", ("cut", "text", "gone"))
+@pytest.mark.parametrize("damage, cached, workers", (("cut", 0, 0), ("cut", 0, 2), ("cut", 1, 0), ("text", 0, 0), ("gone", 1, 0)))
 def test_an_image_that_cannot_be_read_ends_in_one_line(world, tmp_path, capfd, damage, cached, workers):         # noqa: F811
     shutil.copytree(world / "scenes", tmp_path / "scenes")
     image = sorted((tmp_path / "scenes" / "train2014").iterdir())[3]
