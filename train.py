@@ -67,7 +67,8 @@ class Config:
     matching: str = option("carl", "carl is the paper's method, the others its baselines", choices=TRM.MATCHING)
     without: str = option("", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last two: one prototype of MMCP)")
     carl_from: Optional[str] = option(None, "run whose region module is loaded and kept frozen (Table 4)")
-    queries: str = option("random", "start of the category queries", choices=("random", "text"))
+    dropout: float = option(0.1, "of the region module; raise it when few labels are memorised", low=0, high=0.9)
+    queries: str = option("text", "start of the category queries", choices=("random", "text"))
     alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)", low=0)
     beta: float = option(0.05, "weight of distillation (Eq. 15)", low=0)
     gamma: float = option(0.01, "weight of the contrastive loss (Eq. 15)", low=0)
@@ -139,7 +140,7 @@ class Config:
 
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
-PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, epochs=40, cache_features=2, workers=0)}
+PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, epochs=40, cache_features=2, workers=0, dropout=0.2, score="query")}
 
 
 def parse(argv):
@@ -345,7 +346,7 @@ class Run:
         except ValueError as error:                                                # a name too long for CLIP
             raise ConfigError(error) from None
         model = TRM(len(split.names), self.clip.D, prompts, cfg.matching, queries,
-                    contrastive=cfg.uses("mmcl"))
+                    contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
         if cfg.carl_from:
             state = read_checkpoint(Path(cfg.carl_from) / "last.pt")
             if state["names"] != split.names or state["clip_sha256"] != self.clip.sha256:
@@ -391,6 +392,7 @@ class Run:
             with torch.no_grad():
                 self.memory.set_text_prototypes(self.text_features()[0])           # "the text representation trained in the first stage"
         self.model.train()
+        torch.manual_seed((cfg.seed * 1_000_003 + self.epoch) * 1009 + self.rank)   # of dropout: an epoch needs no state of the one before
         self.pseudo = PseudoCount(self.device)
         batches = -(-len(self.feed) // cfg.batch)
         check = 1 if self.device.type == "cpu" else 50                             # a GPU is asked rarely: asking waits for it

@@ -75,16 +75,17 @@ class CARL(nn.Module):
     """
     at_once = 2**25
 
-
-    def __init__(self, C, D, queries: Optional[Tensor] = None):
+    def __init__(self, C, D, queries: Optional[Tensor] = None, dropout=0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)                                         # inside the layer, as DETR's decoder has it
         self.Q = nn.Parameter(torch.randn(C, D) if queries is None else queries.clone())
         self.self_att = nn.MultiheadAttention(D, 1, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * D, D))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(D) for _ in range(3))
-        for linear in (self.q, self.k, self.v):
-            nn.init.xavier_uniform_(linear.weight)
+        for linear in (self.q, self.k):                                            # ours: with queries from the text encoder, the
+            nn.init.eye_(linear.weight)                                            # energies start as CLIP's own similarity map
+        nn.init.xavier_uniform_(self.v.weight)
         for linear in (self.q, self.k, self.v, self.out):
             nn.init.zeros_(linear.bias)
 
@@ -92,13 +93,13 @@ class CARL(nn.Module):
         """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions F^r (B, C, D), queries F^q (B, C, D)."""
         # The queries meet no image before the cross-attention: their self-attention is computed once for the whole batch.
         Q = self.Q[None]
-        Q = self.norm1(Q + self.self_att(Q, Q, Q, need_weights=False)[0])[0]       # (C, D)
+        Q = self.norm1(Q + self.dropout(self.self_att(Q, Q, Q, need_weights=False)[0]))[0]           # (C, D)
 
         if len(f) * Q.numel() <= self.at_once:
             energy, queries = self.decode(Q, f)
         else:                                                                      # thousands of categories: less memory, for a second forward pass
             parts = f.split(max(1, self.at_once // Q.numel()))
-            parts = [checkpoint(self.decode, Q, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+            parts = [checkpoint(self.decode, Q, part, use_reentrant=False) for part in parts]
             energy, queries = (torch.cat(whole) for whole in zip(*parts))
         regions = region_pool(energy, f)                                           # (B, C, D)   F^r of Eq. 4
         return energy, regions, queries
@@ -112,9 +113,9 @@ class CARL(nn.Module):
         q = self.q(Q)                                                              # (C, D)
         energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5         # (B, C, N)   R of Eq. 3
         # Softmax weights sum to one, so W_v may follow the sum over locations as well.
-        attended = self.out(self.v(energy.softmax(-1) @ x))                        # (B, C, D)   Cross_Att(Q, f)
-        h = self.norm2(Q + attended)
-        return energy, self.norm3(h + self.mlp(h))                                 # (B, C, D)   F^q of Eq. 3
+        attended = self.out(self.v(self.dropout(energy.softmax(-1)) @ x))          # (B, C, D)   Cross_Att(Q, f)
+        h = self.norm2(Q + self.dropout(attended))
+        return energy, self.norm3(h + self.dropout(self.mlp(h)))                                 # (B, C, D)   F^q of Eq. 3
 
 
 def spatial_aggregation(f, g_pos, g_neg, scale, spatial_scale):
@@ -146,12 +147,13 @@ class TRM(nn.Module):
     """
     MATCHING = ("carl", "dualcoop", "dualcoop-fixed", "average", "global")
 
-    def __init__(self, C, D, prompts: Optional[Prompts] = None, matching="carl", queries=None, contrastive=True):
+    def __init__(self, C, D, prompts: Optional[Prompts] = None, matching="carl", queries=None, contrastive=True,
+                 dropout=0.0):
         super().__init__()
         self.prompts, self.matching = prompts, matching
         self.log_scale = nn.Parameter(torch.tensor(3.91))                          # 1 / tau = exp(3.91) = 50
         if matching == "carl":
-            self.carl = CARL(C, D, queries)
+            self.carl = CARL(C, D, queries, dropout)
             if contrastive:
                 self.heads = nn.ModuleDict({                                       # the "additional MLP" of Sec. 3.5
                     name: nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)) for name in ("text", "region", "pixel")})

@@ -130,7 +130,7 @@ def decoder(p, f):
         crossed, energy = attention(q, k, v)
         second = layer_norm(first + linear(crossed, p["out.weight"], p["out.bias"]), p["norm2.weight"], p["norm2.bias"])
         hidden = np.maximum(linear(second, p["mlp.0.weight"], p["mlp.0.bias"]), 0.0)
-        third = second + linear(hidden, p["mlp.2.weight"], p["mlp.2.bias"])
+        third = second + linear(hidden, p["mlp.3.weight"], p["mlp.3.bias"])
         energies.append(energy)
         queries.append(layer_norm(third, p["norm3.weight"], p["norm3.bias"]))
     return np.stack(energies), np.stack(queries)
