@@ -206,20 +206,33 @@ def table(predictors, split_name):
     return split, metrics(scores, split.truth, predictors[0].threshold)
 
 
+@torch.no_grad()
 def compare(predictors, split_name):
-    """Zero-shot CLIP and several runs on one split, side by side, with the localisation of their maps where boxes exist."""
+    """Zero-shot CLIP and several runs on one split, side by side; where boxes exist, how well each map sits on them."""
     split = predictors[0].split(split_name)
-    rows = [(f"zero-shot CLIP, {name}", metrics(score, split.truth)["mAP"], None) for name, score in
-            zero_shot(predictors[0].clip, split.prompts, predictors[0].features(split)).items()]
-    for predictor in predictors:
-        scores, maps = run_scores(predictor, predictor.features(split), maps=bool(split.boxes))
-        where = localisation(maps, predictor.grid, split.boxes, split.truth) if split.boxes else None
-        rows.append((str(predictor.run), metrics(scores, split.truth)["mAP"], where))
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
-          f"{'':34s}  mAP   pointing  mass in boxes  peak present / absent")
-    for name, mAP, where in rows:
-        print(f"{name:34s} {mAP:5.2f}" + (f"   {where['pointing']:6.1f} %  {where['mass']:9.1f} %     {where['present']:.2f} / "
-                                          f"{where['absent']:.2f}" if where and where["pairs"] else ""))
+          f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
+    for name, score in zero_shot(predictors[0].clip, split.prompts, predictors[0].features(split)).items():
+        print(f"{f'zero-shot CLIP, {name}':38s} {metrics(score, split.truth)['mAP']:5.2f}")
+    for predictor in predictors:
+        features, maps = predictor.features(split), {}
+        for name, score in scores_of(predictor.model, predictor.g_pos, predictor.g_neg, features).items():
+            print(f"{f'{predictor.run}, {name} score':38s} {metrics(score, split.truth)['mAP']:5.2f}")
+        for _, f, x in features.batches(0, shuffle=False) if split.boxes else ():
+            for name, part in maps_of(predictor.score(f, x)[1], predictor.model).items():
+                maps.setdefault(name, []).append(part.half().cpu())
+        for name, parts in maps.items():
+            where = localisation(torch.cat(parts).float().numpy(), predictor.grid, split.boxes, split.truth)
+            if where["pairs"]:
+                print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  {where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")
+
+
+def maps_of(out, model):
+    """Every map that a method could show as its regions, each (B, C, N): CARL's mask; the similarity map and DualCoOp's weights."""
+    if model.matching == "carl":
+        return {"mask": out.energy.sigmoid()}
+    weights = {"softmax weights": (model.log_spatial_scale.exp() * out.energy).softmax(-1)} if model.matching.startswith("dualcoop") else {}
+    return {"similarity map": out.energy} | weights
 
 
 def main(argv=None):
