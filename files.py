@@ -129,3 +129,14 @@ def best_device(rank=0, world=1):
     if torch.cuda.is_available():
         return torch.device(f"cuda:{rank}")
     return torch.device("mps" if world == 1 and torch.backends.mps.is_available() else "cpu")
+
+
+def peak_memory():
+    """The most memory that this process held so far, for the log."""
+    try:
+        import resource                                                            # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        return "unknown"
+    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+    return f"{peak / 2**30:.2f} GiB{gpu}"

@@ -31,7 +31,7 @@ import eval as evaluation
 import kernels
 import losses
 from features import Features, precision
-from files import (ConfigError, Lock, Parser, best_device, guarded, read_checkpoint, save_checkpoint, save_picture,
+from files import (ConfigError, Lock, Parser, best_device, guarded, peak_memory, read_checkpoint, save_checkpoint, save_picture,
                    write_atomically)
 from memory import MemoryBank
 from trm import TRM, Output, Prompts
@@ -310,12 +310,14 @@ class Run:
         torch.backends.cudnn.allow_tf32 = amp is not None
         common = dict(clip=self.clip, size=cfg.size, batch=cfg.batch, workers=cfg.workers, cache=cfg.cache_dir, device=self.device,
                       amp=amp, rank=self.rank, world=self.world, whole=cfg.matching == "global")
+        self.clock, start = {"training": 0.0, "evaluation": 0.0}, time.perf_counter()
         if cfg.images == "captions":
             self.feed = captions.Captions(self.train_split, self.clip, cfg.batch, cfg.seed, self.device, self.rank, self.world)
         else:
             self.feed = Features(self.train_split, augment=cfg.augment, seed=cfg.seed, views=cfg.cache_features, **common)
         self.feeds = {name: Features(split, views=min(1, cfg.cache_features), **common)
                       for name, split in (("val", self.val_split), ("test", self.test_split)) if split is not None}
+        self.clock["features"] = time.perf_counter() - start                       # seconds to fill the cache, 0 without one
         torch.manual_seed(cfg.seed)
         self.model = self._model().to(self.device)
         C = len(self.train_split.names)
@@ -451,8 +453,11 @@ class Run:
         while self.epoch < cfg.epochs:
             line = self.train_epoch()
             last = self.epoch + 1 == cfg.epochs
+            self.clock["training"] += line["seconds"]
             if (self.epoch + 1) % cfg.eval_every == 0 or last:
+                start = time.perf_counter()
                 numbers, raw = self.evaluate()
+                self.clock["evaluation"] += time.perf_counter() - start
                 line |= numbers
                 judge = "val" if "val" in numbers else "test"
                 improved = judge in numbers and (self.best is None or numbers[judge]["mAP"] > self.best["mAP"])
@@ -526,6 +531,7 @@ class Run:
             predictor = evaluation.Predictor(self.folder, "last", self.device, self.clip)
             regions = evaluation.picture(evaluation.region_rows(predictor, self.test_split.paths[:6]))
             save_picture(lambda buffer: regions.save(buffer, "PNG"), self.folder / "regions.png")
+        print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in self.clock.items()) + f"; peak memory {peak_memory()}")
         print(f"wrote {self.folder}/: metrics.jsonl last.pt {'best.pt ' if self.best else ''}curves.png regions.png")
 
 
