@@ -70,8 +70,8 @@ def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, 
 
 
 def test_one_pass_of_the_network_in_batches(trained, photos, tmp_path, capfd, monkeypatch):
-    sizes, encode = [], clip.CLIP.encode
-    monkeypatch.setattr(clip.CLIP, "encode", lambda self, x: sizes.append(len(x)) or encode(self, x))
+    sizes, encode = [], clip.CLIP.encode_dense
+    monkeypatch.setattr(clip.CLIP, "encode_dense", lambda self, x: sizes.append(len(x)) or encode(self, x))
     assert evaluation.main([str(trained), "--image", str(photos), "--batch", "5", "--out", str(tmp_path)]) == 0
     assert sizes == [5, 5, 3]
 
@@ -143,7 +143,8 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
     status, out, _ = command(evaluation.main, [trained, "--ensemble", trained, "--checkpoint", "last", "--json"], capfd)
     assert status == 0 and json.loads(out[-1])["mAP"] == pytest.approx(stored["mAP"], abs=0.01)
     status, out, _ = command(evaluation.main, [trained, "--compare", trained], capfd)
-    assert status == 0 and [line.split(",")[0].split(" ")[0] for line in out[-4:]] == ["zero-shot", "zero-shot", str(trained), str(trained)]
+    assert status == 0 and [line.split(",")[0].split(" ")[0] for line in out[-10:]] == ["zero-shot"] * 2 + [str(trained)] * 8
+    assert all(f"{trained}, {what} " in line for what, line in zip(("region score", "query score", "mean score", "mask"), out[-4:]))
 
 
 # ------------------------------------------------------------------------------------------------------------ suggestions

@@ -67,7 +67,7 @@ def test_table_3_is_the_ladder_and_is_not_trained_twice(call):
 
     with mock.patch.object(train, "Run", side_effect=AssertionError("trained again")):                   # all is there: read
         assert not any("to train" in line for line in call("--table", 3, "--ratios", 0.5)[0])
-        call("--study", "queries", "--ratios", 0.5, "--rows", "random")                                  # the default is a row of every table
+        call("--study", "queries", "--ratios", 0.5, "--rows", "text")                                  # the default is a row of every table
 
 
 def test_a_stopped_row_goes_on_where_it_was(call):
