@@ -49,7 +49,7 @@ class MemoryBank(nn.Module):
         """
         r = regions.to(self.bank.dtype)
         v = self.prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
-        dots = r.transpose(0, 1) @ torch.stack([v, self.T], -1)                    # (C, B, 2)
+        dots = r.transpose(0, 1) @ torch.stack([v, self.T], 1).mT                  # (C, B, 2)
         return dots.permute(2, 1, 0) / r.norm(dim=-1).clamp(min=1e-12)
 
     @torch.no_grad()
