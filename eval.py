@@ -111,7 +111,7 @@ class Predictor:
     def tiles(self, path, p, maps, categories, side=192):
         """A row of pictures.picture: the photo, then the regions of `categories` with probability and peak of the mask."""
         image = fit(augment.read(path), side)
-        return [(image, Path(path).name[-28:])] + [
+        return [(image, Path(path).name[-32:])] + [
             (heat(image, maps[c], self.grid), f"{self.names[c]} {p[c]:.2f}  peak {maps[c].max():.2f}") for c in categories]
 
     def splits(self):
