@@ -26,7 +26,7 @@ import train
 from features import Features
 from files import ConfigError, best_device
 from metrics import metrics
-from train import Config
+from config import Config
 
 NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
 
