@@ -213,9 +213,13 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             drawn = draw_all(split, count, size, seed=seed, workers=workers, folder=part / split)
             annotate(part / "annotations", split, drawn, size)
         (part / "scenes.json").write_text(json.dumps(marker))
-        if root.exists():
-            root.rmdir()
-        part.rename(root)
+        try:
+            if root.exists():
+                root.rmdir()
+            part.rename(root)
+        except OSError:             # another process was faster: as good, if it drew the same
+            if not note.is_file() or json.loads(note.read_text()) != marker:
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -143,3 +143,18 @@ def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         scenes.write(tmp_path / "killed", **SMALL)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_two_processes_that_draw_the_same_root_both_succeed(tmp_path, monkeypatch):
+    """The one that comes second finds the root there, complete, when it wants to rename its own."""
+    few, annotate = dict(train=2, val=2, test=2, size=64, workers=1), scenes.annotate
+    scenes.write(tmp_path / "first", **few)
+
+    def overtaken(folder, split, drawn, size):
+        annotate(folder, split, drawn, size)
+        if split == scenes.SPLITS[-1]:
+            (tmp_path / "first").rename(tmp_path / "root")
+
+    monkeypatch.setattr(scenes, "annotate", overtaken)
+    scenes.write(tmp_path / "root", **few)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["root"]
