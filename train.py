@@ -386,12 +386,13 @@ class Run:
             curves(self.history, self.folder / "curves.png")
         except ImportError:
             print("curves.png needs matplotlib: pip install matplotlib")
-        if self.test_split is not None:
-            predictor = evaluation.Predictor(self.folder, "last", self.device, self.clip)
-            regions = evaluation.picture(evaluation.region_rows(predictor, self.test_split.paths[:6]))
-            save_picture(lambda buffer: regions.save(buffer, "PNG"), self.folder / "regions.png")
+        shown = self.test_split or self.val_split or self.train_split              # a sheet has no test split
+        predictor = evaluation.Predictor(self.folder, "last", self.device, self.clip)
+        regions = evaluation.picture(evaluation.region_rows(predictor, shown.paths[:6]))
+        save_picture(lambda buffer: regions.save(buffer, "PNG"), self.folder / "regions.png")
         print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in self.clock.items()) + f"; peak memory {peak_memory()}")
-        print(f"wrote {self.folder}/: metrics.jsonl last.pt {'best.pt ' if self.best else ''}curves.png regions.png")
+        written = ("metrics.jsonl", "last.pt", "best.pt", "curves.png", "regions.png")
+        print(f"wrote {self.folder}/: {' '.join(name for name in written if (self.folder / name).exists())}")
 
 
 def curves(history, file):

@@ -237,3 +237,15 @@ def test_a_category_that_nobody_declared_ends_in_one_line(world, tmp_path, capfd
     file.write_text(json.dumps(content))
     one_line(train.main, options(world, tmp_path / "run", root=tmp_path / "scenes"), capfd, "instances_train2014.json", "999")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sheet_without_a_test_split_gets_its_picture(tmp_path, capsys):
+    """One class, one image: regions.png is drawn from what there is, and only files that exist are announced."""
+    from PIL import Image
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "one.csv").write_text("image,cup\na.png,1\n")
+    arguments = ["--data", tmp_path / "one.csv", "--root", tmp_path, "--clip", "tiny", "--size", 64, "--augment", "none", "--workers", 0,
+                 "--epochs", 1, "--val", 0, "--out", tmp_path / "run"]
+    assert train.main([str(a) for a in arguments]) == 0
+    announced = capsys.readouterr().out.splitlines()[-1].split(": ")[1].split()
+    assert "regions.png" in announced and all((tmp_path / "run" / name).is_file() for name in announced)
