@@ -54,6 +54,7 @@ class Config:
     gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate", low=0)
     shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", low=0, high=0.99)
     kd: str = option("softmax", "Eq. 6 over the categories (as printed) or per category", choices=("softmax", "bernoulli"))
+    kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the query scores, or both learn", choices=("region", "query", "both"))
     kd_temperature: float = option(1.0, "temperature of Eq. 6", low=0, open=True)
     tau: float = option(0.07, "temperature of Eq. 13", low=0, open=True)
     context: int = option(16, "learned tokens of a prompt", low=1)

@@ -123,8 +123,8 @@ class Runs:
             np.save(kept, evaluation.run_scores(predictor, self.test)[0])
         return np.load(kept)
 
-    def measure(self, of, seeds):
-        """{score: {"last": {seed: mAP}, "best": {seed: mAP}}}; empty for runs that diverged.
+    def measure(self, of, seeds, split="test"):
+        """{score: {"last": {seed: mAP}, "best": {seed: mAP}}} on a split; empty for runs that diverged.
 
         of   the settings of one run, or of several whose scores are averaged; or the name of a zero-shot score; or None
         """
@@ -139,7 +139,7 @@ class Runs:
                 if len(runs) > 1:
                     numbers = {"averaged": self.mAP(np.mean([self.scores(cfg.out, checkpoint) for cfg in runs], 0))}
                 else:
-                    line = chosen(runs[0].out, checkpoint)["test"]
+                    line = chosen(runs[0].out, checkpoint)[split]
                     numbers = {score: line[f"mAP_{score}"] for score in ("region", "query", "mean") if f"mAP_{score}" in line}
                 for score, number in numbers.items():
                     found.setdefault(score, {}).setdefault(checkpoint, {})[seed] = number

@@ -32,15 +32,18 @@ def _power(base, exponent):
     return torch.where(base > 0, base, 1.0) ** exponent * (base > 0) if 0 < exponent < 1 else base**exponent
 
 
-def distillation(logits_r, logits_q, how="softmax", temperature=1.0):
+def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="region"):
     """Eq. 6, KL(p^r || p^q): the region scores teach the query scores. No gradient reaches the teacher.
 
     logits_r, logits_q (B, C);  how "softmax": as printed, p over the C categories; "bernoulli": present / absent per category, summed.
+    teacher   "region" as in the paper; "query": KL(p^q || p^r) instead; "both": as "region", but the gradient reaches both
     Multiplied by temperature squared, so that its gradient keeps its size (Hinton et al., 2015). Mean over the images.
     """
-    if how not in ("softmax", "bernoulli"):
-        raise ValueError(f"distillation expects how='softmax' or 'bernoulli', got {how!r}")
-    r, q = logits_r.detach() / temperature, logits_q / temperature
+    if how not in ("softmax", "bernoulli") or teacher not in ("region", "query", "both"):
+        raise ValueError("distillation expects how='softmax' or 'bernoulli' and teacher='region', 'query' or 'both', "
+                         f"got {how!r} and {teacher!r}")
+    r, q = (logits_q, logits_r) if teacher == "query" else (logits_r, logits_q)
+    r, q = (r if teacher == "both" else r.detach()) / temperature, q / temperature
     if how == "bernoulli":
         r, q = torch.stack([r, torch.zeros_like(r)], -1), torch.stack([q, torch.zeros_like(q)], -1)   # (B, C, 2)
     log_r, log_q = r.log_softmax(-1), q.log_softmax(-1)

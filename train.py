@@ -69,7 +69,7 @@ def step_terms(model, memory, cfg, out, f, g_pos, labels, stage_two):
     if out.logits_q is not None:
         terms["L_q"] = asl(out.logits_q)
         if cfg.uses("kd"):
-            terms["L_KD"] = losses.distillation(out.logits_r, out.logits_q, cfg.kd, cfg.kd_temperature)       # Eq. 6
+            terms["L_KD"] = losses.distillation(out.logits_r, out.logits_q, cfg.kd, cfg.kd_temperature, cfg.kd_teacher)    # Eq. 6
     if cfg.uses("mmcl") and stage_two:
         present = (filled if cfg.pseudo_in_contrastive else labels) == 1                                      # (B, C)
         terms["L_NCE"] = contrastive_term(model, memory, out.regions, g_pos, present, cfg.tau)                # Eq. 13

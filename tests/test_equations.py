@@ -354,9 +354,29 @@ def test_distillation_default_temperature_is_one():
         close(how, losses.distillation(tensor(r), tensor(q), how=how), oracles.distillation(r, q, how, 1.0))
 
 
-def test_distillation_refuses_an_unknown_reading():
-    with pytest.raises(ValueError):
-        losses.distillation(torch.zeros(1, 2), torch.zeros(1, 2), how="cosine")
+@pytest.mark.parametrize("how", ["softmax", "bernoulli"])
+def test_distillation_by_another_teacher(how):
+    rng = np.random.RandomState(11)
+    r, q = rng.randn(3, 4), rng.randn(3, 4)
+    r_t, q_t = tensor(r, grad=True), tensor(q, grad=True)
+    loss = losses.distillation(r_t, q_t, how, 2.0, teacher="query")
+    close("query teaches region", loss, oracles.distillation(q, r, how, 2.0))
+    loss.backward()
+    assert q_t.grad is None or not q_t.grad.any()
+    slopes_agree("region learns", lambda v: oracles.distillation(q, v, how, 2.0), r, r_t.grad, rng)
+
+    r_t, q_t = tensor(r, grad=True), tensor(q, grad=True)
+    loss = losses.distillation(r_t, q_t, how, 2.0, teacher="both")
+    close("as printed", loss, oracles.distillation(r, q, how, 2.0))
+    loss.backward()
+    slopes_agree("teacher learns", lambda v: oracles.distillation(v, q, how, 2.0), r, r_t.grad, rng)
+    slopes_agree("student learns", lambda v: oracles.distillation(r, v, how, 2.0), q, q_t.grad, rng)
+
+
+@pytest.mark.parametrize("wrong", [dict(how="cosine"), dict(teacher="nobody")])
+def test_distillation_refuses_an_unknown_reading(wrong):
+    with pytest.raises(ValueError, match="expects how="):
+        losses.distillation(torch.zeros(1, 2), torch.zeros(1, 2), **wrong)
 
 
 # ------------------------------------------------------------------------------------------------------- Eq. 7

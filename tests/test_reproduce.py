@@ -70,6 +70,26 @@ def test_table_3_is_the_ladder_and_is_not_trained_twice(call):
         call("--study", "queries", "--ratios", 0.5, "--rows", "text")                                  # the default is a row of every table
 
 
+def test_a_study_is_judged_on_validation(call):
+    out, folder = call("--study", "queries", "--ratios", 0.5)
+    numbers = measured(folder, "study-queries")["queries text"]["query"]["50 %"]
+    run = next(cfg.parent for cfg in folder.glob("runs/*/config.json") if (c := json.loads(cfg.read_text())["config"])["queries"] == "text"
+               and c["ratio"] == 0.5 and c["matching"] == "carl" and not c["without"])
+    line = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert numbers["last"]["0"] == line["val"]["mAP_query"] != line["test"]["mAP_query"]
+    assert any("mAP on validation in %" in text for text in out)
+
+
+def test_the_ladder_of_single_positive_shares_its_runs_with_table_2(call):
+    _, folder = call("--table", 3, "--single-positive", "largeloss", "--rows", "DualCoOp", "all (TRM")
+    found = measured(folder, "table-3")
+    assert set(found["all (TRM-ML)"]["region"]) == {"single positive, largeloss"}
+    assert "paper" not in (folder / "table-3-scenes.md").read_text()
+    out, _ = call("--table", 2, "--rows", "DualCoOp")
+    assert not any("to train" in line for line in out)
+    assert measured(folder, "table-2")["DualCoOp"]["region"]["LargeLoss setup"] == found["DualCoOp"]["region"]["single positive, largeloss"]
+
+
 def test_a_stopped_row_goes_on_where_it_was(call):
     calls = []
     epoch = train.Run.train_epoch
