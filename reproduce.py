@@ -208,10 +208,10 @@ def plot(measured, data_name, file):
     printed = nearest(PAPER_1, data_name)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for row, scores in measured.items():
-        numbers = scores.get("region") or scores.get("averaged") or {}
-        points = [(float(column[:-2]), list(n["last"].values())) for column, n in numbers.items() if column != AVERAGE]
-        if points:
-            left.errorbar([x for x, _ in points], [np.mean(y) for _, y in points], [np.std(y) for _, y in points], marker=".", capsize=2, label=row)
+        for score in [name for name in ("region", "query", "averaged") if name in scores]:
+            points = [(float(column[:-2]), list(n["last"].values())) for column, n in scores[score].items() if column != AVERAGE]
+            left.errorbar([x for x, _ in points], [np.mean(y) for _, y in points], [np.std(y, ddof=1) if len(y) > 1 else 0 for _, y in points],
+                          marker=".", capsize=2, label=f"{row}, {score} score" if "query" in scores else row)
     for row, numbers in PAPER_1[printed].items():
         right.plot([100 * r for r in NINE], numbers, marker=".", label=row)
     for axis, title in ((left, f"measured here, {data_name}, last epoch"), (right, f"the paper, {printed}")):
