@@ -283,7 +283,8 @@ def test_without_triton_or_gpu_the_reference_runs_and_one_line_says_so(blocked, 
     run = subprocess.run([sys.executable, "-c", WITHOUT.format(blocked=blocked)], env=env, text=True,
                          capture_output=True, cwd=os.path.dirname(os.path.dirname(__file__)))
     first, value, error = run.stdout.splitlines()
-    assert first == f"kernels: reference ({reason})" and value == "12.0" and not run.stderr, run.stderr
+    said = [line for line in run.stderr.splitlines() if "triton not found" not in line]     # torch's CUDA builds miss it aloud
+    assert first == f"kernels: reference ({reason})" and value == "12.0" and not said, run.stderr
     assert error.startswith("kernels: triton was asked for but")
 
 
