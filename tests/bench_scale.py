@@ -30,8 +30,13 @@ SIZES = {"C": (20, 80, 320, 1000, 2000), "N": (49, 196, 784, 3136), "L": (16, 64
          "images": (1_000, 10_000, 100_000, 1_000_000)}
 
 
-def our_step(C=80, N=196, L=64, B=8, D=128, known=0.3):
-    """train.Run.step as a function without arguments, on features that are random and stay the same."""
+def our_step(**sizes):
+    """train.Run.step as a function without arguments."""
+    return our_version(**sizes).step
+
+
+def our_version(C=80, N=196, L=64, B=8, D=128, known=0.3, dtype=torch.float32):
+    """A bench_step.Version that steps as train.py does, on features (B, N, D) that are random and stay the same."""
     clip = random_clip("small", embed_dim=D)
     torch.manual_seed(1)
     case = SimpleNamespace(clip=clip, images=None, model=TRM(C, D, Prompts(clip, ["dog"] * C)).to(DEVICE), memory=MemoryBank(C, L, D).to(DEVICE))
@@ -40,11 +45,11 @@ def our_step(C=80, N=196, L=64, B=8, D=128, known=0.3):
     case.memory.T.copy_(F.normalize(torch.randn(C, D), dim=-1))
     truth = torch.where(torch.rand(B, C) < 0.05, 1, -1)
     case.labels = (torch.where(torch.rand(B, C) < known, truth, 0) if known < 1 else torch.ones(B, C)).to(torch.int8).to(DEVICE)
-    f = torch.randn(B, N, D, device=DEVICE)
+    f = torch.randn(B, N, D, device=DEVICE).to(dtype)
     parts = {}
     for _, change in stages(None):
         parts |= change
-    return Version(parts | dict(image=lambda *_: f), case).step
+    return Version(parts | dict(image=lambda *_: f), case)
 
 
 class Blank:
@@ -133,6 +138,19 @@ def large(C=2000, B=128):
     whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if DEVICE.type == "cpu" else torch.cuda.max_memory_allocated() / 2**30
     print(f"C {C} B {B} N 196 D 512 L 64: L {float(terms['L']):.4f}, peak {whole:.1f} GiB for the whole process, {time.perf_counter() - start:.0f} s")
     return whole
+
+
+def test_compile_and_bf16():
+    """What could be switched on besides: torch.compile of the region module, bf16 products. At the demo's size, fifteen steps a turn."""
+    demo = dict(C=24, N=64, B=64, L=64)
+    versions = {"float32, as it is": our_version(**demo), "torch.compile of the region module": our_version(**demo),
+                "bf16": our_version(**demo, dtype=torch.bfloat16)}
+    versions["torch.compile of the region module"].model.carl.compile(dynamic=False)
+    versions["bf16"].amp = torch.bfloat16
+    times = interleaved([lambda v=v: [v.step() for _ in range(15)] for v in versions.values()], 5)
+    rows = [dict(what=name, device=DEVICE.type, threads=torch.get_num_threads(), ms=1000 * t / 15, ratio=times[0] / t) for name, t in zip(versions, times)]
+    print("\n" + "\n".join(f"{row['what']:36} {row['ms']:7.1f} ms/step, {row['ratio']:.2f} times" for row in rows))
+    write_rows("bench_switches.csv", rows)
 
 
 @pytest.mark.parametrize("axis", list(SIZES))
