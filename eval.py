@@ -228,11 +228,9 @@ def compare(predictors, split_name):
 
 
 def maps_of(out, model):
-    """Every map that a method could show as its regions, each (B, C, N): CARL's mask; the similarity map and DualCoOp's weights."""
-    if model.matching == "carl":
-        return {"mask": out.energy.sigmoid()}
+    """Every map (B, C, N) that a method could show as its regions: the one it does show, and DualCoOp's weights."""
     weights = {"softmax weights": (model.log_spatial_scale.exp() * out.energy).softmax(-1)} if model.matching.startswith("dualcoop") else {}
-    return {"similarity map": out.energy} | weights
+    return {"mask" if model.matching == "carl" else "similarity map": mask_of(out, model.matching)} | weights
 
 
 def main(argv=None):

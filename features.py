@@ -104,7 +104,7 @@ class Features:
         """One pass over the split. f is float32, or autocast's type when training (shuffle).
 
         Training: all ranks get equally many rows, the last ones of a batch that does not divide repeat its first image, and
-        train.gather cuts them off again. Evaluation covers every image once. `waited` counts the seconds spent waiting for data.
+        ranks.gather cuts them off again. Evaluation covers every image once. `waited` counts the seconds spent waiting for data.
         """
         parts = (order(len(self), epoch, self.seed) if shuffle else torch.arange(len(self))).split(self.batch)
         if shuffle:

@@ -1,9 +1,11 @@
-"""Pictures of the regions, in the manner of the paper's Fig. 4: masks over photos, tiles in a grid with captions.
+"""Pictures: regions in the manner of the paper's Fig. 4, masks over photos in a grid with captions; and the curves of a run.
 
-Only PIL and numpy. N = h*w locations.
+N = h*w locations.
 """
 import numpy as np
 from PIL import Image, ImageDraw
+
+from files import save_picture
 
 
 def heat(image, mask, grid, peak=None):
@@ -39,3 +41,30 @@ def picture(rows, side=192):
                 caption = caption[:-1]
             draw.text((x + 2, y + side + 1), caption, fill="black")
     return canvas
+
+
+def curves(history, file):
+    """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured. Needs matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    epochs = [line["epoch"] for line in history]
+    for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
+        points = [(line["epoch"], line[name]) for line in history if name in line]
+        if points:
+            left.plot(*zip(*points), label=name)
+    for split in ("val", "test"):
+        for score in ("mAP_region", "mAP_query"):
+            points = [(line["epoch"], line[split][score]) for line in history if score in line.get(split, {})]
+            if points:
+                right.plot(*zip(*points), label=f"{split} {score[4:]}")
+    left.set(xlabel="epoch", ylabel="loss", yscale="log", xlim=(0, epochs[-1]))
+    right.set(xlabel="epoch", ylabel="mAP (%)", xlim=(0, epochs[-1]))
+    for axis in (left, right):
+        if axis.lines:
+            axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    save_picture(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)
+    plt.close(figure)

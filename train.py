@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from tqdm import tqdm
 
 import captions
@@ -31,24 +30,12 @@ from features import Features, precision
 from files import (ConfigError, Lock, best_device, guarded, peak_memory, read_checkpoint, save_checkpoint, save_picture,
                    write_atomically)
 from memory import MemoryBank
+from pictures import curves
+from ranks import average_gradients, gather, in_order
 from trm import TRM, Output, Prompts
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
-def gather(x, B):
-    """Equal shares of every rank -> the B rows of the batch in its own order; gradients flow back. One process: x itself."""
-    if not dist.is_initialized():
-        return x
-    parts = dist_nn.all_gather(x.contiguous()) if x.requires_grad else _gather_plain(x)
-    return torch.stack(tuple(parts), 1).flatten(0, 1)[:B]                          # rank r holds rows r, r + world, ...; then padding
-
-
-def _gather_plain(x):
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
 def step_terms(model, memory, cfg, out, f, g_pos, labels, stage_two):
     """The terms of Eq. 15 for one batch. labels (B, C) int8, out: trm.Output. Returns (terms, pseudo-labels (B, C) or None)."""
     pseudo = None
@@ -89,16 +76,6 @@ def contrastive_term(model, memory, regions, g_pos, present, tau):
         pixel, pixel_ids = memory.bank.flatten(0, 1), torch.where(filled, ids[:, None], -1).flatten()
     samples = torch.cat([model.heads["region"](region), model.heads["pixel"](pixel)])
     return losses.contrastive(model.heads["text"](g_pos), samples, torch.cat([region_ids, pixel_ids]), tau)
-
-
-def average_gradients(parameters):
-    """Every rank computed the loss of the whole batch from gathered parts, so the mean over the ranks is its exact gradient."""
-    if dist.is_initialized():
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g) / dist.get_world_size())
 
 
 class PseudoCount:
@@ -283,26 +260,12 @@ class Run:
         """{"val": metrics, "test": metrics} of the configured score, and mAP of every score; the raw scores of each split."""
         g, numbers, raw = self.text_features(), {}, {}
         for name, feed in self.feeds.items():
-            scores = self._all_ranks(evaluation.scores_of(self.model, *g, feed), len(feed))
+            scores = in_order(evaluation.scores_of(self.model, *g, feed), len(feed), self.cfg.batch)
             truth = feed.split.truth
             chosen = scores.get(self.cfg.score, scores["region"])
             numbers[name] = evaluation.metrics(chosen, truth) | {f"mAP_{k}": evaluation.metrics(v, truth)["mAP"] for k, v in scores.items()}
             raw[name] = chosen
         return numbers, raw
-
-    def _all_ranks(self, scores, n):
-        """Each rank scored images rank, rank + world, ... of every batch: put them back in order, every image once."""
-        if self.world == 1:
-            return scores
-        parts = [None] * self.world
-        dist.all_gather_object(parts, scores)
-        whole = {}
-        place = [np.concatenate([b[r:: self.world] for b in np.split(np.arange(n), range(self.cfg.batch, n, self.cfg.batch))]) for r in range(self.world)]
-        for name in scores:
-            whole[name] = np.empty((n, scores[name].shape[1]), np.float32)
-            for r in range(self.world):
-                whole[name][place[r]] = parts[r][name]
-        return whole
 
     def train(self):
         cfg = self.cfg
@@ -393,32 +356,6 @@ class Run:
         print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in self.clock.items()) + f"; peak memory {peak_memory()}")
         written = ("metrics.jsonl", "last.pt", "best.pt", "curves.png", "regions.png")
         print(f"wrote {self.folder}/: {' '.join(name for name in written if (self.folder / name).exists())}")
-
-
-def curves(history, file):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    epochs = [line["epoch"] for line in history]
-    for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
-        points = [(line["epoch"], line[name]) for line in history if name in line]
-        if points:
-            left.plot(*zip(*points), label=name)
-    for split in ("val", "test"):
-        for score in ("mAP_region", "mAP_query"):
-            points = [(line["epoch"], line[split][score]) for line in history if score in line.get(split, {})]
-            if points:
-                right.plot(*zip(*points), label=f"{split} {score[4:]}")
-    left.set(xlabel="epoch", ylabel="loss", yscale="log", xlim=(0, epochs[-1]))
-    right.set(xlabel="epoch", ylabel="mAP (%)", xlim=(0, epochs[-1]))
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    save_picture(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)
-    plt.close(figure)
 
 
 def main(argv=None):
