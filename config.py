@@ -39,7 +39,7 @@ class Config:
     captions: Optional[str] = option(None, "captions_*.json of --images captions (default: that of the data set's training images)")
     clip: str = option("RN101", "tiny RN50 RN101 RN50x4 RN50x16 ViT-B/32 ViT-B/16 ViT-L/14, or a weights file")
     activation: Optional[str] = option(None, "of CLIP, where its file does not tell", choices=("quickgelu", "gelu"))
-    size: int = option(448, "side of the input in pixels", low=32)
+    size: int = option(448, "side of the input in pixels", low=32, high=4096)
     augment: str = option("taidpt", "training images", choices=("none", "flip", "taidpt"))
 
     matching: str = option("carl", "carl is the paper's method, the others its baselines", choices=TRM.MATCHING)
@@ -70,7 +70,7 @@ class Config:
     lr: float = option(5e-4, "peak of OneCycleLR", low=0, open=True)
     weight_decay: float = option(0.01, "of AdamW", low=0)
     clip_grad: float = option(1.0, "largest norm of the gradient", low=0, open=True)
-    seed: int = option(0, "of masks, initialisation, order and augmentation", low=0)
+    seed: int = option(0, "of masks, initialisation, order and augmentation", low=0, high=2**31)
     eval_every: int = option(1, "epochs between evaluations", low=1)
 
     amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none; none is IEEE float32 throughout; "
@@ -107,6 +107,8 @@ class Config:
             raise ConfigError("--without visual,text leaves no prototype: say --without mmcp")
         if self.carl_from and self.matching != "carl":
             raise ConfigError(f"--carl-from needs --matching carl, got {self.matching}")
+        if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
+            raise ConfigError("--images captions takes its labels from the words of the captions: drop --ratio, --single-positive and --mask")
         if self.assume_negative is None:
             self.assume_negative = 0.3 if self.single_positive else 0.0
 
@@ -117,6 +119,8 @@ class Config:
     def uses(self, part):
         return self.matching == "carl" and part not in self.parts_left_out
 
+
+NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, epochs=40, cache_features=2, workers=0, dropout=0.2, score="query")}
@@ -148,6 +152,11 @@ def load_config(run):
         stored = dict(json.loads(file.read_text(encoding="utf-8"))["config"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} is no config.json of train.py: restore it, or train into another --out") from None
+    return checked(stored, file)
+
+
+def checked(stored, file):
+    """The settings (dict) that `file` holds -> Config; one that is missing takes its default."""
     unknown = set(stored) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise ConfigError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: it was written by another version")

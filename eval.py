@@ -17,6 +17,7 @@ it ranks, it is no frequency. What is called present passes the category's thres
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tqdm import tqdm
 import augment
 import clip
 import data
+from config import checked
 from features import Features, precision
 from files import ConfigError, Parser, best_device, guarded, read_checkpoint
 from metrics import (average_precision, best_thresholds, interpolated_precision, localisation,  # noqa: F401  for
@@ -50,8 +52,9 @@ class Predictor:
     """A trained run, ready to score images: Predictor("runs/demo"). checkpoint "best" (chosen on validation) or "last"."""
 
     def __init__(self, run, checkpoint="best", device=None, encoder=None):
-        state = read_checkpoint(Path(run) / f"{checkpoint}.pt")
-        self.run, self.config, self.names, self.epoch = Path(run), json.loads(state["config"]), state["names"], state["epoch"]
+        file = Path(run) / f"{checkpoint}.pt"
+        state = read_checkpoint(file)
+        self.run, self.config, self.names, self.epoch = Path(run), asdict(checked(json.loads(state["config"]), file)), state["names"], state["epoch"]
         self.device = torch.device(device) if device else best_device()
         same = encoder is not None and encoder.sha256 == state["clip_sha256"]
         self.clip = (encoder if same else clip.load(self.config["clip"], activation=self.config.get("activation"))).to(self.device)
@@ -63,7 +66,10 @@ class Predictor:
         self.grid = self.clip.grid(self.config["size"], self.config["size"])       # (h, w)
         self.model = TRM(*self.g_pos.shape, matching=self.config["matching"], contrastive=False).to(self.device).eval()
         learned = {k: v for k, v in state["model"].items() if not k.startswith(("prompts.", "heads."))}
-        self.model.load_state_dict(learned)
+        try:
+            self.model.load_state_dict(learned)
+        except RuntimeError:
+            raise ConfigError(f"{file} holds another model than its settings tell: restore it, or train again") from None
 
     @torch.no_grad()
     def score(self, f, x):

@@ -5,6 +5,7 @@
 import argparse
 import difflib
 import io
+import json
 import os
 import signal
 import sys
@@ -49,8 +50,10 @@ def guarded(work, stopped="stopped"):
         return 130
     except (ConfigError, DataError, ClipError, FloatingPointError) as error:
         line = str(error)
-    except torch.OutOfMemoryError as error:
-        line = f"the GPU has too little memory: lower --batch or --size, or use --amp bf16 ({str(error).split('. ')[0]})"
+    except (MemoryError, RuntimeError) as error:                                   # RuntimeError: how torch says it, on a CPU too
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        line = f"too little memory: lower --batch, --size or --queue, or use --amp bf16 on a GPU ({str(error).split('. ')[0][:150]})"
     except OSError as error:
         line = f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, the rights and the free space"
     else:
@@ -102,6 +105,10 @@ def read_checkpoint(file, device="cpu"):
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         missing = {"config", "names", "clip_sha256", "model", "g_pos", "g_neg", "threshold", "epoch"} - set(state)
+        if not missing:
+            dict(json.loads(state["config"]))
+            if not len(state["names"]) == len(state["g_pos"]) == len(state["g_neg"]) == len(state["threshold"]):
+                raise ValueError("its parts speak of different numbers of categories")
     except Exception as error:                                                     # whatever a damaged file makes the reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ConfigError(f"{file} is no readable checkpoint ({reason}): restore it, or train again") from None

@@ -26,9 +26,7 @@ import train
 from features import Features
 from files import ConfigError, best_device
 from metrics import metrics
-from config import Config
-
-NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
+from config import NOT_THE_RESULT, Config
 
 
 def key(cfg, *world):

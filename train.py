@@ -25,7 +25,7 @@ import data
 import eval as evaluation
 import kernels
 import losses
-from config import PRESETS, Config, load_config, parse                           # noqa: F401   (PRESETS, load_config: for callers)
+from config import NOT_THE_RESULT, PRESETS, Config, load_config, parse                           # noqa: F401   (PRESETS, load_config: for callers)
 from features import Features, precision
 from files import (ConfigError, Lock, best_device, guarded, peak_memory, read_checkpoint, save_checkpoint, save_picture,
                    write_atomically)
@@ -327,6 +327,14 @@ class Run:
         if not file.is_file():
             return                                                                 # stopped before its first epoch ended: start anew
         state = read_checkpoint(file, self.device)
+        lacking = {"memory", "optimizer", "scheduler", "scaler", "best", "history"} - set(state)
+        if lacking:
+            raise ConfigError(f"{file} lacks {', '.join(sorted(lacking))}: it is no last.pt; put that back, or train anew")
+        trained = json.loads(state["config"])
+        changed = [k for k, v in about["config"].items() if trained.get(k, v) != v and k not in NOT_THE_RESULT | {"root", "eval_every"}]
+        if changed:
+            raise ConfigError(f"{self.folder / 'config.json'} has another {', '.join(changed)} than {file}, which was trained with "
+                              f"{', '.join(str(trained[k]) for k in changed)}: restore it, or train anew into another --out")
         self.model.load_state_dict(state["model"])
         for name in ("memory", "optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])

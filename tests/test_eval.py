@@ -217,7 +217,8 @@ def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd
     bad(trained, "--split", "val", "--root", tmp_path, words=[str(tmp_path)])
 
 
-@pytest.mark.parametrize("damage", ("truncated", "empty", "text", "pickle", "foreign", "folder"))
+@pytest.mark.parametrize("damage", ("truncated", "empty", "text", "pickle", "foreign", "folder", "names", "threshold",
+                                    "model", "config", "settings"))
 def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage):
     shutil.copytree(trained, tmp_path / "run")
     file = tmp_path / "run" / "best.pt"
@@ -230,6 +231,11 @@ def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage)
         file.write_text("<html>404</html>")
     elif damage == "pickle":
         file.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    elif damage in ("names", "threshold", "model", "config", "settings"):        # parts that do not fit each other
+        state = torch.load(file, weights_only=True)
+        state.update({"names": dict(names=state["names"][1:]), "threshold": dict(threshold=[0.5]), "model": dict(model={}),
+                      "config": dict(config="{"), "settings": dict(config=json.dumps({"colour": 1}))}[damage])
+        torch.save(state, file)
     elif damage == "foreign":
         torch.save({"model": {"weight": torch.zeros(3)}}, file)
     else:

@@ -150,6 +150,10 @@ def test_ctrl_c_twice_leaves_a_checkpoint_and_one_sentence(world, tmp_path):    
     (dict(carl_from="nowhere", matching="average"), ["--carl-from needs --matching carl"]),
     (dict(kernels="cuda"), ["--kernels"]),
     (dict(mask="nowhere.npy", ratio=None), ["nowhere.npy"]),
+    (dict(seed=2**33), ["--seed", "up to 2147483648"]),
+    (dict(size=100_000), ["--size", "up to 4096"]),
+    (dict(queue=10**9), ["too little memory", "--queue"]),
+    (dict(images="captions"), ["--images captions", "drop --ratio"]),
     (dict(out="/proc/run"), ["/proc"]),
     (dict(out=ROOT / "LICENSE" / "run"), ["LICENSE"]),
     (dict(cache_dir=ROOT / "LICENSE" / "features"), ["LICENSE"]),
@@ -170,6 +174,18 @@ def test_resume_is_refused_with_what_is_wrong(world, whole, tmp_path, capfd):   
     shutil.copytree(whole, tmp_path / "cut")
     (tmp_path / "cut" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
     one_line(train.main, ["--resume", tmp_path / "cut"], capfd, "last.pt", "no readable checkpoint")
+    shutil.copy(whole / "best.pt", tmp_path / "cut" / "last.pt")
+    one_line(train.main, ["--resume", tmp_path / "cut"], capfd, "last.pt lacks best, history, memory")
+
+
+@pytest.mark.parametrize("name, value", [("epochs", 9), ("epochs", 1), ("lr", 0.5), ("queue", 3), ("matching", "average")])
+def test_resume_with_edited_settings_is_refused(whole, tmp_path, capfd, name, value):
+    shutil.copytree(whole, tmp_path / "run")
+    about = json.loads((whole / "config.json").read_text())
+    before = about["config"][name]
+    about["config"][name] = value
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    one_line(train.main, ["--resume", tmp_path / "run"], capfd, f"another {name} than", before)
 
 
 def test_resume_on_changed_data_is_refused(world, tmp_path, capfd):                # noqa: F811
