@@ -79,21 +79,27 @@ def contrastive_term(model, memory, regions, g_pos, present, tau):
 
 
 class PseudoCount:
-    """Pseudo-labels of an epoch against the truth where it is known: precision and coverage, in percent."""
+    """Pseudo-labels of an epoch against the truth that training may not see, in percent.
+
+    pseudo_pos, pseudo_neg   how many were given;  ..._precision: how many of them are right;  ..._coverage: the share of the
+    hidden positives (negatives) that got the right one.  pseudo_coverage: the share of all unknown cells that got any
+    """
 
     def __init__(self, device):
-        self.count = torch.zeros(5, device=device)
+        self.count = torch.zeros(6, dtype=torch.int64, device=device)
 
     def add(self, pseudo, labels, truth):
         unknown = (labels == 0) & (truth != 0)
-        cells = [unknown] + [unknown & (pseudo == sign) & right for sign in (1, -1) for right in (True, truth == sign)]
-        self.count += torch.stack([cell.sum() for cell in cells])
+        self.count += torch.stack([(unknown & cell).sum() for sign in (1, -1)
+                                   for cell in (truth == sign, pseudo == sign, (pseudo == sign) & (truth == sign))])
 
     def report(self):
-        unknown, pos, pos_right, neg, neg_right = self.count.tolist()
         share = lambda a, b: round(100 * a / b, 2) if b else None
-        return dict(pseudo_pos=int(pos), pseudo_pos_precision=share(pos_right, pos), pseudo_neg=int(neg),
-                    pseudo_neg_precision=share(neg_right, neg), pseudo_coverage=share(pos + neg, unknown)) if unknown else {}
+        pos, neg = self.count.view(2, 3).tolist()                                  # hidden, given, right
+        line = {}
+        for name, (hidden, given, right) in (("pos", pos), ("neg", neg)):
+            line |= {f"pseudo_{name}": given, f"pseudo_{name}_precision": share(right, given), f"pseudo_{name}_coverage": share(right, hidden)}
+        return line | dict(pseudo_coverage=share(pos[1] + neg[1], pos[0] + neg[0])) if pos[0] + neg[0] else {}
 
 
 # ------------------------------------------------------------------------------------------------------------ the run

@@ -121,6 +121,17 @@ def test_ctrl_c_twice_leaves_a_checkpoint_and_one_sentence(world, tmp_path):    
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
 
+def test_pseudo_labels_are_counted_against_the_hidden_truth():
+    """Two batches by hand: of 3 hidden positives 2 are found and 1 of 3 given is wrong; 1 of 2 hidden negatives is found."""
+    count = train.PseudoCount(torch.device("cpu"))
+    cells = lambda *rows: torch.tensor(rows, dtype=torch.int8)
+    count.add(cells([1, 1, 0, 0]), cells([0, 0, 0, 1]), cells([1, -1, 1, 1]))      # right, wrong, missed; known
+    count.add(cells([1, -1, 1, 0]), cells([0, 0, 0, -1]), cells([1, -1, 0, -1]))   # right, right, nobody knows; known
+    assert count.report() == dict(pseudo_pos=3, pseudo_pos_precision=66.67, pseudo_pos_coverage=66.67, pseudo_neg=1, pseudo_neg_precision=100.0,
+                                  pseudo_neg_coverage=50.0, pseudo_coverage=80.0)
+    assert train.PseudoCount(torch.device("cpu")).report() == {}
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize("changes, words", [
     (dict(gama=1), ["--gama", "did you mean --gamma?"]),
