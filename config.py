@@ -31,11 +31,13 @@ class Config:
     mask: Optional[str] = option(None, "file of the known cells, instead of drawing them")
     val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2 (CSV data only)")
     names: Optional[str] = option(None, "file of prompt names, one category a line")
-    prompt_names: str = option("peers", "category words in the prompts: the peers', the official ones, or joined words split", choices=("peers", "official", "words"))
+    prompt_names: str = option("peers", "category words in the prompts: the peers', the official ones, or joined words split",
+                               choices=("peers", "official", "words"))
     lists: Optional[str] = option(None, "folder or training list of the splc setup (default: --root)")
     keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
     train_images: Optional[int] = option(None, "use only the first n training images", low=1)
-    images: str = option("photos", "what is learned from: photos, or captions as images (captions.py; masks do not apply)", choices=("photos", "captions"))
+    images: str = option("photos", "what is learned from: photos, or captions as images (captions.py; masks do not apply)",
+                         choices=("photos", "captions"))
     captions: Optional[str] = option(None, "captions_*.json of --images captions (default: that of the data set's training images)")
     clip: str = option("RN101", "tiny RN50 RN101 RN50x4 RN50x16 ViT-B/32 ViT-B/16 ViT-L/14, or a weights file")
     activation: Optional[str] = option(None, "of CLIP, where its file does not tell", choices=("quickgelu", "gelu"))
@@ -54,7 +56,8 @@ class Config:
     gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate", low=0)
     shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", low=0, high=0.99)
     kd: str = option("softmax", "Eq. 6 over the categories (as printed) or per category", choices=("softmax", "bernoulli"))
-    kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the query scores, or both learn", choices=("region", "query", "both"))
+    kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the query scores, or both learn",
+                             choices=("region", "query", "both"))
     kd_temperature: float = option(1.0, "temperature of Eq. 6", low=0, open=True)
     tau: float = option(0.07, "temperature of Eq. 13", low=0, open=True)
     context: int = option(16, "learned tokens of a prompt", low=1)
@@ -123,7 +126,8 @@ class Config:
 NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
-PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, epochs=40, cache_features=2, workers=0, dropout=0.2, score="query")}
+PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, epochs=40, dropout=0.2, score="query",
+                          cache_features=2, workers=0)}
 
 
 def parse(argv, about=""):
@@ -133,7 +137,8 @@ def parse(argv, about=""):
     parser.add_argument("--resume", metavar="RUN", help="go on with a run; its own settings are used")
     for f in dataclasses.fields(Config):
         kind = f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
-        how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=f.metadata.get("choices") and "{%s}" % ",".join(f.metadata["choices"]))
+        choices = f.metadata.get("choices")
+        how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=choices and "{%s}" % ",".join(choices))
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume", None)

@@ -230,7 +230,8 @@ def compare(predictors, split_name):
         for name, parts in maps.items():
             where = localisation(torch.cat(parts).float().numpy(), predictor.grid, split.boxes, split.truth)
             if where["pairs"]:
-                print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  {where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")
+                print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  {where['mass']:9.1f} %     "
+                      f"{where['present']:.2f} / {where['absent']:.2f}")
 
 
 def maps_of(out, model):

@@ -266,7 +266,8 @@ def figure_4(folders, images, runs, file, checkpoint="best", top=3):
     if not runs.test.split.boxes:
         return f"The test split has no boxes: only the picture was drawn, {file}."
     names = ("pointing", "small", "medium", "large", "mass", "present", "absent", "pairs")
-    lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) | peak, present | peak, absent | pairs |", "|---|" + "---:|" * 9]
+    lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) | peak, present | peak, absent | pairs |",
+             "|---|" + "---:|" * 9]
     for name, predictor in predictors.items():
         scores, maps = evaluation.run_scores(predictor, runs.test, maps=True)
         where = localisation(maps, predictor.grid, runs.test.split.boxes, runs.test.split.truth)
@@ -318,23 +319,25 @@ def reproduce(argv):
             if not cells:
                 raise ConfigError(f"no row of this table holds {' or '.join(own.rows)}")
         runs = Runs(base, out, own.jobs)
-        judge = "validation" if splits_of(base)[1] else "test"
-        shown = "val" if own.study and judge == "validation" else "test"
+        chosen_on = "validation" if splits_of(base)[1] else "test"                  # where the best epoch was chosen
+        shown = chosen_on if own.study else "test"
         if own.figure:
             folders = dict(zip(("DualCoOp", "TRM-ML"), own.runs or ()))
             if not folders:
-                rows = {name: runs.config(dict(ratio=(own.ratios or [0.1])[0]) | run, base.seed) for name, run in (("DualCoOp", DUALCOOP), ("TRM-ML", {}))}
+                ratio = dict(ratio=(own.ratios or [0.1])[0])
+                rows = {name: runs.config(ratio | run, base.seed) for name, run in (("DualCoOp", DUALCOOP), ("TRM-ML", {}))}
                 runs.train(list(rows.values()))
                 folders = {name: configs[-1].out for name, configs in rows.items()}
             images = images_in(own.image) if own.image else runs.test.split.paths[:4]
             text = figure_4(folders, images, runs, file.with_suffix(".png"))
         else:
-            text, measured = table(cells, runs, seeds, printed and f"paper, {nearest(printed, base.data)}{average}", shown)
+            text, measured = table(cells, runs, seeds, printed and f"paper, {nearest(printed, base.data)}{average}",
+                                   "val" if shown == "validation" else "test")
             if own.table == 1:
                 plot(measured, base.data, file.with_suffix(".png"))
         about = (f"{base.data}, {len(splits_of(base)[0].paths)} training images, CLIP {base.clip} ({runs.encoder.sha256[:12]}), {base.size} px, "
-                 f"{base.epochs} epochs, seeds {seeds.start} to {seeds.stop - 1}; mAP on {'validation' if shown == 'val' else 'test'} in %, mean ± standard "
-                 f"deviation, of the last epoch / of the best epoch on {judge if judge == 'validation' else 'the test split, as there is no other'}.")
+                 f"{base.epochs} epochs, seeds {seeds.start} to {seeds.stop - 1}; mAP on {shown} in %, "
+                 f"mean ± standard deviation, of the last epoch / of the best epoch on {chosen_on}.")
         text = f"{about}\n\n{text}"
     text = f"`python reproduce.py {' '.join(argv)}`: {text}" if own.table != 5 else f"`python reproduce.py --table 5`\n\n{text}"
     file.with_suffix(".md").write_text(text + "\n")

@@ -184,7 +184,9 @@ class Run:
 
     def _model(self):
         cfg, split = self.cfg, self.train_split
-        queries = self.clip.encode_text(self.clip.tokenize([f"a photo of a {p}" for p in split.prompts]).to(self.device)) if cfg.queries == "text" else None
+        queries = None
+        if cfg.queries == "text":
+            queries = self.clip.encode_text(self.clip.tokenize([f"a photo of a {p}" for p in split.prompts]).to(self.device))
         try:
             prompts = Prompts(self.clip, split.prompts, cfg.context)
         except ValueError as error:                                                # a name too long for CLIP
@@ -253,8 +255,9 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.learned):      # finite losses, yet a gradient was not
             raise self._diverged("a weight is not finite after the last step", terms)
         seconds = time.perf_counter() - start
-        return dict(epoch=self.epoch + 1, stage=2 if stage_two else 1) | {k: round(float(v) / batches, 6) for k, v in sums.items()} \
-            | self.pseudo.report() | dict(images_per_second=round(len(self.feed) / seconds, 1), seconds=round(seconds, 2), waiting=round(self.feed.waited / seconds, 3))
+        speed = dict(images_per_second=round(len(self.feed) / seconds, 1), seconds=round(seconds, 2), waiting=round(self.feed.waited / seconds, 3))
+        terms = {k: round(float(v) / batches, 6) for k, v in sums.items()}
+        return dict(epoch=self.epoch + 1, stage=2 if stage_two else 1) | terms | self.pseudo.report() | speed
 
     def _diverged(self, what, terms):
         kept = f"{self.folder / 'last.pt'} holds epoch {self.epoch}" if self.epoch else "no epoch was finished"
@@ -305,7 +308,8 @@ class Run:
     def _say(self, line):
         terms = "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k.startswith("L"))
         scores = "  ".join(f"{split} mAP {line[split]['mAP']:.2f}" for split in ("val", "test") if split in line)
-        print(f"epoch {line['epoch']:>3}/{self.cfg.epochs} stage {line['stage']}  {terms}  {scores}  {line['images_per_second']:.0f} images/s", flush=True)
+        print(f"epoch {line['epoch']:>3}/{self.cfg.epochs} stage {line['stage']}  {terms}  {scores}  {line['images_per_second']:.0f} images/s",
+              flush=True)
 
     @torch.no_grad()
     def _save(self, improved, val_scores):
