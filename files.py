@@ -39,7 +39,7 @@ def guarded(work, stopped="stopped"):
     and keeps its traceback.
     """
     def interrupt(*_):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: None)                              # SIG_IGN: Python complains of one on its way
         raise KeyboardInterrupt
     ours = threading.current_thread() is threading.main_thread()                   # elsewhere Python allows no handler
     earlier = signal.signal(signal.SIGINT, interrupt) if ours else None

@@ -18,6 +18,8 @@ except ImportError:                 # macOS, Windows: everything runs on the tor
     triton, tl = None, SimpleNamespace(constexpr=bool)
     jit, operator = (lambda fn: fn), torch.library.custom_op
 
+# torch.compile sees through a wrapped launch; what the interpreter runs, torch 2.11 would not wrap.
+wrap = (lambda kernel: kernel) if triton is None or os.environ.get("TRITON_INTERPRET") == "1" else torch.library.wrap_triton
 _path = "auto"
 
 

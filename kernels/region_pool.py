@@ -10,11 +10,10 @@ The cost at the paper's size (B 128, C 80, N 196, D 512) in bf16:
 Plain torch also writes the mask, and in training its gradient, and reads each back: fusing saves those four times 4 MB.
 """
 import torch
-from torch.library import wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
 import kernels
-from kernels import jit, operator, tl, triton
+from kernels import jit, operator, tl, triton, wrap
 
 
 # ---- reference ------------------------------------------------------------------------------------------------------
@@ -131,6 +130,13 @@ def blocks(C, dtype):
                 num_warps=8 if rows >= 64 else 4, num_stages=3)
 
 
+def match_blocks(C, dtype):
+    """Fewer categories a program than `blocks`, so that there are more programs. On the tensor cores 8 warps (with triton 3.6
+    four would spill); the sums of IEEE products need the registers of 4 (eight would spill)."""
+    how = blocks(min(C, 32), dtype)
+    return how | dict(num_warps=4 if how["PRECISION"] == "ieee" else 8)
+
+
 def dense(energy):
     """The kernels want energies contiguous, or the transpose of that (the gradient of f pools with it)."""
     return energy if energy.transpose(1, 2).is_contiguous() else energy.contiguous()
@@ -140,7 +146,7 @@ def launch_pool(energy, f):
     (B, C, N), D, energy = energy.shape, f.shape[2], dense(energy)
     out, how = f.new_empty(B, C, D), blocks(C, f.dtype)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(D, how["BLOCK_D"]),)
-    wrap_triton(pool_kernel)[grid](energy, f.contiguous(), out, C, N, D, energy.stride(1), energy.stride(2), **how)
+    wrap(pool_kernel)[grid](energy, f.contiguous(), out, C, N, D, energy.stride(1), energy.stride(2), **how)
     return out
 
 
@@ -148,15 +154,15 @@ def launch_grad(grad, energy, f):
     (B, C, N), D = energy.shape, f.shape[2]
     out, how = torch.empty_like(energy, memory_format=torch.contiguous_format), blocks(C, f.dtype)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(N, how["BLOCK_N"]),)
-    wrap_triton(grad_kernel)[grid](grad.contiguous(), energy.contiguous(), f.contiguous(), out, C, N, D, **how)
+    wrap(grad_kernel)[grid](grad.contiguous(), energy.contiguous(), f.contiguous(), out, C, N, D, **how)
     return out
 
 
 def launch_match(energy, f, g_pos, g_neg):
     (B, C, N), D, energy = energy.shape, f.shape[2], dense(energy)
-    out, how = f.new_empty(B, C, dtype=torch.float32), blocks(min(C, 32), f.dtype)  # smaller: more programs in flight
+    out, how = f.new_empty(B, C, dtype=torch.float32), match_blocks(C, f.dtype)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]),)
-    wrap_triton(match_kernel)[grid](energy, f.contiguous(), g_pos.contiguous(), g_neg.contiguous(), out, C, N, D,
+    wrap(match_kernel)[grid](energy, f.contiguous(), g_pos.contiguous(), g_neg.contiguous(), out, C, N, D,
                                     energy.stride(1), energy.stride(2), **how)
     return out
 

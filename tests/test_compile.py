@@ -22,11 +22,11 @@ FIELDS = ("kernel", "dtype", "C", "arch", "registers", "spills", "stack", "share
 def cases():
     """(name, kernel, pointer types, compile-time values, C) as the launchers call them at the paper's and VOC's size."""
     import torch
-    from kernels.region_pool import blocks, grad_kernel, match_kernel, pool_kernel
+    from kernels.region_pool import blocks, grad_kernel, match_blocks, match_kernel, pool_kernel
     from kernels.topk_prototypes import TICKET, topk_kernel
     for t, C in (("bf16", 80), ("bf16", 20), ("fp16", 80), ("fp32", 80)):
         dtype = getattr(torch, TYPES[t])
-        how, tall, low = blocks(C, dtype), blocks(196, dtype), blocks(min(C, 32), dtype)
+        how, tall, low = blocks(C, dtype), blocks(196, dtype), match_blocks(C, dtype)
         yield "pool", t, pool_kernel, dict(energy=t, f=t, out=t), dict(how, stride_n=1), C
         if t == "fp16" or C == 20:                          # the rest differs from bf16 at 80 by nothing new
             continue

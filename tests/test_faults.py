@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from small_world import ROOT, command, one_line, options, run, start, world     
 import eval as evaluation
 import files
 import train
-from files import ConfigError, read_checkpoint, write_atomically
+from files import ConfigError, guarded, read_checkpoint, write_atomically
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="fork, mount and /proc are Linux's")
 
@@ -60,6 +61,27 @@ def mounted(tmp_path):
     yield mount
     for point in points:
         subprocess.run(["umount", "-l", str(point)])
+
+
+def test_more_ctrl_c_on_the_way_out_say_nothing(capfd):
+    """Five at once and five while cleaning up. A handler stays in place: after SIG_IGN Python reports a signal that was on its way."""
+    left = []
+
+    def work():
+        try:
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        finally:
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGINT)
+            left.append(signal.getsignal(signal.SIGINT))
+    earlier = signal.getsignal(signal.SIGINT)
+    try:
+        assert guarded(work, "stopped here") == 130
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert capfd.readouterr().err == "\nstopped here\n" and callable(left[0])
 
 
 @linux
