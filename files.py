@@ -39,7 +39,7 @@ def guarded(work, stopped="stopped"):
     and keeps its traceback.
     """
     def interrupt(*_):
-        signal.signal(signal.SIGINT, lambda *_: None)                              # SIG_IGN: Python complains of one on its way
+        signal.signal(signal.SIGINT, lambda *_: None)                              # after SIG_IGN Python would report one on its way
         raise KeyboardInterrupt
     ours = threading.current_thread() is threading.main_thread()                   # elsewhere Python allows no handler
     earlier = signal.signal(signal.SIGINT, interrupt) if ours else None
@@ -47,6 +47,8 @@ def guarded(work, stopped="stopped"):
         work()
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)                           # Python takes its own handlers away as it ends
         return 130
     except (ConfigError, DataError, ClipError, FloatingPointError) as error:
         line = str(error)

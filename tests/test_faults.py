@@ -79,6 +79,7 @@ def test_more_ctrl_c_on_the_way_out_say_nothing(capfd):
     earlier = signal.getsignal(signal.SIGINT)
     try:
         assert guarded(work, "stopped here") == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN                   # until the process has ended
     finally:
         signal.signal(signal.SIGINT, earlier)
     assert capfd.readouterr().err == "\nstopped here\n" and callable(left[0])
