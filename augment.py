@@ -3,7 +3,7 @@ follows (section 4.1): a random crop or cutout, one of 117 colour and shape poli
 
 PIL and numpy only. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
 """
-import math, os
+import math, os, warnings
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of pixels in 0..1
 GREY = (128, 128, 128)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of 100 megapixels; twice that is refused
 
 
 def read(path):

@@ -47,7 +47,7 @@ sun, sunshine  |  moon  |  cloud, clouds     |  flower, flowers, blossom        
 
 def forms(phrase):
     """"fire truck" -> {("fire", "truck"), ("fire", "trucks")}: words of a phrase, its last one in the singular and the plural."""
-    *before, word = words_of(phrase)
+    *before, word = words_of(phrase) or [""]
     plural = (word[:-3] + "men" if word.endswith("man") else word[:-1] + "ies" if re.search("[^aeiou]y$", word) else
               re.sub("fe?$", "ves", word) if re.search("[^f]fe?$", word) else word + ("es" if re.search("(s|x|z|sh|ch|o)$", word) else "s"))
     return {(*before, word), (*before, plural)}
@@ -63,6 +63,8 @@ def vocabulary(names):
     found = {}
     for c, name in enumerate(names):
         own = " ".join(words_of(name))
+        if not own:
+            raise DataError(f"captions are searched for words of the letters a to z, and the category {name!r} has none: rename it in the data")
         for phrase in {own}.union(*(group for group in groups if own in group)):
             for words in forms(phrase):
                 found.setdefault(words, set()).add(c)
@@ -88,7 +90,7 @@ def load(file, names, prompts, images=None):
         raw = json.loads(Path(file).read_text())
         wanted = {image["id"] for image in raw["images"][:images]}
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file}: captions in COCO's format are needed (captions_train2014.json): {type(error).__name__} {error}") from None
     phrases = vocabulary(names)
     named = [(text, found) for text in texts if (found := mentioned(text, phrases))]

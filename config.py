@@ -80,7 +80,7 @@ class Config:
                       "bf16 also serves CPUs that have it in hardware",
                       choices=("auto", "none", "bf16", "fp16"))
     kernels: str = option("auto", "auto takes Triton on a GPU", choices=("auto", "reference", "triton"))
-    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment images; 0 decodes in the main one", low=0)
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment images; 0 decodes in the main one", low=0, high=1000)
     cache_features: int = option(0, "keep the frozen features of this many augmented views on disk; 0 runs the backbone every epoch", low=0)
     cache_dir: str = option("generated/features", "where they are kept")
     out: Optional[str] = option(None, "run folder")
@@ -96,7 +96,7 @@ class Config:
                 setattr(self, f.name, value)
             if type(value) is not kind:
                 raise ConfigError(f"--{f.name.replace('_', '-')} expects {kind.__name__}, got {value!r}")
-            low, high = rules.get("low"), rules.get("high")
+            low, high = rules.get("low"), rules.get("high", 2**31 if kind is int else None)
             if "choices" in rules and value not in rules["choices"]:
                 raise ConfigError(f"--{f.name.replace('_', '-')} expects one of {' '.join(rules['choices'])}, got {value!r}")
             if not ((low is None or value > low or (value == low and not rules.get("open")))
@@ -132,8 +132,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 def parse(argv, about=""):
     """Command line -> (Config, run to resume or None). Order: command line, preset of the data set, the paper's defaults."""
-    parser = Parser(prog="train.py", description=about.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(about.split("\n")[2:]))
+    parser = Parser("train.py", about, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", metavar="RUN", help="go on with a run; its own settings are used")
     for f in dataclasses.fields(Config):
         kind = f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
@@ -155,7 +154,9 @@ def load_config(run):
         raise ConfigError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
     try:
         stored = dict(json.loads(file.read_text(encoding="utf-8"))["config"])
-    except (ValueError, KeyError, TypeError):
+        if not stored:
+            raise ValueError                                                       # it would be a run of defaults
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{file} is no config.json of train.py: restore it, or train into another --out") from None
     return checked(stored, file)
 

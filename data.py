@@ -9,7 +9,10 @@ are in datasets.py, your own CSV in sheets.py, the augmentation in augment.py.
 
 N images, C categories.
 """
-import argparse, hashlib, random, sys
+import signal
+if __name__ == "__main__":                                                          # Ctrl-C while torch is loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import hashlib, random, sys, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,10 +98,13 @@ def read_mask(path, table):
     try:
         if Path(path).suffix in (".npy", ".npz"):
             array = np.load(path, allow_pickle=False)
-            array = array[array.files[0]] if Path(path).suffix == ".npz" else array
+            if Path(path).suffix == ".npz":
+                name, = array.files                                                # of two arrays, which is the mask?
+                array = array[name]
         else:
             array = np.array([line.replace(",", " ").split() for line in datasets.read_lines(path)]).astype(int)
-    except (OSError, ValueError, EOFError, IndexError) as error:
+        np.isin(array, (-1, 0, 1))
+    except (OSError, ValueError, EOFError, IndexError, TypeError, OverflowError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
                         f"{error}") from None
     if array.shape != table.labels.shape:
@@ -212,6 +218,8 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
         val = float(val)  # a share may come from the command line as text
     except (TypeError, ValueError):
         pass
+    if isinstance(val, str) and not is_sheet(data):
+        raise DataError(f"val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {val}")
     cole, splc = single_positive == "largeloss", single_positive == "splc"
     parts = tables(data, root, cole, splc, names, keep_unannotated, val)
     if splc:
@@ -338,29 +346,29 @@ def check(data, root=None, names=None, decode=True):
     return problems
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Check a data set or a sheet: counts, co-occurrence, problems.")
+def main(argv=None):
+    from files import ConfigError, Parser, guarded                                 # here: files.py needs this module
+    parser = Parser("data.py", __doc__)
     parser.add_argument("data", help=f"{', '.join(NAMES)}, or a .csv: image,<class>,... with cells 1, 0 or empty")
     parser.add_argument("--root", help="folder of the download; for a sheet, where relative image names start")
     parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")
     parser.add_argument("--no-decode", action="store_true", help="do not open every image (COCO: minutes saved)")
     parser.add_argument("--objects", help="vg200: Visual Genome's objects.json; prints the 200 names found by matching")
-    args = parser.parse_args()
-    try:
+
+    def work():
+        args = parser.parse_args(argv)
         if args.objects:
-            print("\n".join(datasets.vg_match(args.root, args.objects)))
-            return
+            if not args.root:
+                raise ConfigError("--objects needs --root, the folder of Visual Genome")
+            return print("\n".join(datasets.vg_match(args.root, args.objects)))
         problems = check(args.data, args.root, args.names, not args.no_decode)
-    except DataError as error:
-        problems = [str(error)]
-    except BrokenPipeError:
-        return
-    for line in problems:
-        print(f"error: {line}", file=sys.stderr)
-    if problems:
-        sys.exit(2)
-    print("\nno problems found")
+        for line in problems:
+            print(f"error: {line}", file=sys.stderr)
+        if problems:
+            return 2
+        print("\nno problems found")
+    return guarded(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -129,7 +129,8 @@ def cached(kind, files, parse):
     digest = hashlib.sha256(b"1" + kind.encode())  # the number is the version of the cached form
     for path in files:
         digest.update(hashlib.sha256(read_bytes(path)).digest())
-    folder = Path(os.environ.get("TRM_CACHE") or Path.home() / ".cache" / "trm-ml")
+    home = os.path.expanduser("~")  # of a user without a home "~", which is no folder
+    folder = Path(os.environ.get("TRM_CACHE") or Path(tempfile.gettempdir() if home == "~" else home, ".cache", "trm-ml"))
     target = folder / f"{kind}-{digest.hexdigest()[:32]}.npz"
     try:
         with np.load(target) as stored:

@@ -14,7 +14,9 @@ From Python, three lines; only the run folder and CLIP's image encoder are neede
 A probability is the sigmoid of Eq. 5's logit. The asymmetric loss (Eq. 14) and the few known labels leave it uncalibrated:
 it ranks, it is no frequency. What is called present passes the category's threshold, the one of best F1 on validation.
 """
-import argparse
+import signal
+if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while torch is loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import sys
 from dataclasses import asdict
@@ -61,14 +63,13 @@ class Predictor:
         if self.clip.sha256 != state["clip_sha256"]:
             raise clip.ClipError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {self.config['clip']} is now "
                                  f"{self.clip.sha256[:12]}...: put the same weights back, or train again")
-        self.g_pos, self.g_neg = state["g_pos"].to(self.device), state["g_neg"].to(self.device)
-        self.threshold = np.asarray(state["threshold"])                            # (C,) chosen on validation, else 0.5
         self.grid = self.clip.grid(self.config["size"], self.config["size"])       # (h, w)
-        self.model = TRM(*self.g_pos.shape, matching=self.config["matching"], contrastive=False).to(self.device).eval()
-        learned = {k: v for k, v in state["model"].items() if not k.startswith(("prompts.", "heads."))}
         try:
-            self.model.load_state_dict(learned)
-        except RuntimeError:
+            self.g_pos, self.g_neg = (state[name].view(len(self.names), self.clip.D).to(self.device) for name in ("g_pos", "g_neg"))
+            self.threshold = np.asarray(state["threshold"], float)                 # (C,) chosen on validation, else 0.5
+            self.model = TRM(*self.g_pos.shape, matching=self.config["matching"], contrastive=False).to(self.device).eval()
+            self.model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith(("prompts.", "heads."))})
+        except (RuntimeError, TypeError, ValueError, AttributeError):
             raise ConfigError(f"{file} holds another model than its settings tell: restore it, or train again") from None
 
     @torch.no_grad()
@@ -124,7 +125,12 @@ class Predictor:
         """{"train", "val", "test"}: the splits that the run was trained on, None where its data has none."""
         keys = ("ratio", "single_positive", "seed", "train_images", "mask", "val", "names", "lists", "prompt_names", "keep_unannotated")
         c = self.config
-        return dict(zip(("train", "val", "test"), data.load(c["data"], c["root"], **{k: c[k] for k in keys})))
+        parts = data.load(c["data"], c["root"], **{k: c[k] for k in keys})
+        if parts[0].names != self.names:
+            changed = sorted(set(parts[0].names) ^ set(self.names))
+            raise ConfigError(f"{c['root'] or c['data']} has other categories than {self.run} was trained on "
+                              f"({', '.join(changed[:5]) or 'in another order'}): put the data back, or train anew")
+        return dict(zip(("train", "val", "test"), parts))
 
     def split(self, name):
         split = self.splits()[name]
@@ -241,8 +247,7 @@ def maps_of(out, model):
 
 
 def main(argv=None):
-    parser = Parser(prog="eval.py", description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="\n".join(__doc__.split("\n")[2:]), allow_abbrev=False)
+    parser = Parser("eval.py", __doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="best: the epoch chosen on validation (default)")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the table and of --compare (default: test)")
@@ -261,9 +266,14 @@ def main(argv=None):
 
     def work():
         args = parser.parse_args(argv)
-        for name, low in (("top", 1), ("batch", 1), ("workers", 0), ("pictures", 0)):
-            if (value := getattr(args, name)) is not None and value < low:
-                raise ConfigError(f"--{name} expects a number from {low}, got {value}")
+        for name, low, high in (("top", 1, 2**31), ("batch", 1, 2**31), ("workers", 0, 1000), ("pictures", 0, 2**31)):
+            if (value := getattr(args, name)) is not None and not low <= value <= high:
+                raise ConfigError(f"--{name} expects a number from {low} up to {high}, got {value}")
+        for name in ("csv", "out"):
+            if getattr(args, name) and not args.image:
+                raise ConfigError(f"--{name} belongs to --image: add it, or drop --{name}")
+        if args.json and (args.suggest or args.compare):
+            raise ConfigError("--json is a form of the table and of --image, not of --suggest or --compare: drop it")
         if bool(args.image) + bool(args.suggest) + bool(args.ensemble) + bool(args.compare) > 1:
             raise ConfigError("--image, --suggest, --ensemble and --compare are four commands: give one of them")
         predictors = load_runs([args.run, *(args.ensemble or args.compare or ())], args.checkpoint, args.root)

@@ -176,6 +176,10 @@ class Features:
         chunks, file, needed = -(-n // CHUNK), folder / "features.bf16", views * n * rows * D * 2
         with alone(folder / "lock") if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
             if self.rank == 0:
+                last = (folder / "done").read_bytes().rfind(1) if (folder / "done").exists() else -1
+                end = (last // chunks * n + min(n, (last % chunks + 1) * CHUNK)) * rows * D * 2
+                if (file.stat().st_size if file.exists() else 0) < end:            # deleted or cut since: what `done` tells is not there
+                    (folder / "done").unlink()
                 reserve(file, needed, f"features of {self.split.name}: {n} images x {views} views x {rows} x {D} bf16")
                 grow(folder / "done", views * chunks)
             self._barrier()

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import BrokenExecutor
 
 import torch
 
@@ -22,7 +23,20 @@ class ConfigError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, with the nearest option; the usage of fifty options would bury it."""
+    """argparse whose complaint is one line, with the nearest option; the usage of fifty options would bury it.
+    An empty value (--resume "$RUN" without a RUN) is refused: it would silently be no value. about: the file's docstring."""
+
+    def __init__(self, prog, about, **options):
+        first, _, rest = about.partition("\n")
+        super().__init__(prog=prog, description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **options)
+
+    def parse_known_args(self, *arguments, **options):
+        found, rest = super().parse_known_args(*arguments, **options)
+        empty = [name for name, value in vars(found).items() if name != "without" and "" in (value if isinstance(value, list) else [value])]
+        if empty:                                                                  # --without "" is the default
+            raise ConfigError(f"{empty[0].replace('_', '-')} expects a value, got an empty one: give it, or drop the option")
+        return found, rest
 
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
@@ -33,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(work, stopped="stopped"):
-    """work() -> exit status: 0; 2 after one line on stderr about something the user can mend; 130 after Ctrl-C.
+    """work() -> exit status: what work returns, or 0; 2 after one line on stderr about something the user can mend; 130 after Ctrl-C.
 
     A second Ctrl-C is ignored, so that the way out is not interrupted. What is raised otherwise is a fault of this code
     and keeps its traceback.
@@ -41,10 +55,16 @@ def guarded(work, stopped="stopped"):
     def interrupt(*_):
         signal.signal(signal.SIGINT, lambda *_: None)                              # after SIG_IGN Python would report one on its way
         raise KeyboardInterrupt
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                                             # closed by whoever started this (>&-)
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")              # a name that the terminal cannot show stops nothing
     ours = threading.current_thread() is threading.main_thread()                   # elsewhere Python allows no handler
     earlier = signal.signal(signal.SIGINT, interrupt) if ours else None
     try:
-        work()
+        status = work() or 0
+        sys.stdout.flush()                                                         # here, where a reader that went away is no fault
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         if ours:
@@ -52,14 +72,19 @@ def guarded(work, stopped="stopped"):
         return 130
     except (ConfigError, DataError, ClipError, FloatingPointError) as error:
         line = str(error)
+    except BrokenExecutor:                                                         # a RuntimeError, too
+        line = "a process that works for this one was ended from outside, mostly because memory ran out: use fewer --jobs or --workers"
     except (MemoryError, RuntimeError) as error:                                   # RuntimeError: how torch says it, on a CPU too
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         line = f"too little memory: lower --batch, --size or --queue, or use --amp bf16 on a GPU ({str(error).split('. ')[0][:150]})"
+    except BrokenPipeError:                                                        # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                               # so that Python's last flush finds no fault either
+        return 141
     except OSError as error:
         line = f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, the rights and the free space"
     else:
-        return 0
+        return status
     finally:
         if ours and signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, earlier)
@@ -69,11 +94,13 @@ def guarded(work, stopped="stopped"):
 
 def write_atomically(file, content):
     """bytes or text into `file`: written beside it, flushed to disk, renamed. A kill leaves the old file or the new one."""
-    temporary = file.with_name(file.name + ".tmp")
     try:
+        if not file.name or file.exists() and not file.is_file():                  # a folder; a device, which a rename would replace
+            raise OSError("not a regular file")
+        temporary = file.with_name(file.name + ".tmp")
         try:
             with open(temporary, "wb") as handle:
-                handle.write(content.encode() if isinstance(content, str) else content)
+                handle.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(temporary, file)
@@ -101,6 +128,8 @@ def save_picture(save, file):
 
 def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt as written by train.py; ConfigError when there is none or it is none. Runs no code from it."""
+    if not file.is_file() and (file.parent / "last.pt").is_file():
+        raise ConfigError(f"{file.parent} has no {file.name} (a run without a validation split writes none): say --checkpoint last")
     if not file.is_file():
         raise ConfigError(f"expected a run folder with {file.name}, found none in {file.parent}: give the folder of a run "
                           "that finished an epoch")
@@ -109,6 +138,7 @@ def read_checkpoint(file, device="cpu"):
         missing = {"config", "names", "clip_sha256", "model", "g_pos", "g_neg", "threshold", "epoch"} - set(state)
         if not missing:
             dict(json.loads(state["config"]))
+            dict(state["model"])
             if not len(state["names"]) == len(state["g_pos"]) == len(state["g_neg"]) == len(state["threshold"]):
                 raise ValueError("its parts speak of different numbers of categories")
     except Exception as error:                                                     # whatever a damaged file makes the reader raise

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ import data
 import eval as evaluation
 import train
 from features import Features
-from files import ConfigError, best_device
+from files import ConfigError, best_device, write_atomically
 from metrics import metrics
 from config import NOT_THE_RESULT, Config
 
@@ -47,7 +48,7 @@ class Runs:
         self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
         self.world, self.folders = (self.encoder.sha256, test.info), {}
         for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
-            with contextlib.suppress(ConfigError, json.JSONDecodeError):     # a folder of another version
+            with contextlib.suppress(Exception):                                   # a folder of another version, or nothing of ours
                 about = json.loads(file.read_text())
                 self.folders[key(train.load_config(file.parent), about.get("clip_sha256"), about["data"].get(test.name))] = file.parent
 
@@ -116,9 +117,12 @@ class Runs:
     def scores(self, run, checkpoint):
         """(n, C) test scores of a run, kept beside its checkpoint."""
         kept, file = Path(run) / f"test-{checkpoint}.npy", Path(run) / f"{checkpoint}.pt"
-        if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
-            predictor = evaluation.Predictor(run, checkpoint, self.device, self.encoder)
-            np.save(kept, evaluation.run_scores(predictor, self.test)[0])
+        with contextlib.suppress(OSError, ValueError, EOFError):                   # absent, or cut by a kill: measured anew
+            if kept.stat().st_mtime >= file.stat().st_mtime:
+                return np.load(kept)
+        predictor, buffer = evaluation.Predictor(run, checkpoint, self.device, self.encoder), io.BytesIO()
+        np.save(buffer, evaluation.run_scores(predictor, self.test)[0])
+        write_atomically(kept, buffer.getvalue())
         return np.load(kept)
 
     def measure(self, of, seeds, split="test"):
@@ -147,12 +151,17 @@ class Runs:
 def history(run):
     """Lines of a run's metrics, one an epoch; none before the first epoch."""
     file = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    try:
+        return [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    except (ValueError, TypeError):
+        raise ConfigError(f"{file} is damaged: delete it, python train.py --resume {run} writes it anew from last.pt") from None
 
 
 def chosen(run, checkpoint):
     """The line of the last epoch, or of the best one on validation (on test where a data set has no validation split)."""
     lines = [line for line in history(run) if "test" in line]
+    if not lines:
+        raise ConfigError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew from last.pt")
     judge = "val" if "val" in lines[-1] else "test"
     return lines[-1] if checkpoint == "last" else max(lines, key=lambda line: line[judge]["mAP"])
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from files import save_picture, write_atomically
+from files import ConfigError, save_picture, write_atomically
 from pictures import picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -32,11 +32,24 @@ def images_in(paths):
     return [str(p) for p in found]
 
 
+def not_an_input(predictor, file, option, photos=()):
+    """Refuses to write over the sheet that the run learned from, or over a photo; and what is no place for a file, before the work."""
+    c, file = predictor.config, Path(file)
+    if file.resolve() in {Path(path).resolve() for path in (c["data"], c["val"], c["names"], c["mask"], *photos) if path}:
+        raise ConfigError(f"{option} {file} would overwrite that file, which is an input: choose another name")
+    if not file.parent.is_dir() or file.is_dir() or file.exists() and not file.is_file():
+        raise ConfigError(f"{option} {file} cannot be written: its folder is missing or it is no regular file; give another path")
+
+
 def predict(predictor, paths, args):
     """--image: a line an image as soon as its batch is done, its picture, and a row of --csv. Returns the unreadable files."""
     folder, taken, unreadable, sheet = Path(args.out or predictor.run / "regions"), set(), [], io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerow(["image", *predictor.names])
+    if folder.resolve() in {Path(path).resolve().parent for path in paths}:
+        raise ConfigError(f"--out {folder} is the folder of the photos, which the pictures would overwrite: choose another --out")
+    if args.csv:
+        not_an_input(predictor, args.csv, "--csv", paths)
     folder.mkdir(parents=True, exist_ok=True)
     if not args.json:
         tqdm.write("probabilities; * = present, by the category's threshold")
@@ -66,6 +79,7 @@ def suggest(predictor, args):
     rows come with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
     """
     config, splits, file = predictor.config, predictor.splits(), Path(args.suggest)
+    not_an_input(predictor, file, "--suggest")
     parts, folder = [s for s in (splits["train"], splits["val"]) if s], file.with_name(file.stem + "-regions")
     paths = [path for part in parts for path in part.paths]
     labels, truth = (np.concatenate([getattr(part, which) for part in parts]) for which in ("labels", "truth"))      # (n, C)

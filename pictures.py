@@ -36,7 +36,7 @@ def picture(rows, side=192):
         for c, (tile, caption) in enumerate(row):
             x, y, tile = gap + c * (side + gap), gap + r * (side + line + gap), fit(tile.convert("RGB"), side)
             canvas.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
-            caption = caption.encode("latin-1", "replace").decode("latin-1")
+            caption = " ".join(caption.split()).encode("latin-1", "replace").decode("latin-1")
             while draw.textlength(caption) > side:                                 # a long file name must not run into the next tile
                 caption = caption[:-1]
             draw.text((x + 2, y + side + 1), caption, fill="black")

@@ -10,7 +10,9 @@ Every option of train.py is accepted too and holds for all rows (--epochs 10, --
 train.py with some settings changed. Its folder is recognised by its settings: what is finished is read, what was stopped goes
 on, and a run that two tables share is trained once. Tables go to --out as Markdown, with the numbers of every seed as JSON.
 """
-import argparse
+import signal
+if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while torch is loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import sys
 import time
@@ -277,8 +279,7 @@ def figure_4(folders, images, runs, file, checkpoint="best", top=3):
 
 # -------------------------------------------------------------------------------------------------------------- command line
 def parse(argv):
-    parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="\n".join(__doc__.split("\n")[2:]), allow_abbrev=False)
+    parser = Parser("reproduce.py", __doc__)
     parser.add_argument("--table", type=int, choices=(1, 2, 3, 4, 5, 6))
     parser.add_argument("--figure", type=int, choices=(4,))
     parser.add_argument("--study", choices=sorted(STUDIES), help="alternatives where the paper is silent")
@@ -292,14 +293,17 @@ def parse(argv):
     own, rest = parser.parse_known_args(argv)
     if (own.table is not None) + (own.figure is not None) + (own.study is not None) != 1:
         raise ConfigError("expects one of --table 1..6, --figure 4, --study NAME")
-    if own.seeds < 1 or own.jobs < 1:
-        raise ConfigError(f"--seeds and --jobs expect a number from 1, got {min(own.seeds, own.jobs)}")
-    if "--resume" in rest:
+    if not (1 <= own.seeds <= 1000 and 1 <= own.jobs <= 1000):
+        raise ConfigError(f"--seeds and --jobs expect a number from 1 up to 1000, got {own.seeds} and {own.jobs}")
+    if own.ratios and len(percent(own.ratios)) < len(own.ratios):
+        raise ConfigError(f"--ratios expects shares that differ by a whole percent, got {' '.join(map(str, own.ratios))}")
+    names = {word.split("=")[0] for word in rest}                                  # --clip RN101 and --clip=RN101
+    if "--resume" in names:
         raise ConfigError("a table goes on by itself, drop --resume: give the command that was stopped")
     base, _ = train.parse(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
-    if own.table == 2 and base.data != "scenes" and "--clip" not in rest:
+    if own.table == 2 and base.data != "scenes" and "--clip" not in names:
         base.clip = "RN50"                                                         # "All models adopt ResNet50"
     return own, base
 

@@ -10,12 +10,15 @@ Every image has its own seed (seed, split, index): splits share no scene, and th
 What is labelled: the box and the area are those of the pixels that are visible in the end; an object of which less than
 VISIBLE of the drawn pixels, or fewer than MIN_AREA pixels, remain is not labelled. Captions name only labelled objects.
 """
-import argparse
+import signal
+if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while packages are loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import math
 import os
 import random
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -184,11 +187,14 @@ def draw(job):
 def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=None):
     """Yields, in order, what `draw` gives for scenes 0..count-1 of a split, from `workers` processes (None: all cores)."""
     jobs = [(split, seed, k, min(k + 50, count), size, objects, folder) for k in range(0, count, 50)]
-    with (ProcessPoolExecutor(workers or os.cpu_count()) as pool,
-          tqdm(total=count, desc=f"drawing {split}", unit="image") as bar):
-        for drawn in pool.map(draw, jobs):
-            bar.update(len(drawn))
-            yield from drawn
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        with tqdm(total=count, desc=f"drawing {split}", unit="image") as bar:
+            for drawn in pool.map(draw, jobs):
+                bar.update(len(drawn))
+                yield from drawn
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
@@ -196,11 +202,16 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
     A root that holds these very scenes is left as it is; SceneError for one that holds anything else.
     Everything is written beside `root` and renamed at the end: a root is complete or absent."""
     root, counts = Path(root), dict(zip(SPLITS, (train, val, test)))
-    if not 64 <= size <= 512 or min(counts.values()) < 1:
-        raise SceneError(f"expected at least 1 image a split and 64 to 512 pixels, got {counts} at {size} pixels")
+    if workers is not None and not 1 <= workers <= 1000:
+        raise SceneError(f"expected 1 to 1000 workers, got {workers}")
+    if not (64 <= size <= 512 and 1 <= min(counts.values()) and max(counts.values()) <= 10**7 and 0 <= seed < 2**31):
+        raise SceneError(f"expected 1 to 10 million images a split, 64 to 512 pixels and a seed from 0, got {counts} at {size} pixels, seed {seed}")
     marker, note = {"version": VERSION, "size": size, "seed": seed, **counts}, root / "scenes.json"
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        found = json.loads(note.read_text()) if note.is_file() else "something else (no scenes.json)"
+        try:
+            found = json.loads(note.read_text())
+        except (OSError, ValueError):
+            found = "something else (no scenes.json, or a broken one)"
         if found == marker:
             return
         raise SceneError(f"{root} should hold scenes drawn with {marker}, but holds {found}: "
@@ -239,8 +250,9 @@ def annotate(folder, split, drawn, size):
         (folder / f"{what}_{split}.json").write_text(json.dumps(content))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw the embedded data set in COCO's layout.")
+def main(argv=None):
+    from files import ConfigError, Parser, guarded                                 # here: drawing itself needs no torch
+    parser = Parser("scenes.py", __doc__)
     parser.add_argument("--root", default="generated/scenes", help="folder to make; it must not hold anything else")
     parser.add_argument("--train", type=int, default=3000, help="training scenes (train2014)")
     parser.add_argument("--val", type=int, default=1000, help="validation scenes (tune2014)")
@@ -248,7 +260,14 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=256, help="pixels; objects keep theirs, so less is more crowded")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws entirely other scenes")
     parser.add_argument("--workers", type=int, help="processes (all cores if absent); changes nothing but the time")
-    try:
-        write(**vars(parser.parse_args()))
-    except SceneError as error:
-        parser.exit(2, f"error: {error}\n")
+
+    def work():
+        try:
+            write(**vars(parser.parse_args(argv)))
+        except SceneError as error:
+            raise ConfigError(error) from None
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,7 +24,7 @@ def is_sheet(data):
 def sheet(path, root=None):
     """-> Table. root: where relative image names start (default: the sheet's folder), and what they must not leave.
     DataError for the first problem; its attribute `problems` lists them all."""
-    root, problems = Path(root or Path(path).resolve().parent), []
+    root, problems = Path(os.path.realpath(root or Path(path).resolve().parent)), []
 
     def problem(line, text):
         problems.append(f"{path}:{line}: {text}")
@@ -40,11 +40,13 @@ def sheet(path, root=None):
     names = rows[0][1][1:]
     if not names:
         raise DataError(f"{path}:1: expected a header 'image,<class>,...' with commas, got {rows[0][1][0][:80]!r}")
+    if set(names) <= set(CODES) and "" not in names:
+        problem(1, f"expected a header 'image,<class>,...', got what looks like a row of labels ({rows[0][1][0]}): put the header above it")
     for c, name in enumerate(names):
         if not name or name in names[:c]:
             problem(1, f"column {c + 2} has no class name" if not name else f"class {name!r} comes twice")
     body, prompts = rows[1:], list(names)
-    if body and body[0][1][0] in ("", "#prompt"):
+    if body and (body[0][1][0] == "#prompt" or body[0][1][0] == "" and not set(body[0][1][1:]) <= set(CODES)):
         line, row = body.pop(0)
         prompts = row[1:]
         if len(prompts) != len(names) or not all(prompts):
@@ -59,7 +61,7 @@ def sheet(path, root=None):
             problem(line, "no image name in the first column")
         else:
             try:
-                file = os.path.normpath(row[0]) if os.path.isabs(row[0]) else inside(root, row[0], f"{path}:{line}")
+                file = os.path.realpath(row[0]) if os.path.isabs(row[0]) else inside(root, row[0], f"{path}:{line}")
             except DataError as error:
                 problems.append(str(error))
                 continue

@@ -7,6 +7,9 @@
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png, regions.png.
 """
+import signal
+if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while torch is loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import dataclasses
 import json
 import os
@@ -135,7 +138,7 @@ class Run:
         self.cfg, self.rank, self.world = cfg, 0, 1
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device = best_device(int(os.environ.get("LOCAL_RANK", 0)), self.world)
+        self.device = best_device(int(os.environ.get("LOCAL_RANK", 0)) if self.world > 1 else 0, self.world)
         if self.world > 1 and cfg.batch % self.world:
             raise ConfigError(f"--batch {cfg.batch} does not divide among {self.world} processes")
         try:
@@ -150,6 +153,9 @@ class Run:
         # TF32: with mixed precision, what stays float32 may use it; --amp none means IEEE float32 in products and convolutions.
         torch.set_float32_matmul_precision("high" if amp else "highest")
         torch.backends.cudnn.allow_tf32 = amp is not None
+        torch.manual_seed(cfg.seed)
+        self.model = self._model().to(self.device)                                 # before the images: it may refuse a name or --carl-from
+        self.memory = MemoryBank(len(self.train_split.names), cfg.queue, self.clip.D, cfg.eta).to(self.device)
         common = dict(clip=self.clip, size=cfg.size, batch=cfg.batch, workers=cfg.workers, cache=cfg.cache_dir, device=self.device,
                       amp=amp, rank=self.rank, world=self.world, whole=cfg.matching == "global")
         self.clock, start = {"training": 0.0, "evaluation": 0.0}, time.perf_counter()
@@ -160,10 +166,6 @@ class Run:
         self.feeds = {name: Features(split, views=min(1, cfg.cache_features), **common)
                       for name, split in (("val", self.val_split), ("test", self.test_split)) if split is not None}
         self.clock["features"] = time.perf_counter() - start                       # seconds to fill the cache, 0 without one
-        torch.manual_seed(cfg.seed)
-        self.model = self._model().to(self.device)
-        C = len(self.train_split.names)
-        self.memory = MemoryBank(C, cfg.queue, self.clip.D, cfg.eta).to(self.device)
         self.learned = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learned, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         steps = -(-len(self.feed) // cfg.batch)
@@ -200,7 +202,10 @@ class Run:
             carl = {k[5:]: v for k, v in state["model"].items() if k.startswith("carl.")}
             if not carl:
                 raise ConfigError(f"--carl-from {cfg.carl_from} is a run without regions: give one with --matching carl")
-            model.carl.load_state_dict(carl)
+            try:
+                model.carl.load_state_dict(carl)
+            except RuntimeError:
+                raise ConfigError(f"--carl-from {cfg.carl_from} holds a region module of another size: restore it, or train it anew") from None
             model.carl.requires_grad_(False)
         return model
 
@@ -345,10 +350,15 @@ class Run:
         if changed:
             raise ConfigError(f"{self.folder / 'config.json'} has another {', '.join(changed)} than {file}, which was trained with "
                               f"{', '.join(str(trained[k]) for k in changed)}: restore it, or train anew into another --out")
-        self.model.load_state_dict(state["model"])
-        for name in ("memory", "optimizer", "scheduler", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        self.epoch, self.best, self.history = state["epoch"], state["best"], json.loads(state["history"])
+        try:
+            self.model.load_state_dict(state["model"])
+            for name in ("memory", "optimizer", "scheduler", "scaler"):
+                getattr(self, name).load_state_dict(state[name])
+            self.epoch, self.best, self.history = state["epoch"], state["best"], json.loads(state["history"])
+            if [line["epoch"] for line in self.history] != [*range(1, self.epoch + 1)] or self.best and self.best["epoch"] > self.epoch:
+                raise ValueError
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise ConfigError(f"{file} does not hold what its settings tell: restore it, or train anew into another --out") from None
         if self.rank == 0:
             self._write_history()                                                  # a kill may have come between the two files
 
@@ -379,7 +389,10 @@ class Run:
 def main(argv=None):
     def work():
         cfg, resume = parse(argv, __doc__)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        world, *ranks = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        if world not in ("", "1"):
+            if not all(number.isdecimal() for number in (world, *ranks)):
+                raise ConfigError(f"WORLD_SIZE is {world!r} without RANK and LOCAL_RANK as numbers: start with torchrun, or unset it")
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

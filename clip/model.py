@@ -347,6 +347,9 @@ def build(state_dict, fold=False, activation="quickgelu"):
     wrong = [f"{k} missing" for k in want if k not in sd] + [f"{k} unexpected" for k in sd if k not in want]
     wrong += [f"{k} is {tuple(sd[k].shape)}, expected {tuple(want[k])}" for k in want
               if k in sd and sd[k].shape != want[k]]
+    wrong += [f"{k} is {sd[k].dtype}, expected dense floating-point numbers" for k in want if k in sd and not (
+        sd[k].is_floating_point() and sd[k].layout == torch.strided and sd[k].device.type != "meta" and not sd[k].is_quantized)]
+    wrong += [] if wrong else [f"{k} is not finite everywhere" for k in want if not sd[k].float().isfinite().all()]
     if wrong:
         raise ClipError(f"{len(wrong)} tensors do not fit the architecture that the others show: {'; '.join(wrong[:4])}"
                         + ("; ..." if len(wrong) > 4 else ""))

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import scenes
+from files import ConfigError, Parser, guarded
 from .model import CLIP, build
 
 TINY = Path(__file__).with_name("tiny.safetensors")
@@ -155,8 +157,8 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
     return score
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the small CLIP on drawn scenes and captions (CPU).")
+def main(argv=None):
+    parser = Parser("clip.pretrain", __doc__)
     parser.add_argument("--out", default=str(TINY), help="the file to write")
     parser.add_argument("--canvases", type=int, default=50000, help="drawn pictures, kept in memory: 49 KB each")
     parser.add_argument("--epochs", type=int, default=6, help="passes over them; more raises zero-shot slowly")
@@ -165,7 +167,21 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of drawing, initialisation and order")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                         help="bfloat16; --no-amp on CPUs that do not compute in it")
-    options = vars(parser.parse_args())
-    given = " ".join("--no-amp" if k == "amp" else f"--{k} {v}" for k, v in options.items()
-                     if v != parser.get_default(k) and k != "out")
-    pretrain(**options, command=f"python -m clip.pretrain {given}".strip())
+
+    def work():
+        options = vars(parser.parse_args(argv))
+        if not (1 <= options["batch"] <= options["canvases"] <= 10**7 and 1 <= options["epochs"] <= 10**6
+                and 0 < options["lr"] < math.inf and 0 <= options["seed"] < 2**31):
+            raise ConfigError("expected --epochs and --seed as whole numbers, --lr above 0, --batch up to --canvases and that up to 10 million; got "
+                              + ", ".join(f"--{k} {options[k]}" for k in ("epochs", "seed", "lr", "batch", "canvases")))
+        out = Path(options["out"])
+        if not os.access(out.parent, os.W_OK) or out.is_dir():                     # told now, not after the first epoch
+            raise ConfigError(f"--out {out} cannot be written: give a file in a folder that is there")
+        given = " ".join("--no-amp" if k == "amp" else f"--{k} {v}" for k, v in options.items()
+                         if v != parser.get_default(k) and k != "out")
+        pretrain(**options, command=f"python -m clip.pretrain {given}".strip())
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,7 +50,10 @@ def sha256(path):
 
 def cache():
     """Where downloads are kept; OpenAI's own package uses the same folder and file names."""
-    return pathlib.Path.home() / ".cache" / "clip"
+    try:
+        return pathlib.Path.home() / ".cache" / "clip"
+    except RuntimeError:
+        raise ClipError("this user has no home folder to keep the weights in: set HOME, or give the path of a weights file") from None
 
 
 def download(name):
@@ -104,7 +107,7 @@ def read(path):
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise ClipError(f"{path} holds a {type(state).__name__}, expected a state dict of CLIP")
-    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}, {}
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}, {}
 
 
 def find_activation(path, digest, state, metadata):
@@ -118,7 +121,7 @@ def find_activation(path, digest, state, metadata):
     if config.is_file():
         try:
             return "quickgelu" if json.loads(config.read_text())["model_cfg"].get("quick_gelu") else "gelu"
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ClipError(f"{config} is no configuration of open_clip: expected JSON with a model_cfg") from None
     told = (path.name + "".join(metadata.values())).lower().replace("_", "")
     return "quickgelu" if "quickgelu" in told or "openai" in told else None

@@ -195,15 +195,9 @@ def test_cache_is_keyed_by_content(trees, tmp_path, monkeypatch):
     assert (data.load("coco", tmp_path / "a")[0].labels == first.labels).all()
 
 
-def test_checker(trees, tmp_path, monkeypatch, capsys):
+def test_checker(trees, tmp_path, capsys):
     def checker(*arguments):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-        try:
-            data.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return data.main([*map(str, arguments)]), *capsys.readouterr()
     fake.sheet(tmp_path)
     code, out, err = checker(tmp_path / "photos.csv")
     assert code == 0 and "no problems found" in out and "red, small car" in out and err == ""

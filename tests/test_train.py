@@ -140,7 +140,7 @@ def test_pseudo_labels_are_counted_against_the_hidden_truth():
     (dict(ratio=-0.1), ["--ratio"]),
     (dict(ratio="nan"), ["--ratio", "nan"]),
     (dict(ratio="most"), ["--ratio", "most"]),
-    (dict(epochs=0), ["--epochs expects a number from 1, got 0"]),
+    (dict(epochs=0), ["--epochs expects a number from 1 up to 2147483648, got 0"]),
     (dict(epochs=2.5), ["--epochs", "2.5"]),
     (dict(lr=0), ["--lr expects a number above 0"]),
     (dict(lr="inf"), ["--lr"]),

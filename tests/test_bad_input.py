@@ -1,0 +1,397 @@
+"""Commands that are slips: a value left empty, an output that is an input, a file cut or edited by hand, a reader that went away.
+Each was once silently wrong, destroyed work, or ended in a traceback. tests/test_bad_data.py has the bad data sets."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_world import ROOT, command, one_line, options, run, start, weights, world       # noqa: F401
+
+import captions
+import clip
+import data
+import eval as evaluation
+import reproduce
+import scenes
+import train
+from clip import pretrain
+from data import DataError
+from files import ConfigError, read_checkpoint, write_atomically
+
+posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and signals are POSIX's")
+
+
+@pytest.fixture
+def trained(world):                                                                # noqa: F811
+    if not (world / "trained").exists():
+        run(world, world / "trained", epochs=2)
+    return world / "trained"
+
+
+@pytest.fixture
+def sheet(world, tmp_path):                                                        # noqa: F811
+    """A run on a sheet: (run folder, labels.csv); the photos lie beside the sheet."""
+    shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
+    file, cells = tmp_path / "labels.csv", np.random.RandomState(0).choice(["1", "0", ""], (24, 3))
+    file.write_text("image,sun,tree,cup\n" + "".join(f"photos/{p.name},{','.join(row)}\n" for p, row in
+                                                     zip(sorted((tmp_path / "photos").iterdir()), cells)))
+    run(world, tmp_path / "run", data=file, root=None, ratio=None, epochs=1, val=0.25)
+    return tmp_path / "run", file
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------- outputs that are inputs
+def test_no_output_overwrites_an_input(sheet, tmp_path, capfd):
+    folder, labels = sheet
+    before, photo = snapshot(tmp_path), sorted((tmp_path / "photos").iterdir())[0]
+    one_line(evaluation.main, [folder, "--suggest", labels], capfd, "labels.csv", "an input", "another name")
+    one_line(evaluation.main, [folder, "--image", photo, "--csv", labels], capfd, "labels.csv", "an input")
+    one_line(evaluation.main, [folder, "--image", photo, "--csv", photo], capfd, photo.name, "an input")
+    one_line(evaluation.main, [folder, "--image", tmp_path / "photos", "--out", tmp_path / "photos"], capfd, "folder of the photos")
+    (tmp_path / "link.csv").symlink_to(labels)
+    one_line(evaluation.main, [folder, "--suggest", tmp_path / "link.csv"], capfd, "an input")
+    (tmp_path / "link.csv").unlink()
+    assert snapshot(tmp_path) == before
+    assert command(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd)[0] == 0
+
+
+def test_a_place_for_no_file_is_told_before_the_work(trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(evaluation.Predictor, "over", None)                        # not reached
+    for place in (tmp_path, tmp_path / "none" / "s.csv", "/"):
+        one_line(evaluation.main, [trained, "--suggest", place], capfd, "--suggest", "cannot be written")
+    one_line(evaluation.main, [trained, "--suggest", "x" * 300], capfd, "too long", "check the path")
+    one_line(evaluation.main, [trained, "--image", sorted(trained.parent.glob("scenes/val2014/*"))[0], "--csv", tmp_path / "none" / "s.csv"], capfd,
+             "--csv", "cannot be written")
+
+
+@posix
+def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            write_atomically(place, "text")
+    assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+# --------------------------------------------------------------------------------------------- options and their values
+@pytest.mark.parametrize("main, arguments", [
+    (train.main, ["--resume", ""]), (train.main, ["--root="]), (train.main, ["--data", ""]), (evaluation.main, [""]),
+    (evaluation.main, ["x", "--image", ""]), (reproduce.main, ["--table", 3, "--rows", ""])])
+def test_an_empty_value_is_refused(main, arguments, capfd):
+    """--resume "$RUN" without a RUN would start a default training."""
+    one_line(main, arguments, capfd, "empty")
+
+
+def test_an_empty_list_of_components_is_a_value(world, tmp_path):                  # noqa: F811
+    assert train.parse(options(world, tmp_path, without=""))[0].without == ""
+
+
+@pytest.mark.parametrize("main, arguments, words", [
+    (train.main, ["--epochs", 10**30], ["--epochs", "up to"]), (train.main, ["--queue", 2**40], ["--queue", "up to"]),
+    (train.main, ["--workers", 5000], ["--workers", "1000"]), (train.main, ["--val", "x.csv"], ["val", "x.csv"]),
+    (evaluation.main, ["x", "--top", 10**30], ["--top", "up to"]), (evaluation.main, ["x", "--workers", 5000], ["--workers", "1000"]),
+    (evaluation.main, ["x", "--csv", "all.csv"], ["--csv", "--image"]), (evaluation.main, ["x", "--out", "d"], ["--out", "--image"]),
+    (evaluation.main, ["x", "--suggest", "s.csv", "--json"], ["--json"]),
+    (reproduce.main, ["--table", 3, "--seeds", 10**30], ["--seeds", "1000"]), (reproduce.main, ["--table", 3, "--jobs", 5000], ["--jobs", "1000"]),
+    (reproduce.main, ["--table", 3, "--ratios", 0.501, 0.504], ["--ratios", "0.501 0.504"]),
+    (reproduce.main, ["--table", 3, "--ratios", 0.5, 0.5], ["--ratios"]), (reproduce.main, ["--table", 3, "--resume=x"], ["--resume"])])
+def test_a_value_that_cannot_be_is_refused(world, tmp_path, main, arguments, words, capfd):                      # noqa: F811
+    more = {train.main: options(world, tmp_path / "run")[2:], reproduce.main: ["--root", world / "scenes", "--out", tmp_path]}.get(main, [])
+    one_line(main, [*more, *arguments], capfd, *words)
+
+
+def test_clip_of_table_2_is_the_one_that_is_given(tmp_path):
+    parsed = [reproduce.parse(["--table", "2", "--data", "coco", "--root", str(tmp_path), *given])[1].clip
+              for given in ([], ["--clip", "RN101"], ["--clip=RN101"])]
+    assert parsed == ["RN50", "RN101", "RN101"]
+
+
+def test_without_a_validation_split_the_other_checkpoint_is_named(sheet, world, tmp_path, capfd):                # noqa: F811
+    run(world, tmp_path / "no-val", data=sheet[1], root=None, ratio=None, epochs=1, val=0)
+    one_line(evaluation.main, [tmp_path / "no-val", "--suggest", tmp_path / "s.csv"], capfd, "--checkpoint last")
+
+
+@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "2"), ("WORLD_SIZE", "two"), ("LOCAL_RANK", "abc")])
+def test_torchruns_variables_without_torchrun(world, tmp_path, capfd, monkeypatch, name, value):                 # noqa: F811
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    if name == "LOCAL_RANK":                                                       # it means nothing to a single process
+        assert command(train.main, options(world, tmp_path / "run", epochs=1), capfd)[0] == 0
+    else:
+        one_line(train.main, options(world, tmp_path / "run"), capfd, "torchrun", "WORLD_SIZE")
+
+
+# ------------------------------------------------------------------------------------------------- data that changed
+@pytest.mark.parametrize("how", ("deleted", "cut", "cut in view 2"))
+def test_a_feature_cache_that_was_cut_is_filled_again(world, tmp_path, how):       # noqa: F811
+    settings = dict(cache_dir=tmp_path / "cache", cache_features=2, augment="flip", epochs=2)
+    whole = run(world, tmp_path / "a", **settings)
+    file = max(tmp_path.glob("cache/*/features.bf16"), key=lambda f: f.stat().st_size)
+    content = file.read_bytes()
+    file.unlink() if how == "deleted" else file.write_bytes(content[: len(content) // (4 if how == "cut" else 1) - 8])
+    again = run(world, tmp_path / "b", **settings)
+    assert file.read_bytes() == content and again[-1]["L"] == whole[-1]["L"]
+
+
+@pytest.mark.parametrize("change, word", (("reordered", "another order"), ("renamed", "mug")))
+def test_a_run_is_not_scored_against_other_categories(sheet, tmp_path, capfd, change, word):
+    folder, file = sheet
+    lines = [line.split(",") for line in file.read_text().splitlines()]
+    if change == "reordered":
+        lines = [[line[0], line[2], line[1], line[3]] for line in lines]
+    else:
+        lines[0][3] = "mug"
+    file.write_text("\n".join(map(",".join, lines)))
+    one_line(evaluation.main, [folder, "--split", "val"], capfd, "categories", word)
+    one_line(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd, "categories", word)
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_rows_that_forget_the_header_or_the_image(tmp_path):
+    for name in "abc":
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{name}.png")
+    file = tmp_path / "x.csv"
+    file.write_text("a.png,1,0\nb.png,0,1\n")
+    with pytest.raises(DataError, match="x.csv:1: expected a header"):
+        data.load(file)
+    file.write_text("image,cup,sun\n,1,0\nb.png,0,1\n")                            # once read as the row of prompts
+    with pytest.raises(DataError, match="x.csv:2: no image name"):
+        data.load(file)
+    file.write_text("image,cup,sun\n,a cup,the sun\nb.png,0,1\na.png,1,0\n")
+    assert data.load(file, val=0.0)[0].prompts == ["a cup", "the sun"]
+
+
+@posix
+def test_one_image_under_two_paths_is_one_image(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to("real")
+    Image.new("RGB", (40, 30)).save(tmp_path / "real" / "a.png")
+    (tmp_path / "x.csv").write_text(f"image,cup\na.png,1\n{tmp_path / 'real' / 'a.png'},0\n")
+    monkeypatch.chdir(tmp_path)
+    for root in ("real", "linked", tmp_path / "linked"):
+        with pytest.raises(DataError, match="x.csv:3: .* already on line 2"):
+            data.load("x.csv", root)
+
+
+@pytest.mark.parametrize("content", ("object", "text", "huge", "1e400", "zip", "two"))
+def test_odd_mask_files(world, tmp_path, content):                                 # noqa: F811
+    file = tmp_path / ("mask.txt" if content in ("huge", "1e400") else "mask.npz" if content in ("zip", "two") else "mask.npy")
+    if content in ("huge", "1e400"):
+        file.write_text("99999999999999999999999 1\n" if content == "huge" else "1e400 1\n")
+    elif content == "zip":
+        file.write_bytes(b"PK\x03\x04 no archive")
+    elif content == "two":
+        np.savez(file, a=np.ones((24, 28)), b=np.ones((24, 28)))
+    else:
+        np.save(file, np.array([["a", "b"]]) if content == "text" else np.array([{}]), allow_pickle=True)
+    with pytest.raises(DataError, match="mask") as error:
+        data.load("scenes", world / "scenes", mask=file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_captions_that_cannot_be_searched(world, tmp_path):                        # noqa: F811
+    file = tmp_path / "captions.json"
+    file.write_text("[" * 100000)
+    with pytest.raises(DataError, match="captions in COCO's format"):
+        captions.load(file, ["cup"], ["cup"])
+    shutil.copy(world / "scenes" / "annotations" / "captions_train2014.json", file)
+    with pytest.raises(DataError, match="猫.*rename"):
+        captions.load(file, ["cup", "猫"], ["cup", "猫"])
+
+
+# ----------------------------------------------------------------------------------------------------- damaged files
+@pytest.mark.parametrize("change, word", [("integers", "int64"), ("sparse", "dense"), ("nan", "not finite"), ("key", "missing")])
+def test_weights_that_are_no_numbers(tmp_path, change, word):
+    state = weights()
+    name = "visual.conv1.weight"
+    value = state.pop(name)
+    state[7 if change == "key" else name] = {"integers": value.long(), "sparse": value.to_sparse(), "nan": value * float("nan"), "key": value}[change]
+    torch.save(state, tmp_path / "clip-quickgelu.pt")
+    with pytest.raises(clip.ClipError, match=word) as error:
+        clip.load(tmp_path / "clip-quickgelu.pt")
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("content", ('{"config": {}}', "[]", '{"config": []}', "{", "", "[" * 100000))
+def test_an_empty_config_is_no_default_run(trained, tmp_path, capfd, content):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(content)
+    before = snapshot(tmp_path)
+    one_line(train.main, ["--resume", tmp_path / "run"], capfd, "config.json", "restore it")
+    assert snapshot(tmp_path) == before
+
+
+def spoil(file, **changes):
+    torch.save(torch.load(file, weights_only=True) | changes, file)
+
+
+@pytest.mark.parametrize("part, value", [("model", {}), ("model", 7), ("memory", {}), ("optimizer", {}), ("scheduler", None),
+                                         ("history", "{"), ("history", "[]"), ("history", "[1, 2]"), ("epoch", "two"), ("best", {"epoch": 77}),
+                                         ("best", 5)])
+def test_parts_of_a_checkpoint_that_do_not_fit_are_not_resumed(world, trained, tmp_path, capfd, part, value):    # noqa: F811
+    shutil.copytree(trained, tmp_path / "run")
+    spoil(tmp_path / "run" / "last.pt", **{part: value})
+    before = snapshot(tmp_path)
+    one_line(train.main, ["--resume", tmp_path / "run"], capfd, "last.pt", "restore it")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("part, value", [("model", 7), ("g_pos", [1] * 28), ("g_neg", torch.zeros(28, 3)), ("threshold", ["a"] * 28),
+                                         ("names", 5), ("config", 5), ("g_pos", torch.zeros(28, 24, dtype=torch.int64))])
+def test_parts_of_a_checkpoint_that_do_not_fit_are_not_evaluated(trained, tmp_path, capfd, part, value):
+    shutil.copytree(trained, tmp_path / "run")
+    spoil(tmp_path / "run" / "best.pt", **{part: value})
+    one_line(evaluation.main, [tmp_path / "run"], capfd, "best.pt")
+
+
+@pytest.mark.parametrize("change", ("empty", "number", "shape", "gone"))
+def test_a_frozen_region_module_that_does_not_fit(world, trained, tmp_path, capfd, change, monkeypatch):         # noqa: F811
+    shutil.copytree(trained, tmp_path / "source")
+    file = tmp_path / "source" / "last.pt"
+    model = torch.load(file, weights_only=True)["model"]
+    if change == "gone":
+        file.unlink()
+    else:
+        spoil(file, model={"empty": {}, "number": 7, "shape": {k: v[:1] if k.startswith("carl.") else v for k, v in model.items()}}[change])
+    monkeypatch.setattr(train, "Features", None)                                   # told before anything is decoded
+    one_line(train.main, options(world, tmp_path / "run", carl_from=tmp_path / "source"), capfd, "source")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_too_long_for_clip_is_told_before_the_images_are_decoded(world, tmp_path, capfd, monkeypatch):    # noqa: F811
+    names = json.loads((world / "scenes/annotations/instances_train2014.json").read_text())["categories"]
+    (tmp_path / "names.txt").write_text("\n".join(" ".join("abcdefghijklmnopqrstuvwxyz") + str(i) for i, _ in enumerate(names)))
+    monkeypatch.setattr(train, "Features", None)
+    one_line(train.main, options(world, tmp_path / "run", names=tmp_path / "names.txt"), capfd, "tokens")
+
+
+def test_strange_folders_among_the_runs_of_a_table_and_cut_files(world, tmp_path, capfd, monkeypatch):           # noqa: F811
+    monkeypatch.setattr(train, "curves", lambda *_: None)
+    arguments = ["--table", 3, "--ratios", 0.5, "--rows", "average", "--seeds", 1, *options(world, tmp_path, ratio=None, epochs=1)]
+    strange = tmp_path / "runs" / "strange"
+    for i, content in enumerate(("{", "[]", '{"config": {}}', '{"config": {"data": "scenes"}, "data": 5}', "[" * 100000, None)):
+        folder = strange.with_name(f"strange{i}")
+        (folder / "config.json" if content is None else folder).mkdir(parents=True)
+        if content is not None:
+            (folder / "config.json").write_text(content)
+    assert command(reproduce.main, arguments, capfd)[0] == 0
+    metrics, = tmp_path.glob("runs/*/metrics.jsonl")
+    whole = metrics.read_text()
+    metrics.write_text(whole[: len(whole) // 2])
+    one_line(reproduce.main, arguments, capfd, "metrics.jsonl", "--resume")
+    metrics.write_text('{"epoch": 1}\n')
+    one_line(reproduce.main, arguments, capfd, "metrics.jsonl", "no epoch with a test score")
+    assert train.main(["--resume", str(metrics.parent)]) == 0                      # the way out that the message names
+    assert metrics.read_text() == whole and command(reproduce.main, arguments, capfd)[0] == 0
+
+
+def test_scores_that_were_cut_are_measured_anew(world, tmp_path, capfd, monkeypatch):                            # noqa: F811
+    monkeypatch.setattr(train, "curves", lambda *_: None)
+    arguments = ["--table", 1, "--ratios", 0.5, "--rows", "TaI-DPT+DualCoOp", "--seeds", 1, *options(world, tmp_path, ratio=None, epochs=1)]
+    status, out, err = command(reproduce.main, arguments, capfd)
+    assert status == 0, err
+    found = (tmp_path / "table-1-scenes.json").read_text()
+    kept = sorted(tmp_path.glob("runs/*/test-*.npy"))
+    whole = kept[0].read_bytes()
+    for content in (b"", whole[:90], whole[:-5]):
+        kept[0].write_bytes(content)
+        assert command(reproduce.main, arguments, capfd)[0] == 0
+        assert kept[0].read_bytes() == whole and (tmp_path / "table-1-scenes.json").read_text() == found
+
+
+# --------------------------------------------------------------------------------------------- names and terminals
+@posix
+def test_names_that_a_picture_or_a_terminal_cannot_show(trained, tmp_path):
+    photo = sorted((trained.parent / "scenes" / "val2014").iterdir())[0]
+    (tmp_path / "p").mkdir()
+    for name in ("two\nlines.jpg", "猫.jpg", os.fsdecode(b"caf\xe9.jpg")):
+        shutil.copy(photo, tmp_path / "p" / name)
+    arguments = ["eval.py", trained, "--image", tmp_path / "p", "--out", tmp_path / "out", "--csv", tmp_path / "all.csv"]
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and done.stderr == b"", done.stderr
+        assert len(list((tmp_path / "out").iterdir())) == 3 and b"caf\xe9.jpg" in (tmp_path / "all.csv").read_bytes()
+
+
+@posix
+def test_a_reader_that_goes_away_and_a_closed_stderr(trained, tmp_path):
+    photos, pictures = trained.parent / "scenes" / "val2014", tmp_path / "out"
+    first = start("eval.py", trained, "--image", photos, "--out", pictures, "--pictures", 0, "--batch", 1)
+    assert first.stdout.readline().startswith("probabilities")
+    first.stdout.close()                                                           # as `| head -1`
+    assert first.stderr.read() == "" and first.wait() == 141
+    for command_line in ([trained, "--image", photos, "--out", pictures, "--pictures", "0"], [tmp_path / "none"]):
+        done = subprocess.run([sys.executable, "-c", "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+                               "eval.py", *map(str, command_line)], cwd=ROOT, stdout=subprocess.PIPE)
+        assert done.returncode == (2 if len(command_line) == 1 else 0) and b"Traceback" not in done.stdout
+
+
+@posix
+def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
+    Image.new("RGB", (10000, 9500)).save(tmp_path / "large.png")
+    done = subprocess.run([sys.executable, "eval.py", trained, "--image", tmp_path / "large.png", "--out", tmp_path / "o"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and "large.png" in done.stdout
+
+
+# ------------------------------------------------------------------------------------- the commands beside the main ones
+@pytest.mark.parametrize("words, told", [
+    ([scenes.main, "--train", "x"], "--train"), ([scenes.main, "--train", "0"], "1 to 10 million"), ([scenes.main, "--workers", "0"], "workers"),
+    ([scenes.main, "--workers", "99999999999"], "workers"), ([scenes.main, "--tarin", "5"], "--train"), ([scenes.main, "--seed", "-1"], "seed"),
+    ([scenes.main, "--seed", str(10**30)], "seed"), ([scenes.main, "--root", "README.md"], "README.md"), ([data.main], "data"),
+    ([data.main, "coco", "--rot", "x"], "--root"), ([data.main, "x.csv"], "x.csv"), ([data.main, "vg200", "--objects", "x.json"], "--root"),
+    ([pretrain.main, "--epochs", "0"], "--epochs"), ([pretrain.main, "--lr", "nan"], "--lr"),
+    ([pretrain.main, "--canvases", "5"], "--batch"), ([pretrain.main, "--seed", "-1"], "--seed"),
+    ([pretrain.main, "--epoch", "5"], "--epochs"), ([pretrain.main, "--out", "none/x.safetensors"], "none/x.safetensors"),
+    ([pretrain.main, "--out", "tests"], "tests"), ([pretrain.main, "--canvases", str(10**30)], "--canvases")])
+def test_a_wrong_call_of_a_side_command_is_one_line(words, told, capfd, monkeypatch):
+    main, *arguments = words
+    monkeypatch.chdir(ROOT)
+    one_line(main, arguments, capfd, told)
+
+
+def test_scenes_beside_a_broken_note_are_left_alone(tmp_path):
+    (tmp_path / "scenes.json").write_text("{")
+    done = subprocess.run([sys.executable, "scenes.py", "--root", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and (tmp_path / "scenes.json").read_text() == "{"
+
+
+@posix
+@pytest.mark.parametrize("words, delay", [(["scenes.py", "--train", "9000"], 4), (["train.py", "--resume", "x"], 0.5), (["eval.py", "x"], 0.5),
+                                          (["reproduce.py", "--table", "5"], 0.5), (["data.py", "scenes"], 0.5)])
+def test_ctrl_c_while_a_command_begins_or_draws_leaves_no_traceback(words, delay, tmp_path):
+    more = ["--root", tmp_path / "scenes", "--workers", 2] if "scenes.py" in words else []
+    at_work = start(*words, *more, start_new_session=True)
+    time.sleep(delay)
+    os.killpg(at_work.pid, signal.SIGINT)                                          # as a terminal does: to the processes that draw, too
+    out, err = at_work.communicate(timeout=60)
+    assert at_work.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err
+    assert [line for line in err.splitlines() if line and "drawing" not in line] in (["stopped"], []), err
+    assert not list(tmp_path.iterdir())
+
+
+@posix
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    import pwd
+    import fake_datasets
+    fake_datasets.coco(tmp_path / "coco")
+    for name in ("HOME", "TRM_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no entry"])                 # as in a container
+    monkeypatch.setattr(data.datasets.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.chdir(tmp_path)
+    assert data.load("coco", "coco")[0].paths
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["coco", "tmp"]           # no folder named ~
+    with pytest.raises(clip.ClipError, match="set HOME"):
+        clip.load("RN50")
