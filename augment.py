@@ -11,7 +11,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of pixels in 0..1
 GREY = (128, 128, 128)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of 100 megapixels; twice that is refused
+TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,  # EXIF's orientation
+          6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, 100 megapixels: the pixels are fine; what is not, raises
 
 
 def read(path):
@@ -23,7 +25,8 @@ def read(path):
         raise ValueError("no such file" if not os.path.exists(path) else "not a regular file")
     with Image.open(path) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        turn = TURNED.get(image.getexif().get(0x0112))  # not ImageOps.exif_transpose: it fails where it cannot rewrite the EXIF
+        image = image if turn is None else image.transpose(turn)
     if image.mode == "F":
         raise ValueError("a float image has no defined white; convert it to 8 bits")
     if image.mode.startswith("I"):

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from clip.weights import FILES
 from files import ConfigError, Parser
+from sheets import is_sheet
 from trm import TRM
 
 
@@ -145,7 +147,15 @@ def parse(argv, about=""):
         if given:
             raise ConfigError(f"--resume takes its settings from the run, drop {' '.join('--' + k for k in given)}")
         return load_config(Path(resume)), Path(resume)
+    given |= {name: os.path.abspath(value) for name, value in given.items() if is_path(name, value)}     # a run is used from other folders, too
     return Config(**PRESETS.get(given.get("data", "scenes"), {}) | given), None
+
+
+def is_path(name, value):
+    """Whether a setting names a file or folder that the run reads; data, val and clip may hold a name or a number instead."""
+    if name in ("data", "val"):
+        return is_sheet(value)
+    return name in ("root", "mask", "names", "lists", "captions", "carl_from") or name == "clip" and value not in ("tiny", *FILES)
 
 
 def load_config(run):

@@ -12,7 +12,7 @@ N images, C categories.
 import signal
 if __name__ == "__main__":                                                          # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-import hashlib, random, sys, zipfile
+import hashlib, inspect, random, sys, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ class Split:
     labels: np.ndarray  # (N, C) int8: what training may see
     truth: np.ndarray   # (N, C) int8: everything that is known
     boxes: list = None  # N arrays (n, 5) float32: class, x0, y0, x1, y1 as fractions of the image
+    listed: list = None  # N image names as a sheet writes them
     info: dict = field(default_factory=dict)  # counts, hash of the mask, dropped images; goes into JSON as it is
 
 
@@ -125,19 +126,17 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
     if data == "scenes":
         if root is None:
             import scenes
-            try:
-                scenes.write(SCENES)  # leaves them alone when they are there
-            except scenes.SceneError as error:
-                raise DataError(str(error)) from None
+            scenes.write(SCENES)  # leaves them alone when they are there
         parts = {key: datasets.coco(root or SCENES, folder)
                  for key, folder in (("train", "train2014"), ("val", "tune2014"), ("test", "val2014"))}
     elif is_sheet(data):
         parts = {"train": sheet(data, root)}
         if val is not None and not isinstance(val, float):
             parts["val"] = second_sheet(val, root, parts["train"], data)
+    elif data not in NAMES:
+        raise DataError(f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
     elif root is None:
-        raise DataError(f"{data}: say where the data set lies with --root" if data in NAMES else
-                        f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
+        raise DataError(f"{data}: say where the data set lies with --root")
     elif data == "coco":
         parts = {key: datasets.coco(root, f"{folder}2014", cole and key == "train", keep_unannotated)
                  for key, folder in (("train", "train"), ("test", "val"))}
@@ -152,10 +151,8 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
         parts = {"train": datasets.nus_arrays(root, "train"), "test": datasets.nus_arrays(root, "val")}
     elif data == "nuswide" and splc:
         parts = {}  # that setup's images and test labels are in its lists
-    elif data in ("nuswide", "cub"):
-        parts = {split: getattr(datasets, data)(root, split) for split in ("train", "test")}
     else:
-        raise DataError(f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
+        parts = {split: getattr(datasets, data)(root, split) for split in ("train", "test")}
     if len({tuple(table.names) for table in parts.values()}) > 1:
         raise DataError(f"{root}: its splits name different classes")
     return parts
@@ -218,7 +215,7 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
         val = float(val)  # a share may come from the command line as text
     except (TypeError, ValueError):
         pass
-    if isinstance(val, str) and not is_sheet(data):
+    if val is not None and not (0 <= val < 1 if isinstance(val, float) else is_sheet(data)):
         raise DataError(f"val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {val}")
     cole, splc = single_positive == "largeloss", single_positive == "splc"
     parts = tables(data, root, cole, splc, names, keep_unannotated, val)
@@ -242,8 +239,6 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
     rows, held = np.arange(len(labels)), None if isinstance(val, float) else parts.get("val")
     if held is None:
         share = (0.2 if cole or is_sheet(data) else 0.0) if val is None else val
-        if not isinstance(share, float) or not 0 <= share < 1:
-            raise DataError(f"val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {val}")
         rows, held_rows = hold_out(len(labels), share)
         held_rows = held_rows[~train.drop[held_rows]]
         held = train.take(held_rows) if len(held_rows) else None
@@ -257,12 +252,17 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
                     for name, table in (("val", held), ("test", parts.get("test"))))
 
 
+def load_for(cfg):
+    """`load` with the settings of a run (config.Config)."""
+    return load(**{name: getattr(cfg, name) for name in inspect.signature(load).parameters})
+
+
 def as_split(name, table, prompts, labels=None):
     labels = table.labels if labels is None else labels
     info = {"images": len(labels), "positives": int((labels == POSITIVE).sum()),
             "negatives": int((labels == NEGATIVE).sum()), "unknowns": int((labels == UNKNOWN).sum()),
             "dropped": table.notes}
-    return Split(name, table.files, table.names, prompts, labels, table.labels, table.boxes, info)
+    return Split(name, table.files, table.names, prompts, labels, table.labels, table.boxes, table.listed, info)
 
 
 def describe(split):

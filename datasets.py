@@ -35,15 +35,16 @@ class Table:
     notes: dict = field(default_factory=dict)  # what is dropped, and why: {"photo missing": 3}
     prompts: list = None              # C names for prompts, where a sheet gives them
     where: list = None                # N places to name in messages, such as "sheet.csv:12"
+    listed: list = None               # N image names as a sheet writes them
 
     def __post_init__(self):
         self.drop = np.zeros(len(self.files), bool) if self.drop is None else self.drop
 
     def take(self, rows):
         """The same table with only these rows (indices)."""
-        boxes, where = ([part[i] for i in rows] if part else None for part in (self.boxes, self.where))
+        boxes, where, listed = ([part[i] for i in rows] if part else None for part in (self.boxes, self.where, self.listed))
         return replace(self, files=[self.files[i] for i in rows], labels=self.labels[rows], drop=self.drop[rows],
-                       boxes=boxes, where=where)
+                       boxes=boxes, where=where, listed=listed)
 
     def used(self):
         return self.take(np.flatnonzero(~self.drop))

@@ -19,7 +19,6 @@ if __name__ in ("__main__", "__mp_main__"):                                     
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +29,11 @@ import augment
 import clip
 import data
 from config import checked
-from features import Features, precision
+from features import Features, for_evaluation, precision
 from files import ConfigError, Parser, best_device, guarded, read_checkpoint
-from metrics import (average_precision, best_thresholds, interpolated_precision, localisation,  # noqa: F401  for
-                     metrics)                                                      # callers that evaluate
+from metrics import localisation, metrics
 from photos import images_in, predict, suggest
-from pictures import fit, heat, picture                                             # noqa: F401
+from pictures import fit, heat
 from trm import TRM
 
 
@@ -51,23 +49,25 @@ class Photos(data.Images):
 
 
 class Predictor:
-    """A trained run, ready to score images: Predictor("runs/demo"). checkpoint "best" (chosen on validation) or "last"."""
+    """A trained run, ready to score images: Predictor("runs/demo"). checkpoint "best" (chosen on validation) or "last"; None:
+    best, or last where there was no validation to choose on."""
 
-    def __init__(self, run, checkpoint="best", device=None, encoder=None):
-        file = Path(run) / f"{checkpoint}.pt"
+    def __init__(self, run, checkpoint=None, device=None, encoder=None):
+        file = Path(run) / f"{checkpoint or ('best' if (Path(run) / 'best.pt').exists() else 'last')}.pt"
         state = read_checkpoint(file)
-        self.run, self.config, self.names, self.epoch = Path(run), asdict(checked(json.loads(state["config"]), file)), state["names"], state["epoch"]
+        self.run, self.cfg = Path(run), checked(json.loads(state["config"]), file)
+        self.names, self.epoch = state["names"], state["epoch"]
         self.device = torch.device(device) if device else best_device()
         same = encoder is not None and encoder.sha256 == state["clip_sha256"]
-        self.clip = (encoder if same else clip.load(self.config["clip"], activation=self.config.get("activation"))).to(self.device)
+        self.clip = (encoder if same else clip.load(self.cfg.clip, activation=self.cfg.activation)).to(self.device)
         if self.clip.sha256 != state["clip_sha256"]:
-            raise clip.ClipError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {self.config['clip']} is now "
+            raise clip.ClipError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {self.cfg.clip} is now "
                                  f"{self.clip.sha256[:12]}...: put the same weights back, or train again")
-        self.grid = self.clip.grid(self.config["size"], self.config["size"])       # (h, w)
+        self.grid = self.clip.grid(self.cfg.size, self.cfg.size)       # (h, w)
         try:
             self.g_pos, self.g_neg = (state[name].view(len(self.names), self.clip.D).to(self.device) for name in ("g_pos", "g_neg"))
             self.threshold = np.asarray(state["threshold"], float)                 # (C,) chosen on validation, else 0.5
-            self.model = TRM(*self.g_pos.shape, matching=self.config["matching"], contrastive=False).to(self.device).eval()
+            self.model = TRM(*self.g_pos.shape, matching=self.cfg.matching, contrastive=False).to(self.device).eval()
             self.model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith(("prompts.", "heads."))})
         except (RuntimeError, TypeError, ValueError, AttributeError):
             raise ConfigError(f"{file} holds another model than its settings tell: restore it, or train again") from None
@@ -76,11 +76,18 @@ class Predictor:
     def score(self, f, x):
         """f (B, N, D), x (B, D) -> probabilities of the configured head (B, C), and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
-        return torch.sigmoid(pick(out, self.config["score"])), out
+        return torch.sigmoid(pick(out, self.cfg.score)), out
+
+    def scores_of(self, features):
+        """(n, C) probabilities of the configured head on a split."""
+        scores, _ = sweep(self.model, self.g_pos, self.g_neg, features)
+        return scores.get(self.cfg.score, scores["region"])
 
     def predict(self, paths, batch=32, workers=0):
         """paths: image files -> list of {"image", "scores": {category: probability}, "present": [category]}, most
         probable first. DataError for a file that is no image."""
+        if isinstance(paths, (str, Path)):
+            raise data.DataError(f"expected a list of image files, got {str(paths)!r}: put it in brackets")
         unreadable = []
         rows = [self.row(paths[i], p) for i, p, _ in self.over(paths, batch, workers, unreadable)]
         if unreadable:
@@ -100,14 +107,14 @@ class Predictor:
         """
         nothing = np.zeros((len(paths), len(self.names)), np.int8)
         split = data.Split("images", [str(p) for p in paths], self.names, self.names, nothing, nothing)
-        features = Features(split, self.clip, self.config["size"], batch=batch, workers=workers, device=self.device,
-                            whole=self.config["matching"] == "global")
+        features = Features(split, self.clip, self.cfg.size, batch=batch, workers=workers, device=self.device,
+                            amp=precision(self.cfg.amp, self.device), whole=self.cfg.matching == "global")
         if unreadable is not None:
-            features.images = Photos(split, self.config["size"])
+            features.images = Photos(split, self.cfg.size)
         with tqdm(total=len(paths), disable=not (progress and sys.stderr.isatty()), leave=False, unit="image") as bar:
             for index, f, x in features.batches(0, shuffle=False):
                 p, out = self.score(f, x)
-                p, maps = p.float().cpu().numpy(), mask_of(out, self.config["matching"]).float().cpu().numpy()
+                p, maps = p.float().cpu().numpy(), mask_of(out, self.cfg.matching).float().cpu().numpy()
                 for i, *of_image in zip(index.tolist(), p, maps):
                     if i < 0:
                         unreadable.append(paths[-1 - i])
@@ -123,25 +130,21 @@ class Predictor:
 
     def splits(self):
         """{"train", "val", "test"}: the splits that the run was trained on, None where its data has none."""
-        keys = ("ratio", "single_positive", "seed", "train_images", "mask", "val", "names", "lists", "prompt_names", "keep_unannotated")
-        c = self.config
-        parts = data.load(c["data"], c["root"], **{k: c[k] for k in keys})
+        parts = data.load_for(self.cfg)
         if parts[0].names != self.names:
             changed = sorted(set(parts[0].names) ^ set(self.names))
-            raise ConfigError(f"{c['root'] or c['data']} has other categories than {self.run} was trained on "
+            raise ConfigError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run} was trained on "
                               f"({', '.join(changed[:5]) or 'in another order'}): put the data back, or train anew")
         return dict(zip(("train", "val", "test"), parts))
 
     def split(self, name):
         split = self.splits()[name]
         if split is None:
-            raise data.DataError(f"{self.config['data']} has no {name} split: choose another --split")
+            raise data.DataError(f"{self.cfg.data} has no {name} split: choose another --split")
         return split
 
     def features(self, split):
-        c = self.config
-        return Features(split, self.clip, c["size"], batch=c["batch"], workers=c["workers"], cache=c["cache_dir"],
-                        views=min(1, c["cache_features"]), device=self.device, amp=precision(c["amp"], self.device))
+        return for_evaluation(self.cfg, split, self.clip, self.device)
 
 
 def pick(out, score):
@@ -162,27 +165,19 @@ def region_rows(predictor, paths, top=3):
 
 
 @torch.no_grad()
-def scores_of(model, g_pos, g_neg, features):
-    """All scores of a split: {"region": (n, C) probabilities, "query" and "mean": same, absent for a baseline} as numpy float32."""
+def sweep(model, g_pos, g_neg, features, maps=False):
+    """One pass over a split -> scores {"region", "query", "mean": (n, C) probabilities, a baseline: "region" alone} and, when
+    asked for, maps {name: (n, C, N)}, every map that the method could show as its regions (float16 on the way). numpy float32."""
     model.eval()
-    rows = {}
+    scores, kept = {}, {}
     for _, f, x in features.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
         for name in ("region", "query", "mean") if out.logits_q is not None else ("region",):
-            rows.setdefault(name, []).append(pick(out, name).sigmoid())
-    return {name: torch.cat(value).float().cpu().numpy() for name, value in rows.items()}
-
-
-@torch.no_grad()
-def run_scores(predictor, features, maps=False):
-    """(n, C) probabilities of a run on a split, and its region maps (n, C, N) when asked for (kept as float16 on the way)."""
-    scores, kept = [], []
-    for _, f, x in features.batches(0, shuffle=False):
-        p, out = predictor.score(f, x)
-        scores.append(p.float().cpu())
-        if maps:
-            kept.append(mask_of(out, predictor.config["matching"]).half().cpu())
-    return torch.cat(scores).numpy(), torch.cat(kept).float().numpy() if maps else None
+            scores.setdefault(name, []).append(pick(out, name).sigmoid())
+        for name, part in maps_of(out, model).items() if maps else ():
+            kept.setdefault(name, []).append(part.half().cpu())
+    return ({name: torch.cat(parts).float().cpu().numpy() for name, parts in scores.items()},
+            {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}", "there is a {} in the scene")
@@ -192,7 +187,7 @@ TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}", "there
 def zero_shot(encoder, prompts, features):
     """CLIP without any training: {"global": (n, C), "dense": (n, C)} cosines to the mean text feature; dense = best location."""
     unit = torch.nn.functional.normalize
-    g = sum(unit(encoder.encode_text(encoder.tokenize([t.format(p) for p in prompts]).to(features.device)), dim=-1) for t in TEMPLATES)
+    g = sum(unit(encoder.encode_text(encoder.tokenize([t.format(p) for p in prompts])), dim=-1) for t in TEMPLATES)
     g = unit(g, dim=-1)                                                            # (C, D)
     rows = [(unit(x, dim=-1) @ g.T, (unit(f, dim=-1) @ g.T).amax(1)) for _, f, x in features.batches(0, shuffle=False)]
     return {name: torch.cat(value).cpu().numpy() for name, value in zip(("global", "dense"), zip(*rows))}
@@ -207,14 +202,14 @@ def load_runs(runs, checkpoint, root=None):
         if predictors[-1].names != predictors[0].names:
             raise ConfigError(f"{run} has other categories than {runs[0]}: they cannot be compared or averaged")
     for predictor in predictors if root else ():
-        predictor.config["root"] = root
+        predictor.cfg.root = root
     return predictors
 
 
 def table(predictors, split_name):
     """The metrics of a run, or of the averaged probabilities of several."""
     split = predictors[0].split(split_name)
-    scores = np.mean([run_scores(member, member.features(split))[0] for member in predictors], 0)
+    scores = np.mean([member.scores_of(member.features(split)) for member in predictors], 0)
     return split, metrics(scores, split.truth, predictors[0].threshold)
 
 
@@ -227,14 +222,11 @@ def compare(predictors, split_name):
     for name, score in zero_shot(predictors[0].clip, split.prompts, predictors[0].features(split)).items():
         print(f"{f'zero-shot CLIP, {name}':38s} {metrics(score, split.truth)['mAP']:5.2f}")
     for predictor in predictors:
-        features, maps = predictor.features(split), {}
-        for name, score in scores_of(predictor.model, predictor.g_pos, predictor.g_neg, features).items():
+        scores, maps = sweep(predictor.model, predictor.g_pos, predictor.g_neg, predictor.features(split), bool(split.boxes))
+        for name, score in scores.items():
             print(f"{f'{predictor.run}, {name} score':38s} {metrics(score, split.truth)['mAP']:5.2f}")
-        for _, f, x in features.batches(0, shuffle=False) if split.boxes else ():
-            for name, part in maps_of(predictor.score(f, x)[1], predictor.model).items():
-                maps.setdefault(name, []).append(part.half().cpu())
-        for name, parts in maps.items():
-            where = localisation(torch.cat(parts).float().numpy(), predictor.grid, split.boxes, split.truth)
+        for name, of_split in maps.items():
+            where = localisation(of_split, predictor.grid, split.boxes, split.truth)
             if where["pairs"]:
                 print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  {where['mass']:9.1f} %     "
                       f"{where['present']:.2f} / {where['absent']:.2f}")
@@ -249,7 +241,7 @@ def maps_of(out, model):
 def main(argv=None):
     parser = Parser("eval.py", __doc__)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="best: the epoch chosen on validation (default)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="best: the epoch chosen on validation (default, where there was one)")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the table and of --compare (default: test)")
     parser.add_argument("--root", help="the data set's folder, when it moved since training")
     parser.add_argument("--image", nargs="+", metavar="PATH", help="photos or folders: ranked categories and region pictures")

@@ -8,6 +8,7 @@ Which file, follows from the images (path, size and time of change, as make and 
 its seed; labels and masks do not enter. More views later only add to it, and what was stopped goes on where it was.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -24,11 +25,7 @@ from tqdm import tqdm
 
 import augment as transforms
 from data import DataError, Images
-
-try:
-    import fcntl
-except ImportError:                                                                # Windows
-    fcntl = None
+from files import locked
 
 CHUNK = 64          # images that enter the cache together
 FLUSH = 5.0         # seconds between two records of what is there: the most that a kill can cost
@@ -41,9 +38,12 @@ def order(n, epoch, seed):
 
 
 def precision(amp, device):
-    """--amp -> autocast's type, None for float32. "auto": bf16 on a GPU that has it in hardware, else float32."""
+    """--amp -> autocast's type, None for float32. "auto": bf16 on a GPU that has it in hardware, else float32.
+    Tells torch, too, whether float32 products and convolutions may use TF32: with mixed precision; "none" means IEEE float32."""
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+    torch.set_float32_matmul_precision("highest" if amp == "none" else "high")
+    torch.backends.cudnn.allow_tf32 = amp != "none"
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -59,28 +59,6 @@ def ahead(function, items):
             yield coming.result()
 
 
-class Keys:
-    """A batch sampler that is given new batches every epoch, so that one loader, and its workers, serve all of them."""
-
-    batches = ()                                                                   # of (epoch, indices)
-
-    def __iter__(self):
-        return ([(epoch, i) for i in part.tolist()] for epoch, part in self.batches)
-
-
-@contextlib.contextmanager
-def alone(file):
-    """Held by one process a file, the others wait. Unlocked by hand: loader processes inherit the file, closing it is not enough."""
-    with open(file, "w") as handle:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_UN)
-
-
 class Features:
     """split: data.Split;  clip: clip.CLIP;  size: side of the input in pixels;  augment, seed: see data.Images
     batch: images over all ranks;  views: 0 computes on the fly, V > 0 caches V augmented views;  rank of world: this process
@@ -92,7 +70,8 @@ class Features:
         self.split, self.clip, self.batch, self.seed, self.rank, self.world = split, clip, batch, seed, rank, world
         self.images = Images(split, size, augment, seed)
         self.device, self.amp, self.workers, self.whole = torch.device(device), amp, workers, whole
-        self.keys, self.loader, self.waited = Keys(), None, 0.0
+        self.cuda = self.device.type == "cuda"                                     # pinned memory and copies that do not wait: CUDA's alone
+        self.keys, self.loader, self.waited = [], None, 0.0
         h, w = clip.grid(size, size)
         self.shape = (views if augment != "none" else min(views, 1), len(split.paths), 1 + h * w, clip.D)   # (V, n, 1+N, D)
         self.stored = self._stored(self._folder(Path(cache), size, augment)) if views else None
@@ -114,22 +93,24 @@ class Features:
         if self.stored is not None:
             view = self.stored[epoch % self.shape[0]]                              # (n, 1+N, D)
             for both, part in self._timed(ahead(lambda part: (self._pin(view[part]), part), parts)):
-                both = both.to(self.device, non_blocking=True)
+                both = both.to(self.device, non_blocking=self.cuda)
                 f, x = both[:, 1:].to(dtype).contiguous(), both[:, 0].to(dtype)
-                yield self._pin(part).to(self.device, non_blocking=True), f, x
+                yield self._pin(part).to(self.device, non_blocking=self.cuda), f, x
         else:
             for images, part in self._timed(self._load([(epoch, part) for part in parts])):
                 f, x = self._encode(images, self.whole)
-                yield part.to(self.device, non_blocking=True), f.to(dtype), x
+                yield part.to(self.device, non_blocking=self.cuda), f.to(dtype), x
+            if not shuffle:
+                self.loader = None                                                 # scored now and then: its processes need not wait for that
 
     def _pin(self, t):
-        return t.pin_memory() if self.device.type == "cuda" else t                 # a copy from pinned memory need not wait
+        return t.pin_memory() if self.cuda else t                 # a copy from pinned memory need not wait
 
     def _load(self, batches):
         """An iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next call."""
-        self.keys.batches = batches
+        self.keys[:] = [[(epoch, i) for i in part.tolist()] for epoch, part in batches]
         if self.loader is None:                                                    # not `or`: that would ask for its length
-            self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.device.type == "cuda",
+            self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.cuda,
                                      persistent_workers=self.workers > 0, generator=torch.Generator())      # leaves the run's state alone
         return iter(self.loader)
 
@@ -139,8 +120,6 @@ class Features:
             start = time.perf_counter()
             try:
                 item = next(iterator, None)
-            except DataError as error:                                             # a worker's comes with its traceback: the last line says it
-                raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from None
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
@@ -153,7 +132,7 @@ class Features:
 
     @torch.no_grad()
     def _encode(self, images, whole=True):
-        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        images = images.to(self.device, non_blocking=self.cuda, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             x, f = self.clip.encode(images) if whole else (None, self.clip.encode_dense(images))
         return f, x if x is None else x.float()
@@ -174,7 +153,7 @@ class Features:
         """(V, n, 1+N, D) bf16, memory-mapped, complete. The ranks share the work in chunks; a byte of `done` says that a chunk is there."""
         views, n, rows, D = self.shape
         chunks, file, needed = -(-n // CHUNK), folder / "features.bf16", views * n * rows * D * 2
-        with alone(folder / "lock") if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
+        with locked(folder / "lock", wait=True) if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
             if self.rank == 0:
                 last = (folder / "done").read_bytes().rfind(1) if (folder / "done").exists() else -1
                 end = (last // chunks * n + min(n, (last % chunks + 1) * CHUNK)) * rows * D * 2
@@ -218,6 +197,12 @@ class Features:
             dist.barrier()
 
 
+def for_evaluation(cfg, split, clip, device, **more):
+    """The Features of a split that is scored: no augmentation, and one cached view if the run (config.Config) caches at all."""
+    return Features(split, clip, cfg.size, batch=cfg.batch, workers=cfg.workers, views=min(1, cfg.cache_features), cache=cfg.cache_dir,
+                    device=device, amp=precision(cfg.amp, device), **more)
+
+
 def digest(*parts):
     sha = hashlib.sha256()
     for part in parts:
@@ -238,13 +223,15 @@ def reserve(file, needed, about):
         return
     print(f"{about} = {needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
     free = shutil.disk_usage(file.parent).free
+    grow(file, 0)                                                                  # it is there
     try:
         if needed - size > free:
-            raise OSError
-        with open(file, "ab") as handle:
-            if hasattr(os, "posix_fallocate"):
+            raise OSError(errno.ENOSPC, "")
+        if hasattr(os, "posix_fallocate"):
+            with open(file, "rb+") as handle:
                 os.posix_fallocate(handle.fileno(), 0, needed)
-        grow(file, needed)                                                         # where nothing can be reserved
-    except OSError:
-        raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free / 2**30:.1f} GiB free: "
-                        f"choose fewer --cache-features or another --cache-dir") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):               # others: a file system that cannot reserve
+            raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free / 2**30:.1f} GiB free: "
+                            f"choose fewer --cache-features or another --cache-dir") from None
+    grow(file, needed)

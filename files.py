@@ -74,8 +74,8 @@ def guarded(work, stopped="stopped"):
         line = str(error)
     except BrokenExecutor:                                                         # a RuntimeError, too
         line = "a process that works for this one was ended from outside, mostly because memory ran out: use fewer --jobs or --workers"
-    except (MemoryError, RuntimeError) as error:                                   # RuntimeError: how torch says it, on a CPU too
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:                                   # RuntimeError: how torch says it on a CPU and on mps
+        if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
             raise
         line = f"too little memory: lower --batch, --size or --queue, or use --amp bf16 on a GPU ({str(error).split('. ')[0][:150]})"
     except BrokenPipeError:                                                        # `| head`: nobody reads on
@@ -112,15 +112,8 @@ def write_atomically(file, content):
                           "what the file held before is untouched") from None
 
 
-def save_checkpoint(state, file):
-    """torch.save through memory (a checkpoint holds no backbone, so it is small): a full disk is then an OSError."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(file, buffer.getvalue())
-
-
-def save_picture(save, file):
-    """save(buffer) draws a PNG, as PIL's and matplotlib's `save` do; it lands in `file` whole or not at all."""
+def save_atomically(save, file):
+    """save(buffer) writes into memory, as torch.save, np.save, PIL and matplotlib do; it lands in `file` whole or not at all."""
     buffer = io.BytesIO()
     save(buffer)
     write_atomically(file, buffer.getvalue())
@@ -129,7 +122,7 @@ def save_picture(save, file):
 def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt as written by train.py; ConfigError when there is none or it is none. Runs no code from it."""
     if not file.is_file() and (file.parent / "last.pt").is_file():
-        raise ConfigError(f"{file.parent} has no {file.name} (a run without a validation split writes none): say --checkpoint last")
+        raise ConfigError(f"{file.parent} has no {file.name} (without validation there is none): drop --checkpoint, or say last")
     if not file.is_file():
         raise ConfigError(f"expected a run folder with {file.name}, found none in {file.parent}: give the folder of a run "
                           "that finished an epoch")
@@ -149,18 +142,18 @@ def read_checkpoint(file, device="cpu"):
     return state
 
 
-class Lock:
-    """One process writes a run folder; the lock goes with the process, however it ends."""
-
-    def __init__(self, run):
-        self.file = open(run / ".lock", "w")
-        try:
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass                                                                   # no such lock on Windows
-        except OSError:
-            raise ConfigError(f"another process is writing {run}: wait for it, or choose another --out") from None
+def locked(file, wait=False):
+    """-> `file`, open, and locked for this process until it is closed or the process ends, however it ends (its workers do not
+    inherit the lock). Held by another process: wait, or ConfigError. Where there are no such locks, on Windows, there is none."""
+    handle = open(file, "w")
+    try:
+        import fcntl
+        fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        raise ConfigError(f"another process is writing {file.parent}: wait for it, or choose another --out") from None
+    except (ImportError, OSError):
+        pass
+    return handle
 
 
 def best_device(rank=0, world=1):

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import io
 import json
 import os
 import signal
@@ -24,10 +23,10 @@ import clip
 import data
 import eval as evaluation
 import train
-from features import Features
-from files import ConfigError, best_device, write_atomically
+from features import for_evaluation
+from files import ConfigError, best_device, save_atomically
 from metrics import metrics
-from config import NOT_THE_RESULT, Config
+from config import NOT_THE_RESULT, Config, load_config
 
 
 def key(cfg, *world):
@@ -50,7 +49,7 @@ class Runs:
         for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
             with contextlib.suppress(Exception):                                   # a folder of another version, or nothing of ours
                 about = json.loads(file.read_text())
-                self.folders[key(train.load_config(file.parent), about.get("clip_sha256"), about["data"].get(test.name))] = file.parent
+                self.folders[key(load_config(file.parent), about.get("clip_sha256"), about["data"].get(test.name))] = file.parent
 
     def config(self, settings, seed):
         """Settings of a row -> its Config with its folder in `out`, and the Configs that it needs first."""
@@ -103,9 +102,7 @@ class Runs:
     @functools.cached_property
     def test(self):
         """The features of the test split, which all rows of a table share."""
-        b, split = self.base, splits_of(self.base)[2]
-        return Features(split, self.encoder, b.size, batch=b.batch, workers=b.workers, views=min(1, b.cache_features), cache=b.cache_dir,
-                        device=self.device)
+        return for_evaluation(self.base, splits_of(self.base)[2], self.encoder, self.device)
 
     @functools.cached_property
     def zero_shot(self):
@@ -120,10 +117,9 @@ class Runs:
         with contextlib.suppress(OSError, ValueError, EOFError):                   # absent, or cut by a kill: measured anew
             if kept.stat().st_mtime >= file.stat().st_mtime:
                 return np.load(kept)
-        predictor, buffer = evaluation.Predictor(run, checkpoint, self.device, self.encoder), io.BytesIO()
-        np.save(buffer, evaluation.run_scores(predictor, self.test)[0])
-        write_atomically(kept, buffer.getvalue())
-        return np.load(kept)
+        scores = evaluation.Predictor(run, checkpoint, self.device, self.encoder).scores_of(self.test)
+        save_atomically(lambda buffer: np.save(buffer, scores), kept)
+        return scores
 
     def measure(self, of, seeds, split="test"):
         """{score: {"last": {seed: mAP}, "best": {seed: mAP}}} on a split; empty for runs that diverged.
@@ -192,7 +188,7 @@ def train_one(cfg):
     start, folder = time.perf_counter(), Path(cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
     resume = folder if (folder / "config.json").exists() else None
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             train.Run(cfg, resume, splits_of(cfg), encoder_of(cfg.clip, activation=cfg.activation)).train()
         except FloatingPointError as error:

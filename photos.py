@@ -5,6 +5,7 @@ C categories, N = h*w locations.
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from files import ConfigError, save_picture, write_atomically
+from files import ConfigError, save_atomically, write_atomically
 from pictures import picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -22,47 +23,56 @@ def images_in(paths):
     """Files and folders -> image files, sorted within a folder; a folder without any is an error."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()) if path.is_dir() else [path]
         if not inside:
             raise data.DataError(f"expected images in {path}, found no {' '.join(SUFFIXES)}")
-        missing = [p for p in inside if not p.is_file()]
-        if missing:
-            raise data.DataError(f"expected an image file, found nothing at {missing[0]}: check the path")
+        if not os.path.lexists(inside[0]):
+            raise data.DataError(f"expected an image file, found nothing at {path}: check the path")
         found += inside
     return [str(p) for p in found]
 
 
-def not_an_input(predictor, file, option, photos=()):
-    """Refuses to write over the sheet that the run learned from, or over a photo; and what is no place for a file, before the work."""
-    c, file = predictor.config, Path(file)
-    if file.resolve() in {Path(path).resolve() for path in (c["data"], c["val"], c["names"], c["mask"], *photos) if path}:
-        raise ConfigError(f"{option} {file} would overwrite that file, which is an input: choose another name")
-    if not file.parent.is_dir() or file.is_dir() or file.exists() and not file.is_file():
-        raise ConfigError(f"{option} {file} cannot be written: its folder is missing or it is no regular file; give another path")
+def new(file, option):
+    """A file to write at the end, refused before the work: nothing that is there is replaced, be it a sheet, a photo or a checkpoint."""
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        if not Path(file).parent.is_dir():
+            raise ConfigError(f"{option} {file} cannot be written, its folder is missing: make it, or give another path") from None
+        return Path(file)
+    raise ConfigError(f"{option} {file} is there already and would be lost: choose another name, or delete it")
+
+
+def picture_names(paths):
+    """Names of the pictures of image files, each its own: a.jpg and a.png, or a.jpg of two folders, make a.png and a-2.png."""
+    taken, names = set(), []
+    for path in paths:
+        stem = Path(path).stem[:60]                                                # with up to 4 bytes each, 255 are the limit
+        names.append(next(name for name in (f"{stem}{n}.png" for n in ["", *(f"-{k}" for k in range(2, len(paths) + 2))])
+                          if name.lower() not in taken))
+        taken.add(names[-1].lower())
+    return names
 
 
 def predict(predictor, paths, args):
     """--image: a line an image as soon as its batch is done, its picture, and a row of --csv. Returns the unreadable files."""
-    folder, taken, unreadable, sheet = Path(args.out or predictor.run / "regions"), set(), [], io.StringIO()
+    folder, unreadable, sheet = Path(args.out or predictor.run / "regions"), [], io.StringIO()
+    pictures = [folder / name for name in picture_names(paths)][: args.pictures]
+    for file in pictures if args.out else ():
+        new(file, "--out") if folder.is_dir() else None
+    if args.csv:
+        new(args.csv, "--csv")
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerow(["image", *predictor.names])
-    if folder.resolve() in {Path(path).resolve().parent for path in paths}:
-        raise ConfigError(f"--out {folder} is the folder of the photos, which the pictures would overwrite: choose another --out")
-    if args.csv:
-        not_an_input(predictor, args.csv, "--csv", paths)
     folder.mkdir(parents=True, exist_ok=True)
     if not args.json:
         tqdm.write("probabilities; * = present, by the category's threshold")
-    for count, (i, p, maps) in enumerate(predictor.over(paths, args.batch, args.workers, unreadable, progress=True)):
-        row, drawn = predictor.row(paths[i], p), None
+    for i, p, maps in predictor.over(paths, args.batch, args.workers, unreadable, progress=True):
+        row, drawn = predictor.row(paths[i], p), pictures[i] if i < len(pictures) else None
         top = list(row["scores"].items())[: args.top]
-        if args.pictures is None or count < args.pictures:
-            stem = Path(paths[i]).stem
-            drawn = folder / next(name for name in (f"{stem}{n}.png" for n in ["", *(f"-{k}" for k in range(2, len(paths) + 2))])
-                                  if name.lower() not in taken)                    # a.jpg and a.png, or a.jpg of two folders
-            taken.add(drawn.name.lower())
+        if drawn:
             tiles = predictor.tiles(paths[i], p, maps, np.argsort(-p, kind="stable")[: args.top])
-            save_picture(lambda buffer: picture([tiles]).save(buffer, "PNG"), drawn)
+            save_atomically(lambda buffer: picture([tiles]).save(buffer, "PNG"), drawn)
         writer.writerow([row["image"], *(f"{value:.4f}" for value in p)])
         tqdm.write(json.dumps(row | {"scores": dict(top), "picture": drawn and str(drawn)}) if args.json else f"{row['image']}: "
                    + "  ".join(f"{name}{'*' * (name in row['present'])} {value:.2f}" for name, value in top))
@@ -78,8 +88,7 @@ def suggest(predictor, args):
     threshold, most probable first; then label 0, the least probable unknown cells, as many. The first --pictures
     rows come with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
     """
-    config, splits, file = predictor.config, predictor.splits(), Path(args.suggest)
-    not_an_input(predictor, file, "--suggest")
+    file, splits = new(args.suggest, "--suggest"), predictor.splits()
     parts, folder = [s for s in (splits["train"], splits["val"]) if s], file.with_name(file.stem + "-regions")
     paths = [path for part in parts for path in part.paths]
     labels, truth = (np.concatenate([getattr(part, which) for part in parts]) for which in ("labels", "truth"))      # (n, C)
@@ -98,20 +107,19 @@ def suggest(predictor, args):
     for i, row, maps in predictor.over([paths[i] for i in drawn], args.batch, args.workers) if drawn else ():
         for rank in np.flatnonzero(image[shown] == drawn[i]):
             category = c[shown[rank]]
-            name = re.sub(r"[^\w.-]+", "_", f"{rank + 1:04d}_{Path(paths[drawn[i]]).stem}_{predictor.names[category]}.png")
+            name = re.sub(r"[^\w.-]+", "_", f"{rank + 1:04d}_{Path(paths[drawn[i]]).stem[:30]}_{predictor.names[category][:20]}.png")
             tiles = predictor.tiles(paths[drawn[i]], row, maps, [category])
-            save_picture(lambda buffer: picture([tiles]).save(buffer, "PNG"), folder / name)
+            save_atomically(lambda buffer: picture([tiles]).save(buffer, "PNG"), folder / name)
             regions[shown[rank]] = f"{folder.name}/{name}"
 
-    home = Path(config["root"] or (Path(config["data"]).resolve().parent if data.is_sheet(config["data"]) else data.SCENES))
+    root = predictor.cfg.root or data.SCENES                                 # images are named as the sheet names them, or below the root
+    listed = [name for part in parts for name in part.listed or [os.path.relpath(path, root) for path in part.paths]]
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerow(["image", "category", "label", "probability", "region"])
     for label, cells in ((1, present), (0, absent)):
         for cell in cells:
-            path = Path(paths[image[cell]])                                        # named as the sheet names it
-            writer.writerow([path.relative_to(home).as_posix() if path.is_relative_to(home) else path, predictor.names[c[cell]],
-                             label, f"{p[image[cell], c[cell]]:.4f}", regions.get(cell, "")])
+            writer.writerow([listed[image[cell]], predictor.names[c[cell]], label, f"{p[image[cell], c[cell]]:.4f}", regions.get(cell, "")])
     write_atomically(file, sheet.getvalue())
 
     print(f"{file}: of {len(order)} unknown labels {len(present)} are likely present (label 1, most probable first) and the "

@@ -5,7 +5,7 @@ N = h*w locations.
 import numpy as np
 from PIL import Image, ImageDraw
 
-from files import save_picture
+from files import save_atomically
 
 
 def heat(image, mask, grid, peak=None):
@@ -45,10 +45,9 @@ def picture(rows, side=192):
 
 def curves(history, file):
     """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured. Needs matplotlib."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.2))
+    left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in history]
     for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
         points = [(line["epoch"], line[name]) for line in history if name in line]
@@ -66,5 +65,4 @@ def curves(history, file):
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    save_picture(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)
-    plt.close(figure)
+    save_atomically(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)

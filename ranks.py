@@ -41,4 +41,5 @@ def in_order(scores, n, batch):
     parts = [None] * world
     dist.all_gather_object(parts, scores)
     place = [np.concatenate([rows[r::world] for rows in np.split(np.arange(n), range(batch, n, batch))]) for r in range(world)]
-    return {name: np.concatenate([part[name] for part in parts])[np.argsort(np.concatenate(place))] for name in scores}
+    names = parts[0]                                                               # a late rank has none where images are few
+    return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(np.concatenate(place))] for name in names}

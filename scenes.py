@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from datasets import DataError
 from shapes import COLOURS, DISTRACTORS, IDS, KINDS, NAMES, PAINT, Kind, stamp
 
 VERSION = 4                         # part of the marker: raised whenever a change here changes the pictures
@@ -36,10 +37,6 @@ VISIBLE, MIN_AREA = 0.4, 60         # share of an object's pixels, and number of
 RADIUS = (14, 46)                   # half the extent of an object in pixels, whatever the size of the canvas
 OBJECTS = (1, 8)                    # labelled objects of a scene, least and most
 CROWD = 0.9                         # least distance of centres, in radii of the larger object: less is more occlusion
-
-
-class SceneError(ValueError):
-    """A request that cannot be met; one line that says what was expected, what came and what to do."""
 
 
 class Box(NamedTuple):
@@ -187,7 +184,7 @@ def draw(job):
 def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=None):
     """Yields, in order, what `draw` gives for scenes 0..count-1 of a split, from `workers` processes (None: all cores)."""
     jobs = [(split, seed, k, min(k + 50, count), size, objects, folder) for k in range(0, count, 50)]
-    pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(min(workers or os.cpu_count() or 1, 61), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
         with tqdm(total=count, desc=f"drawing {split}", unit="image") as bar:
             for drawn in pool.map(draw, jobs):
@@ -199,13 +196,13 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
 
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
     """Draws train2014 (`train` images), tune2014 (`val`) and val2014 (`test`) under `root` in COCO's layout.
-    A root that holds these very scenes is left as it is; SceneError for one that holds anything else.
+    A root that holds these very scenes is left as it is; DataError for one that holds anything else.
     Everything is written beside `root` and renamed at the end: a root is complete or absent."""
     root, counts = Path(root), dict(zip(SPLITS, (train, val, test)))
     if workers is not None and not 1 <= workers <= 1000:
-        raise SceneError(f"expected 1 to 1000 workers, got {workers}")
+        raise DataError(f"expected 1 to 1000 workers, got {workers}")
     if not (64 <= size <= 512 and 1 <= min(counts.values()) and max(counts.values()) <= 10**7 and 0 <= seed < 2**31):
-        raise SceneError(f"expected 1 to 10 million images a split, 64 to 512 pixels and a seed from 0, got {counts} at {size} pixels, seed {seed}")
+        raise DataError(f"expected 1 to 10 million images a split, 64 to 512 pixels and a seed from 0, got {counts} at {size} pixels, seed {seed}")
     marker, note = {"version": VERSION, "size": size, "seed": seed, **counts}, root / "scenes.json"
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         try:
@@ -214,7 +211,7 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             found = "something else (no scenes.json, or a broken one)"
         if found == marker:
             return
-        raise SceneError(f"{root} should hold scenes drawn with {marker}, but holds {found}: "
+        raise DataError(f"{root} should hold scenes drawn with {marker}, but holds {found}: "
                          "delete it or name another root")
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     try:
@@ -251,7 +248,7 @@ def annotate(folder, split, drawn, size):
 
 
 def main(argv=None):
-    from files import ConfigError, Parser, guarded                                 # here: drawing itself needs no torch
+    from files import Parser, guarded                                 # here: drawing itself needs no torch
     parser = Parser("scenes.py", __doc__)
     parser.add_argument("--root", default="generated/scenes", help="folder to make; it must not hold anything else")
     parser.add_argument("--train", type=int, default=3000, help="training scenes (train2014)")
@@ -261,12 +258,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="another seed draws entirely other scenes")
     parser.add_argument("--workers", type=int, help="processes (all cores if absent); changes nothing but the time")
 
-    def work():
-        try:
-            write(**vars(parser.parse_args(argv)))
-        except SceneError as error:
-            raise ConfigError(error) from None
-    return guarded(work)
+    return guarded(lambda: write(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

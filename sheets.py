@@ -24,12 +24,12 @@ def is_sheet(data):
 def sheet(path, root=None):
     """-> Table. root: where relative image names start (default: the sheet's folder), and what they must not leave.
     DataError for the first problem; its attribute `problems` lists them all."""
-    root, problems = Path(os.path.realpath(root or Path(path).resolve().parent)), []
+    root, problems = os.path.realpath(root or os.path.dirname(os.path.realpath(path))), []
 
     def problem(line, text):
         problems.append(f"{path}:{line}: {text}")
     read_lines(path)  # says where it is not text
-    files, cells, lines, first = [], [], [], {}
+    files, listed, cells, lines, first = [], [], [], [], {}
     try:
         reader = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(c.strip() for c in row)]
@@ -46,7 +46,7 @@ def sheet(path, root=None):
         if not name or name in names[:c]:
             problem(1, f"column {c + 2} has no class name" if not name else f"class {name!r} comes twice")
     body, prompts = rows[1:], list(names)
-    if body and (body[0][1][0] == "#prompt" or body[0][1][0] == "" and not set(body[0][1][1:]) <= set(CODES)):
+    if body and body[0][1][0] == "#prompt":
         line, row = body.pop(0)
         prompts = row[1:]
         if len(prompts) != len(names) or not all(prompts):
@@ -61,16 +61,18 @@ def sheet(path, root=None):
             problem(line, "no image name in the first column")
         else:
             try:
-                file = os.path.realpath(row[0]) if os.path.isabs(row[0]) else inside(root, row[0], f"{path}:{line}")
+                absolute = os.path.isabs(row[0]) and "\0" not in row[0]
+                file = os.path.realpath(row[0] if absolute else inside(root, row[0], f"{path}:{line}"))
             except DataError as error:
                 problems.append(str(error))
                 continue
-            if file in first:
+            if file in first:                                                      # links followed: one image, one row
                 problem(line, f"{row[0]} is already on line {first[file]}; merge the two rows")
             elif not os.path.isfile(file):
                 problem(line, f"no image {file} ({'a folder' if os.path.isdir(file) else 'missing'})")
             first.setdefault(file, line)
             files.append(file)
+            listed.append(row[0])
             lines.append(line)
             cells.append([CODES[cell] for cell in row[1:]])
     labels = np.array(cells, np.int8).reshape(-1, len(names))
@@ -81,7 +83,7 @@ def sheet(path, root=None):
         error = DataError(problems[0] + more)
         error.problems = problems
         raise error
-    return Table(files, labels, names, prompts=prompts, where=[f"{path}:{line}" for line in lines])
+    return Table(files, labels, names, prompts=prompts, where=[f"{path}:{line}" for line in lines], listed=listed)
 
 
 def second_sheet(path, root, first, first_path):

@@ -28,12 +28,12 @@ import data
 import eval as evaluation
 import kernels
 import losses
-from config import NOT_THE_RESULT, PRESETS, Config, load_config, parse                           # noqa: F401   (PRESETS, load_config: for callers)
-from features import Features, precision
-from files import (ConfigError, Lock, best_device, guarded, peak_memory, read_checkpoint, save_checkpoint, save_picture,
-                   write_atomically)
+from config import NOT_THE_RESULT, parse
+from features import Features, for_evaluation, precision
+from files import (ConfigError, best_device, guarded, locked, peak_memory, read_checkpoint, save_atomically, write_atomically)
 from memory import MemoryBank
-from pictures import curves
+from metrics import best_thresholds, metrics
+from pictures import curves, picture
 from ranks import average_gradients, gather, in_order
 from trm import TRM, Output, Prompts
 
@@ -122,11 +122,11 @@ def run_folder(cfg):
 
 
 def load_data(cfg):
-    splits = data.load(cfg.data, cfg.root, ratio=cfg.ratio, single_positive=cfg.single_positive, seed=cfg.seed,
-                       train_images=cfg.train_images, mask=cfg.mask, val=cfg.val, names=cfg.names,
-                       lists=cfg.lists, prompt_names=cfg.prompt_names, keep_unannotated=cfg.keep_unannotated)
+    splits = data.load_for(cfg)
     if cfg.images == "photos":
         return splits
+    if not cfg.captions and cfg.data not in ("scenes", "coco"):
+        raise ConfigError(f"--images captions: {cfg.data} brings none, give the file with --captions")
     file = cfg.captions or Path(cfg.root or data.SCENES) / "annotations" / "captions_train2014.json"
     return captions.load(file, splits[0].names, splits[0].prompts, cfg.train_images), *splits[1:]
 
@@ -146,24 +146,23 @@ class Run:
         except ValueError as error:
             raise ConfigError(error) from None
         self.folder = resume or run_folder(cfg)
+        if self.world > 1:
+            dist.barrier()                                                         # before rank 0 writes what makes a folder taken
         self.train_split, self.val_split, self.test_split = splits or load_data(cfg)
         self.clip = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(self.device)
         self.amp = amp = precision(cfg.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        # TF32: with mixed precision, what stays float32 may use it; --amp none means IEEE float32 in products and convolutions.
-        torch.set_float32_matmul_precision("high" if amp else "highest")
-        torch.backends.cudnn.allow_tf32 = amp is not None
         torch.manual_seed(cfg.seed)
         self.model = self._model().to(self.device)                                 # before the images: it may refuse a name or --carl-from
         self.memory = MemoryBank(len(self.train_split.names), cfg.queue, self.clip.D, cfg.eta).to(self.device)
-        common = dict(clip=self.clip, size=cfg.size, batch=cfg.batch, workers=cfg.workers, cache=cfg.cache_dir, device=self.device,
-                      amp=amp, rank=self.rank, world=self.world, whole=cfg.matching == "global")
+        share = dict(rank=self.rank, world=self.world, whole=cfg.matching == "global")
         self.clock, start = {"training": 0.0, "evaluation": 0.0}, time.perf_counter()
         if cfg.images == "captions":
             self.feed = captions.Captions(self.train_split, self.clip, cfg.batch, cfg.seed, self.device, self.rank, self.world)
         else:
-            self.feed = Features(self.train_split, augment=cfg.augment, seed=cfg.seed, views=cfg.cache_features, **common)
-        self.feeds = {name: Features(split, views=min(1, cfg.cache_features), **common)
+            self.feed = Features(self.train_split, self.clip, cfg.size, cfg.augment, cfg.seed, cfg.batch, cfg.workers, cfg.cache_features,
+                                 cfg.cache_dir, self.device, amp, **share)
+        self.feeds = {name: for_evaluation(cfg, split, self.clip, self.device, **share)
                       for name, split in (("val", self.val_split), ("test", self.test_split)) if split is not None}
         self.clock["features"] = time.perf_counter() - start                       # seconds to fill the cache, 0 without one
         self.learned = [p for p in self.model.parameters() if p.requires_grad]
@@ -175,7 +174,7 @@ class Run:
         self.epoch, self.best, self.history = 0, None, []
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = Lock(self.folder)
+            self.lock = locked(self.folder / ".lock")
         # Through JSON, so that what a later run reads back compares equal.
         about = json.loads(json.dumps({"config": dataclasses.asdict(cfg), "clip_sha256": self.clip.sha256, "data": {
             s.name: s.info for s in (self.train_split, self.val_split, self.test_split) if s}}))
@@ -188,7 +187,7 @@ class Run:
         cfg, split = self.cfg, self.train_split
         queries = None
         if cfg.queries == "text":
-            queries = self.clip.encode_text(self.clip.tokenize([f"a photo of a {p}" for p in split.prompts]).to(self.device))
+            queries = self.clip.encode_text(self.clip.tokenize([f"a photo of a {p}" for p in split.prompts]))
         try:
             prompts = Prompts(self.clip, split.prompts, cfg.context)
         except ValueError as error:                                                # a name too long for CLIP
@@ -218,16 +217,18 @@ class Run:
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             g_pos, g_neg = self.text_features()
             out = self.model(f, x, g_pos, g_neg)
-        out = out if out.regions is not None else Output(out.logits_r)             # a baseline's map plays no part in training
+        if self.cfg.uses("mmcp") or self.cfg.uses("mmcl"):                         # Eq. 7 alone needs the energies and f, without a gradient
+            out, f = out._replace(energy=out.energy.detach()), gather(f, B)
+        else:
+            out = out._replace(energy=None)
         out = Output(*(part if part is None else gather(part.float(), B) for part in out))
         labels, truth = gather(labels, B), gather(self.truth[index], B)
-        f = gather(f, B) if dist.is_initialized() and out.regions is not None else f
         terms, pseudo = step_terms(self.model, self.memory, self.cfg, out, f, g_pos, labels, stage_two)
         loss = losses.total(terms, self.cfg.alpha, self.cfg.beta, self.cfg.gamma)                             # Eq. 15
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        average_gradients(self.learned)                                            # first: one rank's overflow is then seen by all
         self.scaler.unscale_(self.optimizer)
-        average_gradients(self.learned)
         torch.nn.utils.clip_grad_norm_(self.learned, self.cfg.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -274,10 +275,10 @@ class Run:
         """{"val": metrics, "test": metrics} of the configured score, and mAP of every score; the raw scores of each split."""
         g, numbers, raw = self.text_features(), {}, {}
         for name, feed in self.feeds.items():
-            scores = in_order(evaluation.scores_of(self.model, *g, feed), len(feed), self.cfg.batch)
+            scores = in_order(evaluation.sweep(self.model, *g, feed)[0], len(feed), self.cfg.batch)
             truth = feed.split.truth
             chosen = scores.get(self.cfg.score, scores["region"])
-            numbers[name] = evaluation.metrics(chosen, truth) | {f"mAP_{k}": evaluation.metrics(v, truth)["mAP"] for k, v in scores.items()}
+            numbers[name] = metrics(chosen, truth) | {f"mAP_{k}": metrics(v, truth)["mAP"] for k, v in scores.items()}
             raw[name] = chosen
         return numbers, raw
 
@@ -296,7 +297,8 @@ class Run:
                 self.clock["evaluation"] += time.perf_counter() - start
                 line |= numbers
                 judge = "val" if "val" in numbers else "test"
-                improved = judge in numbers and (self.best is None or numbers[judge]["mAP"] > self.best["mAP"])
+                judged = judge in numbers and numbers[judge]["left_out"] < len(self.train_split.names)   # else no category has a positive
+                improved = judged and (self.best is None or numbers[judge]["mAP"] > self.best["mAP"])
                 if improved:
                     self.best = {"epoch": self.epoch + 1, "chosen_on": judge, "mAP": numbers[judge]["mAP"]}
             else:
@@ -320,14 +322,14 @@ class Run:
     def _save(self, improved, val_scores):
         g_pos, g_neg = self.text_features()
         C = len(self.train_split.names)
-        threshold = np.full(C, 0.5) if val_scores is None else evaluation.best_thresholds(val_scores, self.val_split.truth)
+        threshold = np.full(C, 0.5) if val_scores is None else best_thresholds(val_scores, self.val_split.truth)
         inference = dict(config=json.dumps(dataclasses.asdict(self.cfg)), names=list(self.train_split.names), clip_sha256=self.clip.sha256,
                          model=self.model.state_dict(), g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=self.epoch)
         if improved:
-            save_checkpoint(inference, self.folder / "best.pt")
+            save_atomically(lambda buffer: torch.save(inference, buffer), self.folder / "best.pt")
         state = inference | dict(memory=self.memory.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
                                  scaler=self.scaler.state_dict(), best=self.best, history=json.dumps(self.history))
-        save_checkpoint(state, self.folder / "last.pt")
+        save_atomically(lambda buffer: torch.save(state, buffer), self.folder / "last.pt")
         self._write_history()
 
     def _write_history(self):
@@ -363,7 +365,7 @@ class Run:
             self._write_history()                                                  # a kill may have come between the two files
 
     def _finish(self):
-        last = self.history[-1]
+        cfg, last = self.cfg, self.history[-1]
         for split in ("val", "test"):
             if split in last:
                 row = last[split]
@@ -373,14 +375,17 @@ class Run:
             chosen = next(line for line in self.history if line["epoch"] == self.best["epoch"])
             print(f"best epoch {self.best['epoch']}, chosen on {self.best['chosen_on']}: "
                   + "  ".join(f"{split} mAP {chosen[split]['mAP']:.2f}" for split in ("val", "test") if split in chosen))
+        else:
+            print("no best epoch: there is no known positive to choose it on; eval.py takes the last one")
         try:
             curves(self.history, self.folder / "curves.png")
         except ImportError:
             print("curves.png needs matplotlib: pip install matplotlib")
-        shown = self.test_split or self.val_split or self.train_split              # a sheet has no test split
-        predictor = evaluation.Predictor(self.folder, "last", self.device, self.clip)
-        regions = evaluation.picture(evaluation.region_rows(predictor, shown.paths[:6]))
-        save_picture(lambda buffer: regions.save(buffer, "PNG"), self.folder / "regions.png")
+        shown = self.test_split or self.val_split or (self.train_split if cfg.images == "photos" else None)      # a sheet has no test split
+        if shown:
+            predictor = evaluation.Predictor(self.folder, "last", self.device, self.clip)
+            regions = picture(evaluation.region_rows(predictor, shown.paths[:6]))
+            save_atomically(lambda buffer: regions.save(buffer, "PNG"), self.folder / "regions.png")
         print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in self.clock.items()) + f"; peak memory {peak_memory()}")
         written = ("metrics.jsonl", "last.pt", "best.pt", "curves.png", "regions.png")
         print(f"wrote {self.folder}/: {' '.join(name for name in written if (self.folder / name).exists())}")

@@ -2,5 +2,3 @@
 from .model import CLIP, build
 from .tokenizer import ClipError, Tokenizer, tokenize
 from .weights import load
-
-fold = CLIP.fold

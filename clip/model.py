@@ -341,8 +341,10 @@ def build(state_dict, fold=False, activation="quickgelu"):
     except (KeyError, ValueError, TypeError) as e:  # a tensor missing, or one without the axes it should have
         raise ClipError(f"not a CLIP with OpenAI's parameter names, {e} is missing or odd among {len(sd)} tensors "
                         f"({', '.join(list(sd)[:3])}, ...)") from None
+    if empty := [k for k, v in sd.items() if not v.numel()]:
+        raise ClipError(f"{empty[0]} has no elements: expected the tensors of a trained CLIP")
     with torch.device("meta"):  # shapes alone: nothing is initialised only to be overwritten
-        model = CLIP(**shape, activation=activation)
+        model = CLIP(**shape, activation=activation).eval()
     want = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     wrong = [f"{k} missing" for k in want if k not in sd] + [f"{k} unexpected" for k in sd if k not in want]
     wrong += [f"{k} is {tuple(sd[k].shape)}, expected {tuple(want[k])}" for k in want
@@ -353,6 +355,12 @@ def build(state_dict, fold=False, activation="quickgelu"):
     if wrong:
         raise ClipError(f"{len(wrong)} tensors do not fit the architecture that the others show: {'; '.join(wrong[:4])}"
                         + ("; ..." if len(wrong) > 4 else ""))
+    try:  # layers that are missing altogether, widths that no number of heads divides
+        with torch.device("meta"), torch.no_grad():
+            model.encode(torch.empty(1, 3, model.resolution, model.resolution))
+            model.encode_prompts(torch.empty(1, 3, model.W), torch.zeros(1, dtype=torch.long))
+    except Exception as e:
+        raise ClipError(f"no CLIP has tensors of these sizes ({shape}): {e}") from None
     counters = {k: torch.tensor(0) for k in model.state_dict() if k.endswith("num_batches_tracked")}
     model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in sd.items()} | counters, assign=True)
-    return model.eval().fold() if fold else model.eval()
+    return model.fold() if fold else model

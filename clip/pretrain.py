@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as as_bytes
 from tqdm import tqdm
 
 import scenes
-from files import ConfigError, Parser, guarded
+from files import ConfigError, Parser, guarded, write_atomically
 from .model import CLIP, build
 
 TINY = Path(__file__).with_name("tiny.safetensors")
@@ -98,12 +98,12 @@ def zero_shot(model, pictures, boxes):
 
 
 def save(model, path, metadata):
-    """Matrices in float16, vectors in float32; under a temporary name first, so that a kill leaves no half file."""
+    """Matrices in float16, vectors in float32. Returns the model as it is stored."""
     tensors = {k: v.half().contiguous() if v.ndim > 1 else v.contiguous()
                for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    save_file(tensors, f"{path}.part", metadata={k: str(v) for k, v in metadata.items()})
-    os.replace(f"{path}.part", path)
-    return build(tensors)
+    model = build(tensors)  # refuses what is not finite, before it replaces what is there
+    write_atomically(Path(path), as_bytes(tensors, metadata={k: str(v) for k, v in metadata.items()}))
+    return model
 
 
 def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tune=1000, amp=True,
@@ -137,6 +137,8 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
                 image = model.encode_image(normalised(pictures[rows]))
                 text = encode_text(model, tokens[text[:, 0]].long())
             loss = info_nce(image.float(), text.float(), model.logit_scale.exp(), same)
+            if not loss.isfinite():
+                raise FloatingPointError(f"epoch {epoch + 1}: the loss is {loss.item()}; lower --lr")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -25,6 +25,9 @@ WORDS = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", re
 class ClipError(ValueError):
     """What the user gave to `clip` cannot be used; the message is one line with the remedy."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))
+
 
 def byte_symbols():
     """One printable character for each byte 0..255, in vocabulary order: printable Latin-1 bytes stand for themselves,

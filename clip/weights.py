@@ -12,9 +12,11 @@ import http.client
 import json
 import os
 import pathlib
+import pickle
 import re
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 
 import safetensors
@@ -63,13 +65,13 @@ def download(name):
     url, path = f"{BASE}/{digest}/{file}", cache() / file
     if path.is_file() and sha256(path) == digest:
         return path
-    part = None
+    there, part = f"{path} is another file (sha256 differs); " if path.is_file() else "", None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as source:
             size = int(source.headers.get("Content-Length") or 0)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=file, suffix=".part", delete=False) as target, \
-                    tqdm(total=size or None, unit="B", unit_scale=True, desc=file) as bar:
+                    tqdm(total=size or None, unit="B", unit_scale=True, desc=file, leave=False, disable=None) as bar:
                 part, got = pathlib.Path(target.name), hashlib.sha256()
                 while chunk := source.read(1 << 20):
                     target.write(chunk)
@@ -80,8 +82,8 @@ def download(name):
                           f"sha256 {got.hexdigest()[:12]}..., expected {digest[:12]}...")
         os.replace(part, path)
         return path
-    except (OSError, http.client.HTTPException) as e:
-        raise ClipError(f"could not get CLIP {name} from {url} ({getattr(e, 'reason', None) or e}): try again online, "
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: a header or an address that is none
+        raise ClipError(f"{there}could not get CLIP {name} from {url} ({getattr(e, 'reason', None) or e}): try again online, "
                         f"put the file at {path}, or give the path of a weights file") from None
     finally:
         if part is not None:
@@ -96,11 +98,17 @@ def read(path):
         if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
             with safetensors.safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-        if head[:2] == b"PK" and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict(), {}
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if head[:2] == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                script = any(n.endswith("/constants.pkl") for n in archive.namelist())
+            if script:
+                return torch.jit.load(path, map_location="cpu").state_dict(), {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with the file is said below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged or foreign file makes a reader raise
         reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
+        reason = "more than tensors, or no tensors at all" if isinstance(e, pickle.UnpicklingError) else reason
         raise ClipError(f"{path} is no readable weights file (TorchScript archive, state dict or safetensors), "
                         f"or it is incomplete: {reason}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # a training checkpoint
@@ -120,7 +128,7 @@ def find_activation(path, digest, state, metadata):
         return metadata["activation"]
     if config.is_file():
         try:
-            return "quickgelu" if json.loads(config.read_text())["model_cfg"].get("quick_gelu") else "gelu"
+            return "quickgelu" if json.loads(config.read_bytes())["model_cfg"].get("quick_gelu") in (True, "true") else "gelu"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ClipError(f"{config} is no configuration of open_clip: expected JSON with a model_cfg") from None
     told = (path.name + "".join(metadata.values())).lower().replace("_", "")

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import losses
 import train
 from clip.model import CLIP
+from config import Config
 from fake_datasets import COCO
 from memory import MemoryBank
 from trm import TRM, Output, Prompts, match
@@ -144,7 +145,7 @@ class Version:
 
     def __init__(self, parts, case):
         self.__dict__.update(parts)
-        self.clip, self.case, self.cfg = case.clip, case, train.Config(topk=3, stage_one=0.0, amp="none")
+        self.clip, self.case, self.cfg = case.clip, case, Config(topk=3, stage_one=0.0, amp="none")
         self.model, self.memory = copy.deepcopy(case.model), copy.deepcopy(case.memory)
         self.learned = list(self.model.parameters())
         self.optimizer = self.optimizer(self.learned, lr=1e-4)

@@ -4,11 +4,12 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 
 import augment
@@ -165,3 +166,14 @@ def test_smallest_crop_follows_the_data_set(split):
     assert data.Images(split, 32).smallest_crop == 0.5
     split = data.Split("nuswide/train", split.paths, ["a"], ["a"], split.labels, split.truth)
     assert data.Images(split, 32).smallest_crop == 0.6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_even_where_the_exif_cannot_be_rewritten(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.fromarray(np.random.RandomState(0).randint(0, 255, (12, 20, 3), np.uint8))
+    photo.save(tmp_path / "a.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    with mock.patch.object(Image.Exif, "tobytes", side_effect=AttributeError("'IFDRational' object has no attribute 'encode'")):
+        assert np.array_equal(np.asarray(augment.read(tmp_path / "a.png")), np.asarray(upright))

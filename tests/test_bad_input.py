@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,27 +52,48 @@ def snapshot(folder):
 
 
 # ------------------------------------------------------------------------------------------- outputs that are inputs
-def test_no_output_overwrites_an_input(sheet, tmp_path, capfd):
+def test_nothing_that_is_there_is_overwritten(sheet, tmp_path, capfd):
     folder, labels = sheet
-    before, photo = snapshot(tmp_path), sorted((tmp_path / "photos").iterdir())[0]
-    one_line(evaluation.main, [folder, "--suggest", labels], capfd, "labels.csv", "an input", "another name")
-    one_line(evaluation.main, [folder, "--image", photo, "--csv", labels], capfd, "labels.csv", "an input")
-    one_line(evaluation.main, [folder, "--image", photo, "--csv", photo], capfd, photo.name, "an input")
-    one_line(evaluation.main, [folder, "--image", tmp_path / "photos", "--out", tmp_path / "photos"], capfd, "folder of the photos")
     (tmp_path / "link.csv").symlink_to(labels)
-    one_line(evaluation.main, [folder, "--suggest", tmp_path / "link.csv"], capfd, "an input")
-    (tmp_path / "link.csv").unlink()
+    (tmp_path / "edited").mkdir()
+    photo = sorted((tmp_path / "photos").iterdir())[0]
+    (tmp_path / "edited" / f"{photo.stem}.png").write_text("by hand")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.png").symlink_to(photo)
+    before = snapshot(tmp_path)
+    for place in (labels, photo, tmp_path / "link.csv", folder / "best.pt", folder / "config.json", tmp_path):
+        one_line(evaluation.main, [folder, "--suggest", place], capfd, "--suggest", place, "is there already")
+        one_line(evaluation.main, [folder, "--image", photo, "--csv", place], capfd, "--csv", place, "is there already")
+    for images, out in ((photo, "edited"), (tmp_path / "linked", "linked")):
+        one_line(evaluation.main, [folder, "--image", images, "--out", tmp_path / out], capfd, "--out", "is there already")
     assert snapshot(tmp_path) == before
+    for _ in range(2):                                                             # RUN/regions is the run's own
+        assert command(evaluation.main, [folder, "--image", photo], capfd)[0] == 0
     assert command(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd)[0] == 0
+
+
+def test_a_run_finds_its_data_from_any_folder(sheet, tmp_path, capfd, monkeypatch):
+    """Relative names are those of the folder that the training was started in."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((sheet[0] / "config.json").read_text())["config"]
+    arguments = [word for k in ("clip", "size", "epochs", "batch", "workers") for word in (f"--{k}", config[k])]
+    assert command(train.main, ["--data", "labels.csv", "--root", ".", *arguments, "--val", 0.25, "--out", "moved"], capfd)[0] == 0
+    shutil.copy("labels.csv", here / "labels.csv")                                 # not the run's sheet
+    (here / "labels.csv").write_text("image,sun,tree,cup\n")
+    monkeypatch.chdir(here)
+    status, out, _ = command(evaluation.main, [tmp_path / "moved", "--suggest", "s.csv"], capfd)
+    assert status == 0 and len((here / "s.csv").read_text().splitlines()) > 3
+    assert command(train.main, ["--resume", tmp_path / "moved"], capfd)[0] == 0
 
 
 def test_a_place_for_no_file_is_told_before_the_work(trained, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(evaluation.Predictor, "over", None)                        # not reached
-    for place in (tmp_path, tmp_path / "none" / "s.csv", "/"):
-        one_line(evaluation.main, [trained, "--suggest", place], capfd, "--suggest", "cannot be written")
+    one_line(evaluation.main, [trained, "--suggest", tmp_path / "none" / "s.csv"], capfd, "--suggest", "folder is missing")
     one_line(evaluation.main, [trained, "--suggest", "x" * 300], capfd, "too long", "check the path")
     one_line(evaluation.main, [trained, "--image", sorted(trained.parent.glob("scenes/val2014/*"))[0], "--csv", tmp_path / "none" / "s.csv"], capfd,
-             "--csv", "cannot be written")
+             "--csv", "folder is missing")
 
 
 @posix
@@ -116,9 +138,16 @@ def test_clip_of_table_2_is_the_one_that_is_given(tmp_path):
     assert parsed == ["RN50", "RN101", "RN101"]
 
 
-def test_without_a_validation_split_the_other_checkpoint_is_named(sheet, world, tmp_path, capfd):                # noqa: F811
-    run(world, tmp_path / "no-val", data=sheet[1], root=None, ratio=None, epochs=1, val=0)
-    one_line(evaluation.main, [tmp_path / "no-val", "--suggest", tmp_path / "s.csv"], capfd, "--checkpoint last")
+@pytest.mark.parametrize("val", ("none", "of unknowns", "of negatives"))
+def test_without_a_validation_that_can_judge_the_last_epoch_is_taken(sheet, world, tmp_path, capfd, val):      # noqa: F811
+    lines = sheet[1].read_text().splitlines()
+    for i in data.hold_out(24, 0.25)[1] if val != "none" else ():
+        lines[1 + i] = lines[1 + i].split(",")[0] + (",0,0,0" if val == "of negatives" else ",,,")
+    sheet[1].write_text("\n".join(lines))
+    run(world, tmp_path / "r", data=sheet[1], root=None, ratio=None, epochs=3, val=0 if val == "none" else 0.25)
+    assert "no best epoch" in capfd.readouterr().out and not (tmp_path / "r" / "best.pt").exists()
+    assert evaluation.Predictor(tmp_path / "r").epoch == 3
+    one_line(evaluation.main, [tmp_path / "r", "--suggest", tmp_path / "s.csv", "--checkpoint", "best"], capfd, "drop --checkpoint")
 
 
 @pytest.mark.parametrize("name, value", [("WORLD_SIZE", "2"), ("WORLD_SIZE", "two"), ("LOCAL_RANK", "abc")])
@@ -168,7 +197,11 @@ def test_rows_that_forget_the_header_or_the_image(tmp_path):
     file.write_text("image,cup,sun\n,1,0\nb.png,0,1\n")                            # once read as the row of prompts
     with pytest.raises(DataError, match="x.csv:2: no image name"):
         data.load(file)
-    file.write_text("image,cup,sun\n,a cup,the sun\nb.png,0,1\na.png,1,0\n")
+    for row in (",yes,1", ",1.0,0.0", ",a cup,the sun"):
+        file.write_text(f"image,cup,sun\n{row}\nb.png,0,1\na.png,1,0\n")
+        with pytest.raises(DataError, match="x.csv:2: a cell is 1"):
+            data.load(file)
+    file.write_text("image,cup,sun\n#prompt,a cup,the sun\nb.png,0,1\na.png,1,0\n")
     assert data.load(file, val=0.0)[0].prompts == ["a cup", "the sun"]
 
 
@@ -182,6 +215,34 @@ def test_one_image_under_two_paths_is_one_image(tmp_path, monkeypatch):
     for root in ("real", "linked", tmp_path / "linked"):
         with pytest.raises(DataError, match="x.csv:3: .* already on line 2"):
             data.load("x.csv", root)
+    (tmp_path / "real" / "link.png").symlink_to("a.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "real" / "b.png")
+    (tmp_path / "x.csv").write_text("image,cup\na.png,1\nlink.png,0\n")
+    with pytest.raises(DataError, match="x.csv:3: link.png is already on line 2"):
+        data.load("x.csv", "real")
+    (tmp_path / "x.csv").write_text("image,cup\na.png,1\nb.png,0\n")
+    (tmp_path / "val.csv").write_text("image,cup\nlink.png,1\n")
+    with pytest.raises(DataError, match="keep them apart"):
+        data.load("x.csv", "real", val="val.csv")
+
+
+@pytest.mark.parametrize("names", (["./in/{}", "in//{}", "in/../in/{}"], ["{here}/in/{}"], ["link/{}"]))
+@pytest.mark.parametrize("root", (None, ".", "../work"))
+def test_suggestions_name_the_images_as_the_sheet_does(world, sheet, tmp_path, capfd, monkeypatch, names, root):             # noqa: F811
+    shutil.copytree(tmp_path / "photos", tmp_path / "work" / "in")
+    (tmp_path / "work" / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path / "work")
+    photos = sorted(os.listdir("in"))
+    rows = [names[i % len(names)].format(photo, here=tmp_path / "work") for i, photo in enumerate(photos)]
+    (tmp_path / "work" / "x.csv").write_text("image,sun,cup\n" + "".join(f"{row},{i % 2},\n" for i, row in enumerate(rows)))
+    shutil.copytree(sheet[0], "run")
+    model = evaluation.Predictor("run")
+    model.cfg.data, model.cfg.root, model.names = str(tmp_path / "work" / "x.csv"), root, ["sun", "cup"]
+    model.threshold = np.zeros(2)
+    model.over = lambda paths, *_, **__: ((i, np.full(2, 0.5), None) for i in range(len(paths)))
+    evaluation.suggest(model, SimpleNamespace(suggest=f"s{root and len(root)}.csv", batch=4, workers=0, pictures=0))
+    suggested = [line.split(",")[0] for line in open(f"s{root and len(root)}.csv").read().splitlines()[1:]]
+    assert set(suggested) == set(rows)
 
 
 @pytest.mark.parametrize("content", ("object", "text", "huge", "1e400", "zip", "two"))
@@ -198,6 +259,10 @@ def test_odd_mask_files(world, tmp_path, content):                              
     with pytest.raises(DataError, match="mask") as error:
         data.load("scenes", world / "scenes", mask=file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_captions_are_asked_for_where_a_data_set_brings_none(sheet, world, tmp_path, capfd):                   # noqa: F811
+    one_line(train.main, options(world, tmp_path / "r", data=sheet[1], root=None, ratio=None, images="captions"), capfd, "--captions")
 
 
 def test_captions_that_cannot_be_searched(world, tmp_path):                        # noqa: F811
@@ -319,9 +384,24 @@ def test_names_that_a_picture_or_a_terminal_cannot_show(trained, tmp_path):
         shutil.copy(photo, tmp_path / "p" / name)
     arguments = ["eval.py", trained, "--image", tmp_path / "p", "--out", tmp_path / "out", "--csv", tmp_path / "all.csv"]
     for encoding in ("ascii", "utf-8"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "all.csv").unlink(missing_ok=True)
         done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
         assert done.returncode == 0 and done.stderr == b"", done.stderr
         assert len(list((tmp_path / "out").iterdir())) == 3 and b"caf\xe9.jpg" in (tmp_path / "all.csv").read_bytes()
+
+
+@posix
+def test_what_lies_among_photos_costs_only_itself(trained, tmp_path, capfd):
+    photo = sorted((trained.parent / "scenes" / "val2014").iterdir())[0]
+    (tmp_path / "p" / "folder.jpg").mkdir(parents=True)
+    (tmp_path / "p" / "broken.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "p" / "pipe.jpg")
+    for name in ("a" * 251 + ".jpg", "猫" * 83 + ".jpg", "b.jpg"):
+        shutil.copy(photo, tmp_path / "p" / name)
+    status, out, err = command(evaluation.main, [trained, "--image", tmp_path / "p", "--out", tmp_path / "out"], capfd)
+    assert status == 2 and len(out) == 4 and len(list((tmp_path / "out").iterdir())) == 3
+    assert len(err) == 1 and "2 files are no readable images" in err[0] and "broken.jpg" in err[0] and "pipe.jpg" in err[0]
 
 
 @posix

@@ -160,12 +160,12 @@ def test_equals_the_slow_transcription_and_the_recorded_logits(kind):
 @pytest.mark.parametrize("size", [(64, 64), (97, 150), (32, 224)])
 def test_folded_equals_unfolded(kind, size):
     model = clip.build(small(kind))
-    folded = clip.fold(copy.deepcopy(model))
+    folded = copy.deepcopy(model).fold()
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert not any(p.requires_grad for p in folded.parameters()) and not folded.training
     for got, want in zip(folded.encode(images(*size)), model.encode(images(*size))):
         close(got, want)
-    again = clip.fold(copy.deepcopy(folded))
+    again = copy.deepcopy(folded).fold()
     assert torch.equal(again.encode_dense(images(*size)), folded.encode_dense(images(*size)))
 
 

@@ -16,6 +16,7 @@ import data
 import eval as evaluation
 import train
 from eval import Predictor
+from metrics import best_thresholds
 
 
 @pytest.fixture
@@ -110,8 +111,8 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     state = torch.load(trained / "last.pt", weights_only=True)
     model = Predictor(trained, "last")
     val = model.split("val")
-    scores, _ = evaluation.run_scores(model, model.features(val))
-    assert np.allclose(model.threshold, evaluation.best_thresholds(scores, val.truth), atol=1e-6)
+    scores = model.scores_of(model.features(val))
+    assert np.allclose(model.threshold, best_thresholds(scores, val.truth), atol=1e-6)
     assert state["threshold"] == model.threshold.tolist() and len(set(state["threshold"])) > 2
     row = model.row("x", np.where(np.arange(len(model.names)) % 2, 1.0, 0.0))
     assert row["present"] == model.names[1::2]
@@ -129,8 +130,9 @@ def test_inference_needs_the_run_folder_and_the_image_encoder_only(world, photos
 
     def never(*_, **__):
         raise AssertionError("the text encoder was asked")
-    for name in ("encode_text", "encode_prompts", "embed", "tokenize"):
+    for name in ("encode_text", "embed", "tokenize"):
         monkeypatch.setattr(clip.CLIP, name, never)
+    monkeypatch.setattr(clip.CLIP, "encode_prompts", lambda _, embeddings, __: None if embeddings.is_meta else never())   # meta: a check of shapes
     monkeypatch.setattr(data, "load", never)
     assert Predictor(tmp_path / "run").predict([photos / "grey.png"]) == before
 
@@ -155,7 +157,7 @@ def test_suggestions_of_a_benchmark_are_the_hidden_cells_in_order_of_belief(trai
     split = model.split("train")
     rows = list(csv.DictReader(open(tmp_path / "s.csv", encoding="utf-8")))
     assert list(rows[0]) == ["image", "category", "label", "probability", "region"]
-    at = {os.path.relpath(path, model.config["root"]): i for i, path in enumerate(split.paths)}
+    at = {os.path.relpath(path, model.cfg.root): i for i, path in enumerate(split.paths)}
     p = np.empty(split.labels.shape)
     for i, row, _ in model.over(split.paths):
         p[i] = row

@@ -193,8 +193,7 @@ def test_two_writers_of_one_folder(world, tmp_path, capfd):                     
     assert command(evaluation.main, [tmp_path / "run", "--checkpoint", "last"], capfd)[0] == 0
     first.kill()
     first.communicate()
-    lock = files.Lock(tmp_path / "run")                                            # the lock went with the process
-    lock.file.close()
+    files.locked(tmp_path / "run" / ".lock").close()                               # the lock went with the process
 
 
 def test_a_reader_sees_whole_checkpoints_while_they_are_written(world, tmp_path):  # noqa: F811

@@ -12,6 +12,7 @@ from small_world import command, one_line, options, world                       
 import grid
 import reproduce
 import train
+from config import Config
 
 
 @pytest.fixture
@@ -178,9 +179,9 @@ def test_every_study_is_made_of_settings_that_exist():
     for name, rows in reproduce.STUDIES.items():
         assert len(rows) == len(reproduce.study(name, [0.1])) > 1, name
         for cell in reproduce.study(name, [0.1]):
-            train.Config(**cell.runs[0])
+            Config(**cell.runs[0])
     score = {"without": "", "kd": "softmax"}
-    assert any(all(getattr(train.Config(**run), k) == v for k, v in score.items()) for run in reproduce.STUDIES["kd"])
+    assert any(all(getattr(Config(**run), k) == v for k, v in score.items()) for run in reproduce.STUDIES["kd"])
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def server(monkeypatch, tmp_path):
             if s.barrier:
                 s.barrier.wait(60)
             self.send_response(s.status)
-            self.send_header("Content-Length", str(len(s.body)))
+            self.send_header("Content-Length", s.length or str(len(s.body)))
             self.end_headers()
             self.wfile.write(s.body[:s.cut])
 
@@ -200,7 +201,7 @@ def server(monkeypatch, tmp_path):
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     buffer = io.BytesIO()
     torch.save(small("vit", half=True), buffer)
-    s.body, s.cut, s.status, s.barrier, s.asked = buffer.getvalue(), None, 200, None, []
+    s.body, s.cut, s.status, s.length, s.barrier, s.asked = buffer.getvalue(), None, 200, None, None, []
     s.base, s.digest = f"http://127.0.0.1:{s.server_address[1]}/clip", hashlib.sha256(s.body).hexdigest()
     s.cache = tmp_path / ".cache" / "clip"
     monkeypatch.setenv("no_proxy", "*")
@@ -233,6 +234,7 @@ def test_download_once_then_from_the_cache(server):
 @pytest.mark.parametrize("fault, says", [
     (dict(cut=1000), "1000 of"), (dict(cut=0), "0 of"), (dict(body=b"other bytes"), "sha256 .* expected"),
     (dict(status=404), "Not Found"), (dict(status=500), "Internal Server Error"),
+    (dict(length="abc"), "abc"),
 ])
 def test_a_bad_download_leaves_nothing(server, fault, says):
     for key, value in fault.items():
@@ -253,6 +255,15 @@ def test_an_interrupted_download_leaves_nothing(server, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         clip.load("RN50")
     assert list(server.cache.iterdir()) == []
+
+
+def test_another_file_in_its_place_is_told_offline(server, monkeypatch):
+    server.cache.mkdir(parents=True)
+    (server.cache / "RN50.pt").write_bytes(b"another model")
+    monkeypatch.setattr(weights, "BASE", "http://127.0.0.1:9/clip")
+    with pytest.raises(clip.ClipError, match="RN50.pt is another file .sha256 differs.; could not get"):
+        clip.load("RN50")
+    assert (server.cache / "RN50.pt").read_bytes() == b"another model"
 
 
 def test_offline_says_what_to_do(server, monkeypatch):
@@ -281,3 +292,25 @@ def test_two_processes_at_once(server, tmp_path):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and out.strip() == server.digest, err
     assert len(server.asked) == 2 and [p.name for p in server.cache.iterdir()] == ["RN50.pt"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: {k: v for k, v in s.items() if not k.startswith("transformer.resblocks")},
+    lambda s: {k: v for k, v in s.items() if "layer4" not in k},
+    lambda s: s | {"visual.attnpool.positional_embedding": s["visual.attnpool.positional_embedding"][:1]},
+    lambda s: s | {"text_projection": s["text_projection"][:0]},
+    lambda s: s | {"visual.layer1.0.conv1.weight": s["visual.layer1.0.conv1.weight"][:0]}])
+def test_parts_that_are_missing_altogether_are_refused_when_loaded(tmp_path, change):
+    torch.save(change(small("resnet")), tmp_path / "clip-quickgelu.pt")
+    with warnings.catch_warnings(), pytest.raises(clip.ClipError, match="clip-quickgelu.pt") as error:
+        warnings.simplefilter("error")
+        clip.load(tmp_path / "clip-quickgelu.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("heads", (129, 200))
+def test_a_width_that_no_heads_divide_is_refused(heads):
+    torch.manual_seed(0)
+    state = clip.CLIP(16, 32, (1, 1, 1, 1), 4, None, 20, 600, heads, text_heads=1, text_layers=1).state_dict()
+    with pytest.raises(clip.ClipError, match="these sizes"):
+        clip.model.build(state)
