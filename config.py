@@ -60,7 +60,7 @@ class Config:
     kd: str = option("softmax", "Eq. 6 over the categories (as printed) or per category", choices=("softmax", "bernoulli"))
     kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the query scores, or both learn",
                              choices=("region", "query", "both"))
-    kd_temperature: float = option(1.0, "temperature of Eq. 6", low=0, open=True)
+    kd_temperature: float = option(1.0, "temperature of Eq. 6", low=0, open=True, high=1000)
     tau: float = option(0.07, "temperature of Eq. 13", low=0, open=True)
     context: int = option(16, "learned tokens of a prompt", low=1)
     topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", low=1)
@@ -114,6 +114,10 @@ class Config:
             raise ConfigError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
             raise ConfigError("--images captions takes its labels from the words of the captions: drop --ratio, --single-positive and --mask")
+        if self.captions and self.images != "captions":
+            raise ConfigError("--captions belongs to --images captions: add it, or drop --captions")
+        if self.lists and self.single_positive != "splc":
+            raise ConfigError("--lists belongs to --single-positive splc: add it, or drop --lists")
         if self.assume_negative is None:
             self.assume_negative = 0.3 if self.single_positive else 0.0
 
@@ -142,12 +146,13 @@ def parse(argv, about=""):
         how = dict(action="store_true") if kind is bool else dict(type=kind, metavar=choices and "{%s}" % ",".join(choices))
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
+    given |= {name: os.path.abspath(value) for name, value in given.items() if is_path(name, value)}     # a run is used from other folders, too
     resume = given.pop("resume", None)
     if resume:
-        if given:
-            raise ConfigError(f"--resume takes its settings from the run, drop {' '.join('--' + k for k in given)}")
-        return load_config(Path(resume)), Path(resume)
-    given |= {name: os.path.abspath(value) for name, value in given.items() if is_path(name, value)}     # a run is used from other folders, too
+        kept = given.keys() - {"root", "cache_dir", "workers"}                     # these three may change: the data moved
+        if kept:
+            raise ConfigError(f"--resume takes its settings from the run, drop {' '.join('--' + k.replace('_', '-') for k in sorted(kept))}")
+        return dataclasses.replace(load_config(Path(resume)), **given), Path(resume)
     return Config(**PRESETS.get(given.get("data", "scenes"), {}) | given), None
 
 
@@ -163,8 +168,8 @@ def load_config(run):
     if not file.is_file():
         raise ConfigError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
     try:
-        stored = dict(json.loads(file.read_text(encoding="utf-8"))["config"])
-        if not stored:
+        stored = json.loads(file.read_text(encoding="utf-8"))["config"]
+        if not stored or not isinstance(stored, dict):
             raise ValueError                                                       # it would be a run of defaults
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{file} is no config.json of train.py: restore it, or train into another --out") from None

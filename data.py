@@ -12,7 +12,7 @@ N images, C categories.
 import signal
 if __name__ == "__main__":                                                          # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-import hashlib, inspect, random, sys, zipfile
+import hashlib, inspect, json, os, random, sys, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,9 +259,10 @@ def load_for(cfg):
 
 def as_split(name, table, prompts, labels=None):
     labels = table.labels if labels is None else labels
+    named = json.dumps([table.names, prompts, [os.path.basename(file) for file in table.files]])
     info = {"images": len(labels), "positives": int((labels == POSITIVE).sum()),
             "negatives": int((labels == NEGATIVE).sum()), "unknowns": int((labels == UNKNOWN).sum()),
-            "dropped": table.notes}
+            "dropped": table.notes, "sha256": hashlib.sha256(named.encode() + labels.tobytes() + table.labels.tobytes()).hexdigest()}
     return Split(name, table.files, table.names, prompts, labels, table.labels, table.boxes, table.listed, info)
 
 

@@ -210,7 +210,7 @@ def table(predictors, split_name):
     """The metrics of a run, or of the averaged probabilities of several."""
     split = predictors[0].split(split_name)
     scores = np.mean([member.scores_of(member.features(split)) for member in predictors], 0)
-    return split, metrics(scores, split.truth, predictors[0].threshold)
+    return split, metrics(scores, split.truth, np.mean([member.threshold for member in predictors], 0))
 
 
 @torch.no_grad()
@@ -238,36 +238,44 @@ def maps_of(out, model):
     return {"mask" if model.matching == "carl" else "similarity map": mask_of(out, model.matching)} | weights
 
 
+# Default of an option, and the commands that it belongs to.
+BELONGS = {"top": (5, "--image"), "out": (None, "--image"), "csv": (None, "--image"), "json": (False, "--image --ensemble table"),
+           "batch": (32, "--image --suggest"), "workers": (0, "--image --suggest"), "pictures": (None, "--image --suggest"),
+           "split": ("test", "--ensemble --compare table"), "root": (None, "--suggest --ensemble --compare table")}
+
+
 def main(argv=None):
     parser = Parser("eval.py", __doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="best: the epoch chosen on validation (default, where there was one)")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the table and of --compare (default: test)")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="of the table and of --compare (default: test)")
     parser.add_argument("--root", help="the data set's folder, when it moved since training")
     parser.add_argument("--image", nargs="+", metavar="PATH", help="photos or folders: ranked categories and region pictures")
     parser.add_argument("--suggest", metavar="FILE", help="write the unknown training labels that the model believes to this CSV")
     parser.add_argument("--ensemble", nargs="+", metavar="RUN", help="average the probabilities with these runs")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these, side by side")
-    parser.add_argument("--top", type=int, default=5, help="categories shown an image (default: 5)")
+    parser.add_argument("--top", type=int, help="categories shown an image (default: 5)")
     parser.add_argument("--pictures", type=int, help="pictures drawn at most (default: every --image, 100 of --suggest)")
     parser.add_argument("--out", help="folder of the pictures of --image (default: RUN/regions)")
     parser.add_argument("--csv", metavar="FILE", help="with --image: all probabilities as a sheet, image,<category>,...")
-    parser.add_argument("--json", action="store_true", help="print JSON, with --image an object a line")
-    parser.add_argument("--batch", type=int, default=32, help="images at once, of --image and --suggest: lower it when memory is short (default: 32)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode them; a GPU wants some (default: 0)")
+    parser.add_argument("--json", action="store_true", default=None, help="print JSON, with --image an object a line")
+    parser.add_argument("--batch", type=int, help="images at once, of --image and --suggest: lower it when memory is short (default: 32)")
+    parser.add_argument("--workers", type=int, help="processes that decode them; a GPU wants some (default: 0)")
 
     def work():
         args = parser.parse_args(argv)
+        given = [name for name in ("image", "suggest", "ensemble", "compare") if getattr(args, name)]
+        if len(given) > 1:
+            raise ConfigError("--image, --suggest, --ensemble and --compare are four commands: give one of them")
+        command = f"--{given[0]}" if given else "table"
+        for name, (default, commands) in BELONGS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif command not in commands.split():
+                raise ConfigError(f"--{name} has no effect on the command {command}, it belongs to {commands}: drop it, or add what is missing")
         for name, low, high in (("top", 1, 2**31), ("batch", 1, 2**31), ("workers", 0, 1000), ("pictures", 0, 2**31)):
             if (value := getattr(args, name)) is not None and not low <= value <= high:
                 raise ConfigError(f"--{name} expects a number from {low} up to {high}, got {value}")
-        for name in ("csv", "out"):
-            if getattr(args, name) and not args.image:
-                raise ConfigError(f"--{name} belongs to --image: add it, or drop --{name}")
-        if args.json and (args.suggest or args.compare):
-            raise ConfigError("--json is a form of the table and of --image, not of --suggest or --compare: drop it")
-        if bool(args.image) + bool(args.suggest) + bool(args.ensemble) + bool(args.compare) > 1:
-            raise ConfigError("--image, --suggest, --ensemble and --compare are four commands: give one of them")
         predictors = load_runs([args.run, *(args.ensemble or args.compare or ())], args.checkpoint, args.root)
         if args.image:
             unreadable = predict(predictors[0], images_in(args.image), args)

@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from tqdm import tqdm
 import augment as transforms
 from data import DataError, Images
 from files import locked
+
+warnings.filterwarnings("ignore", message="This DataLoader will create")         # more --workers than cores: the user's choice
 
 CHUNK = 64          # images that enter the cache together
 FLUSH = 5.0         # seconds between two records of what is there: the most that a kill can cost
@@ -112,7 +116,14 @@ class Features:
         if self.loader is None:                                                    # not `or`: that would ask for its length
             self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.cuda,
                                      persistent_workers=self.workers > 0, generator=torch.Generator())      # leaves the run's state alone
-        return iter(self.loader)
+        if not hasattr(signal, "pthread_sigmask"):                                 # Windows
+            return iter(self.loader)
+        # A Ctrl-C that meets the start of the processes would be lost in one of Python's hooks; they leave it to this process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return iter(self.loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _timed(self, iterator):
         self.waited = 0.0
@@ -160,11 +171,11 @@ class Features:
                 if (file.stat().st_size if file.exists() else 0) < end:            # deleted or cut since: what `done` tells is not there
                     (folder / "done").unlink()
                 reserve(file, needed, f"features of {self.split.name}: {n} images x {views} views x {rows} x {D} bf16")
-                grow(folder / "done", views * chunks)
+                reserve(folder / "done", views * chunks)
             self._barrier()
             stored = torch.from_file(str(file), shared=True, size=needed // 2, dtype=torch.bfloat16).view(self.shape)
             done = torch.from_file(str(folder / "done"), shared=True, size=views * chunks, dtype=torch.uint8)
-            missing = (done == 0).nonzero().flatten().tolist()
+            missing = (done != 1).nonzero().flatten().tolist()
             self._barrier()                                                        # now all ranks have seen the same state
             missing = missing[self.rank:: self.world]
             places = [(c // chunks, torch.arange(n)[c % chunks * CHUNK:][:CHUNK]) for c in missing]
@@ -210,28 +221,22 @@ def digest(*parts):
     return sha.hexdigest()
 
 
-def grow(file, size):
-    """By zeros, never shorter. Not left to torch.from_file, which clears the first byte of a file that it extends."""
+def reserve(file, needed, about=""):
+    """Grows a file by zeros, never shorter, and takes its space at once, so that a full disk is noticed now and not in the middle,
+    where a mapped file would end the process. Not left to torch.from_file, which clears the first byte of a file that it extends."""
     with open(file, "ab") as handle:
-        handle.truncate(max(size, handle.tell()))
-
-
-def reserve(file, needed, about):
-    """Says what a new cache will take and takes it at once, so that a full disk is noticed now and not in the middle."""
-    size = file.stat().st_size if file.exists() else 0
-    if size >= needed:
-        return
-    print(f"{about} = {needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
+        size = handle.tell()
+    if about and size < needed:
+        print(f"{about} = {needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
     free = shutil.disk_usage(file.parent).free
-    grow(file, 0)                                                                  # it is there
     try:
         if needed - size > free:
             raise OSError(errno.ENOSPC, "")
-        if hasattr(os, "posix_fallocate"):
-            with open(file, "rb+") as handle:
+        with open(file, "rb+") as handle:
+            handle.truncate(max(size, needed))
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, needed)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):               # others: a file system that cannot reserve
             raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free / 2**30:.1f} GiB free: "
                             f"choose fewer --cache-features or another --cache-dir") from None
-    grow(file, needed)

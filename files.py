@@ -6,10 +6,12 @@ import argparse
 import difflib
 import io
 import json
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import BrokenExecutor
 
 import torch
@@ -49,12 +51,16 @@ class Parser(argparse.ArgumentParser):
 def guarded(work, stopped="stopped"):
     """work() -> exit status: what work returns, or 0; 2 after one line on stderr about something the user can mend; 130 after Ctrl-C.
 
-    A second Ctrl-C is ignored, so that the way out is not interrupted. What is raised otherwise is a fault of this code
-    and keeps its traceback.
+    More of them within two seconds are ignored, so that the way out is not interrupted; later ones count, because Python drops
+    an exception that meets a hook of its own. What is raised otherwise is a fault of this code and keeps its traceback.
     """
+    last = -math.inf
+
     def interrupt(*_):
-        signal.signal(signal.SIGINT, lambda *_: None)                              # after SIG_IGN Python would report one on its way
-        raise KeyboardInterrupt
+        nonlocal last
+        if time.monotonic() - last > 2:
+            last = time.monotonic()
+            raise KeyboardInterrupt
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                                             # closed by whoever started this (>&-)
             setattr(sys, name, open(os.devnull, "w"))
@@ -66,6 +72,7 @@ def guarded(work, stopped="stopped"):
         status = work() or 0
         sys.stdout.flush()                                                         # here, where a reader that went away is no fault
     except KeyboardInterrupt:
+        last = math.inf                                                            # from here on they are ignored; SIG_IGN would let Python report one
         print(f"\n{stopped}", file=sys.stderr)
         if ours:
             signal.signal(signal.SIGINT, signal.SIG_IGN)                           # Python takes its own handlers away as it ends
@@ -97,7 +104,7 @@ def write_atomically(file, content):
     try:
         if not file.name or file.exists() and not file.is_file():                  # a folder; a device, which a rename would replace
             raise OSError("not a regular file")
-        temporary = file.with_name(file.name + ".tmp")
+        temporary = file.with_name(f".{file.name}.tmp")
         try:
             with open(temporary, "wb") as handle:
                 handle.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
@@ -132,8 +139,11 @@ def read_checkpoint(file, device="cpu"):
         if not missing:
             dict(json.loads(state["config"]))
             dict(state["model"])
-            if not len(state["names"]) == len(state["g_pos"]) == len(state["g_neg"]) == len(state["threshold"]):
+            if not len(set(state["names"])) == len(state["g_pos"]) == len(state["g_neg"]) == len(state["threshold"]):
                 raise ValueError("its parts speak of different numbers of categories")
+            numbers = (*state["model"].values(), state["g_pos"], state["g_neg"], torch.tensor(state["threshold"]))
+            if not all(part.isfinite().all() for part in numbers) or not all(isinstance(name, str) for name in (state["clip_sha256"], *state["names"])):
+                raise ValueError("it holds what is not finite, or is no name")
     except Exception as error:                                                     # whatever a damaged file makes the reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ConfigError(f"{file} is no readable checkpoint ({reason}): restore it, or train again") from None

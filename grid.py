@@ -9,15 +9,17 @@ import functools
 import hashlib
 import inspect
 import json
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import clip
 import data
@@ -90,11 +92,15 @@ class Runs:
             for cfg in todo:
                 finished(train_one(cfg), cfg)
             return
-        pool = ProcessPoolExecutor(self.jobs, get_context("spawn"), share_cores, (self.jobs,))
+        pool = ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), share_cores, (self.jobs,))
         try:
             futures = {pool.submit(train_one, cfg): cfg for cfg in todo}
             for future in as_completed(futures):
                 finished(future.result(), futures[future])
+        except BaseException:                                                      # Ctrl-C, or a row that cannot be: the others can go on later
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -116,7 +122,9 @@ class Runs:
         kept, file = Path(run) / f"test-{checkpoint}.npy", Path(run) / f"{checkpoint}.pt"
         with contextlib.suppress(OSError, ValueError, EOFError):                   # absent, or cut by a kill: measured anew
             if kept.stat().st_mtime >= file.stat().st_mtime:
-                return np.load(kept)
+                scores = np.load(kept)
+                if scores.shape == self.test.split.truth.shape and np.isfinite(scores.astype(float)).all():
+                    return scores
         scores = evaluation.Predictor(run, checkpoint, self.device, self.encoder).scores_of(self.test)
         save_atomically(lambda buffer: np.save(buffer, scores), kept)
         return scores
@@ -156,10 +164,11 @@ def history(run):
 def chosen(run, checkpoint):
     """The line of the last epoch, or of the best one on validation (on test where a data set has no validation split)."""
     lines = [line for line in history(run) if "test" in line]
-    if not lines:
-        raise ConfigError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew from last.pt")
-    judge = "val" if "val" in lines[-1] else "test"
-    return lines[-1] if checkpoint == "last" else max(lines, key=lambda line: line[judge]["mAP"])
+    judge = "val" if lines and "val" in lines[-1] else "test"
+    try:
+        return max(lines, key=lambda line: line[judge]["mAP"] + 0 * line["test"]["mAP"]) if checkpoint == "best" else lines[-1]
+    except (ValueError, IndexError, KeyError, TypeError):
+        raise ConfigError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew from last.pt") from None
 
 
 # What follows runs in a process of its own when --jobs asks for several.
@@ -181,6 +190,14 @@ encoder_of = functools.lru_cache(maxsize=1)(clip.load)
 def share_cores(jobs):
     signal.signal(signal.SIGINT, signal.SIG_DFL)                                   # Ctrl-C ends a worker at once; its checkpoint is whole
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    tqdm.set_lock(threading.RLock())                                               # its default, shared by processes, would outlive this one
+    parent = os.getppid()
+
+    def watch():                                                                   # the process that shares out the rows may be killed
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_one(cfg):

@@ -2,6 +2,9 @@
 
 N = h*w locations.
 """
+import logging
+import os
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -43,11 +46,18 @@ def picture(rows, side=192):
     return canvas
 
 
+def two_axes(width, height):
+    """-> matplotlib's figure, without a window, and its two axes side by side."""
+    os.environ.pop("MPLBACKEND", None)                                             # a name that it does not know would stop the import
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)                        # its words about a home that cannot be written
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(1, 2)
+
+
 def curves(history, file):
     """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured. Needs matplotlib."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3.2))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = two_axes(9, 3.2)
     epochs = [line["epoch"] for line in history]
     for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
         points = [(line["epoch"], line[name]) for line in history if name in line]

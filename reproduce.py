@@ -26,11 +26,11 @@ import clip
 import data
 import eval as evaluation
 import train
-from files import ConfigError, Parser, guarded
+from files import ConfigError, Parser, guarded, save_atomically, write_atomically
 from grid import Runs, splits_of
 from metrics import localisation
 from photos import images_in
-from pictures import picture
+from pictures import picture, two_axes
 
 # ---------------------------------------------------------------------------------------------------------- the paper's numbers
 # Table 1, known labels 10 % ... 90 %. "DualCoOp" is the authors' own rerun (their star), the stronger of the two they print.
@@ -204,11 +204,8 @@ def spread(by_seed):
 
 def plot(measured, data_name, file):
     """mAP over the share of known labels, mean and spread over the seeds; the paper's curves beside them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     printed = nearest(PAPER_1, data_name)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, (left, right) = two_axes(10, 3.8)
     for row, scores in measured.items():
         for score in [name for name in ("region", "query", "averaged") if name in scores]:
             points = [(float(column[:-2]), list(n["last"].values())) for column, n in scores[score].items() if column != AVERAGE]
@@ -219,10 +216,10 @@ def plot(measured, data_name, file):
     for axis, title in ((left, f"measured here, {data_name}, last epoch"), (right, f"the paper, {printed}")):
         axis.set(xlabel="known labels (%)", ylabel="mAP (%)", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:                                    # none where all runs diverged
+            axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    save_atomically(lambda buffer: figure.savefig(buffer, dpi=120, format="png"), file)
 
 
 # ------------------------------------------------------------------------------------------------------ Table 5 and Figure 4
@@ -258,13 +255,18 @@ def table_5(size=448, C=80):
 def figure_4(folders, images, runs, file, checkpoint="best", top=3):
     """DualCoOp's row above TRM-ML's for every image, as one picture; and how their maps sit on the boxes of the test split."""
     predictors = {name: evaluation.Predictor(run, checkpoint, runs.device, runs.encoder) for name, run in folders.items()}
+    for name, predictor in predictors.items():
+        same = (predictor.names, predictor.clip.sha256, predictor.cfg.size) == (runs.test.split.names, runs.encoder.sha256, runs.base.size)
+        if not same or (predictor.cfg.matching == "carl") != (name == "TRM-ML"):
+            raise ConfigError(f"{predictor.run} is no {name} run on {runs.base.data} with CLIP {runs.base.clip} at {runs.base.size} pixels: "
+                              "give the options that it was trained with, DualCoOp's run first")
     rows = []
     for path in images:
         for name, predictor in predictors.items():
             (_, p, maps), = predictor.over([path])
             tiles = predictor.tiles(path, p, maps, np.argsort(-p, kind="stable")[:top])
             rows.append([(tiles[0][0], f"{name}: {tiles[0][1]}"), *tiles[1:]])
-    picture(rows).save(file)
+    save_atomically(lambda buffer: picture(rows).save(buffer, "PNG"), file)
     if not runs.test.split.boxes:
         return f"The test split has no boxes: only the picture was drawn, {file}."
     names = ("pointing", "small", "medium", "large", "mass", "present", "absent", "pairs")
@@ -301,6 +303,11 @@ def parse(argv):
     names = {word.split("=")[0] for word in rest}                                  # --clip RN101 and --clip=RN101
     if "--resume" in names:
         raise ConfigError("a table goes on by itself, drop --resume: give the command that was stopped")
+    if rows := names & {"--ratio", "--matching", "--without", "--carl-from", "--images"}:
+        raise ConfigError(f"{' '.join(sorted(rows))}: the rows differ in that, drop it (--ratios and --rows choose among them)")
+    for name, fits in (("runs", own.figure), ("image", own.figure), ("rows", not own.figure), ("ratios", own.table not in (2, 5))):
+        if getattr(own, name) and not fits:
+            raise ConfigError(f"--{name} has no effect on this table, figure or study: drop it")
     base, _ = train.parse(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
@@ -347,9 +354,9 @@ def reproduce(argv):
                  f"mean ± standard deviation, of the last epoch / of the best epoch on {chosen_on}.")
         text = f"{about}\n\n{text}"
     text = f"`python reproduce.py {' '.join(argv)}`: {text}" if own.table != 5 else f"`python reproduce.py --table 5`\n\n{text}"
-    file.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(file.with_suffix(".md"), text + "\n")
     if measured is not None:
-        file.with_suffix(".json").write_text(json.dumps(measured, indent=1))
+        write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
     print(f"\n{text}\n\nwrote {file}.md, {time.perf_counter() - start:.0f} s")
 
 

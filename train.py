@@ -111,14 +111,22 @@ def run_folder(cfg):
     name = f"{Path(cfg.data).stem}-{setting}-{cfg.matching}{'-no-' + cfg.without.replace(',', '-') if cfg.without else ''}-seed{cfg.seed}"
     run = Path(cfg.out or f"runs/{name}")
     for i in range(2, 1000):
-        if not (run / "config.json").exists():
+        if not taken(run):
             above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
             if not above.is_dir() or not os.access(above, os.W_OK):                # told now, not after an hour of decoding
                 raise ConfigError(f"{above} cannot be written into: choose another --out")
             return run
         if cfg.out:
-            raise ConfigError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
+            refuse(run)
         run = Path(f"runs/{name}-{i}")
+
+
+def taken(run):
+    return any((run / name).exists() for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl"))
+
+
+def refuse(run):
+    raise ConfigError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
 
 
 def load_data(cfg):
@@ -167,14 +175,16 @@ class Run:
         self.clock["features"] = time.perf_counter() - start                       # seconds to fill the cache, 0 without one
         self.learned = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learned, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-        steps = -(-len(self.feed) // cfg.batch)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * steps)
+        self.steps = -(-len(self.feed) // cfg.batch)                               # of an epoch
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * self.steps)
         self.labels = torch.from_numpy(self.train_split.labels).to(self.device)
         self.truth = torch.from_numpy(self.train_split.truth).to(self.device)
         self.epoch, self.best, self.history = 0, None, []
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = locked(self.folder / ".lock")
+            if not resume and taken(self.folder):                                  # by a run that began and ended while this one decoded
+                refuse(self.folder)
         # Through JSON, so that what a later run reads back compares equal.
         about = json.loads(json.dumps({"config": dataclasses.asdict(cfg), "clip_sha256": self.clip.sha256, "data": {
             s.name: s.info for s in (self.train_split, self.val_split, self.test_split) if s}}))
@@ -246,23 +256,22 @@ class Run:
         self.model.train()
         torch.manual_seed((cfg.seed * 1_000_003 + self.epoch) * 1009 + self.rank)   # of dropout: an epoch needs no state of the one before
         self.pseudo = PseudoCount(self.device)
-        batches = -(-len(self.feed) // cfg.batch)
         check = 1 if self.device.type == "cpu" else 50                             # a GPU is asked rarely: asking waits for it
-        bar = tqdm(self.feed.batches(self.epoch), total=batches, desc=f"epoch {self.epoch + 1}/{cfg.epochs}", leave=False,
+        bar = tqdm(self.feed.batches(self.epoch), total=self.steps, desc=f"epoch {self.epoch + 1}/{cfg.epochs}", leave=False,
                    disable=self.rank > 0 or not sys.stderr.isatty())
         for i, (index, f, x) in enumerate(bar):
             terms = self.step(index, f, x, stage_two, min(cfg.batch, len(self.feed) - i * cfg.batch))
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term
-            if i % check == 0 or i == batches - 1:
+            if i % check == 0 or i == self.steps - 1:
                 if not torch.isfinite(sums["L"]):
-                    raise self._diverged(f"the loss is not finite after step {i + 1} of {batches}", terms)
+                    raise self._diverged(f"the loss is not finite after step {i + 1} of {self.steps}", terms)
                 bar.set_postfix(loss=f"{float(sums['L']) / (i + 1):.3f}")
         if not all(parameter.isfinite().all() for parameter in self.learned):      # finite losses, yet a gradient was not
             raise self._diverged("a weight is not finite after the last step", terms)
         seconds = time.perf_counter() - start
         speed = dict(images_per_second=round(len(self.feed) / seconds, 1), seconds=round(seconds, 2), waiting=round(self.feed.waited / seconds, 3))
-        terms = {k: round(float(v) / batches, 6) for k, v in sums.items()}
+        terms = {k: round(float(v) / self.steps, 6) for k, v in sums.items()}
         return dict(epoch=self.epoch + 1, stage=2 if stage_two else 1) | terms | self.pseudo.report() | speed
 
     def _diverged(self, what, terms):
@@ -355,11 +364,16 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             for name in ("memory", "optimizer", "scheduler", "scaler"):
+                if state[name].keys() != getattr(self, name).state_dict().keys():
+                    raise ValueError
                 getattr(self, name).load_state_dict(state[name])
             self.epoch, self.best, self.history = state["epoch"], state["best"], json.loads(state["history"])
-            if [line["epoch"] for line in self.history] != [*range(1, self.epoch + 1)] or self.best and self.best["epoch"] > self.epoch:
+            best = self.best or dict(epoch=0, mAP=0.0)
+            if [line["epoch"] for line in self.history] != [*range(1, self.epoch + 1)] or not 0 <= best["epoch"] <= self.epoch \
+                    or not 0 <= best["mAP"] <= 100 or self.scheduler.last_epoch != self.epoch * self.steps \
+                    or state["names"] != self.train_split.names or state["clip_sha256"] != self.clip.sha256:
                 raise ValueError
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        except Exception:                                                          # whatever an edited file makes them raise
             raise ConfigError(f"{file} does not hold what its settings tell: restore it, or train anew into another --out") from None
         if self.rank == 0:
             self._write_history()                                                  # a kill may have come between the two files
@@ -394,10 +408,10 @@ class Run:
 def main(argv=None):
     def work():
         cfg, resume = parse(argv, __doc__)
-        world, *ranks = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        world, *others = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
         if world not in ("", "1"):
-            if not all(number.isdecimal() for number in (world, *ranks)):
-                raise ConfigError(f"WORLD_SIZE is {world!r} without RANK and LOCAL_RANK as numbers: start with torchrun, or unset it")
+            if not all(number.isdecimal() for number in (world, *others)) or "MASTER_ADDR" not in os.environ:
+                raise ConfigError(f"WORLD_SIZE is {world!r} without torchrun's other variables as numbers: start with torchrun, or unset it")
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

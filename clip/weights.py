@@ -145,7 +145,8 @@ def load(name_or_path="tiny", fold=True, activation=None):
                         f"{path} is missing: get it from the repository or train it with python -m clip.pretrain")
     state, metadata = read(path)
     digest = FILES[name][1] if name in FILES else sha256(path)
-    activation = activation or find_activation(path, digest, state, metadata)
+    told = find_activation(path, digest, state, metadata)
+    activation = activation or told
     if activation is None:
         raise ClipError(f"{path} does not tell its activation, QuickGELU (OpenAI's models, open_clip's '-quickgelu') or "
                         "GELU (open_clip's others): pass activation='quickgelu' or activation='gelu'")
@@ -153,5 +154,5 @@ def load(name_or_path="tiny", fold=True, activation=None):
         model = build({re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items()}, fold, activation)
     except ClipError as e:
         raise ClipError(f"{path}: {e}") from None
-    model.name, model.sha256 = name, digest
+    model.name, model.sha256 = name, digest if activation == told else hashlib.sha256((digest + activation).encode()).hexdigest()
     return model.requires_grad_(False)

@@ -1,5 +1,6 @@
 """Commands that are slips: a value left empty, an output that is an input, a file cut or edited by hand, a reader that went away.
 Each was once silently wrong, destroyed work, or ended in a traceback. tests/test_bad_data.py has the bad data sets."""
+import errno
 import json
 import os
 import shutil
@@ -8,23 +9,26 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_world import ROOT, command, one_line, options, run, start, weights, world       # noqa: F401
+from small_world import ROOT, command, one_line, options, rows, run, start, weights, world       # noqa: F401
 
 import captions
 import clip
 import data
 import eval as evaluation
+import features
+import ranks
 import reproduce
 import scenes
 import train
 from clip import pretrain
 from data import DataError
-from files import ConfigError, read_checkpoint, write_atomically
+from files import ConfigError, guarded, write_atomically
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and signals are POSIX's")
 
@@ -121,8 +125,15 @@ def test_an_empty_list_of_components_is_a_value(world, tmp_path):               
 @pytest.mark.parametrize("main, arguments, words", [
     (train.main, ["--epochs", 10**30], ["--epochs", "up to"]), (train.main, ["--queue", 2**40], ["--queue", "up to"]),
     (train.main, ["--workers", 5000], ["--workers", "1000"]), (train.main, ["--val", "x.csv"], ["val", "x.csv"]),
-    (evaluation.main, ["x", "--top", 10**30], ["--top", "up to"]), (evaluation.main, ["x", "--workers", 5000], ["--workers", "1000"]),
+    (evaluation.main, ["x", "--image", "a", "--top", 10**30], ["--top", "up to"]), (evaluation.main, ["x", "--image", "a", "--workers", 5000], ["--workers", "1000"]),
     (evaluation.main, ["x", "--csv", "all.csv"], ["--csv", "--image"]), (evaluation.main, ["x", "--out", "d"], ["--out", "--image"]),
+    (evaluation.main, ["x", "--top", 3], ["--top", "--image"]), (evaluation.main, ["x", "--image", "a.jpg", "--root", "d"], ["--root", "--suggest"]),
+    (evaluation.main, ["x", "--suggest", "s.csv", "--split", "val"], ["--split", "table"]),
+    (train.main, ["--captions", "c.json"], ["--captions", "--images captions"]), (train.main, ["--lists", "d"], ["--lists", "splc"]),
+    (train.main, ["--kd-temperature", "1e308"], ["--kd-temperature", "1000"]),
+    (reproduce.main, ["--table", 3, "--ratio=0.3"], ["--ratio", "drop it"]), (reproduce.main, ["--table", 3, "--without", "kd"], ["--without"]),
+    (reproduce.main, ["--table", 3, "--runs", "a", "b"], ["--runs", "no effect"]), (reproduce.main, ["--table", 5, "--ratios", 0.5], ["--ratios"]),
+    (reproduce.main, ["--figure", 4, "--rows", "all"], ["--rows"]),
     (evaluation.main, ["x", "--suggest", "s.csv", "--json"], ["--json"]),
     (reproduce.main, ["--table", 3, "--seeds", 10**30], ["--seeds", "1000"]), (reproduce.main, ["--table", 3, "--jobs", 5000], ["--jobs", "1000"]),
     (reproduce.main, ["--table", 3, "--ratios", 0.501, 0.504], ["--ratios", "0.501 0.504"]),
@@ -303,9 +314,12 @@ def spoil(file, **changes):
 
 @pytest.mark.parametrize("part, value", [("model", {}), ("model", 7), ("memory", {}), ("optimizer", {}), ("scheduler", None),
                                          ("history", "{"), ("history", "[]"), ("history", "[1, 2]"), ("epoch", "two"), ("best", {"epoch": 77}),
-                                         ("best", 5)])
+                                         ("best", 5), ("best", {"epoch": 1}), ("best", {"epoch": 1, "mAP": "9"}), ("scheduler", {}),
+                                         ("scheduler", {"last_epoch": 5000}), ("clip_sha256", "0" * 64), ("names", ["x", *"abcdefghijklmnopqrstuvwxyz1"])])
 def test_parts_of_a_checkpoint_that_do_not_fit_are_not_resumed(world, trained, tmp_path, capfd, part, value):    # noqa: F811
     shutil.copytree(trained, tmp_path / "run")
+    if part == "scheduler" and value:
+        value = torch.load(tmp_path / "run" / "last.pt", weights_only=True)[part] | value
     spoil(tmp_path / "run" / "last.pt", **{part: value})
     before = snapshot(tmp_path)
     one_line(train.main, ["--resume", tmp_path / "run"], capfd, "last.pt", "restore it")
@@ -313,6 +327,8 @@ def test_parts_of_a_checkpoint_that_do_not_fit_are_not_resumed(world, trained, t
 
 
 @pytest.mark.parametrize("part, value", [("model", 7), ("g_pos", [1] * 28), ("g_neg", torch.zeros(28, 3)), ("threshold", ["a"] * 28),
+                                         ("threshold", [float("nan")] * 28), ("g_pos", torch.full((28, 24), torch.nan)), ("clip_sha256", None),
+                                         ("names", list(range(28))), ("names", ["a"] * 28),
                                          ("names", 5), ("config", 5), ("g_pos", torch.zeros(28, 24, dtype=torch.int64))])
 def test_parts_of_a_checkpoint_that_do_not_fit_are_not_evaluated(trained, tmp_path, capfd, part, value):
     shutil.copytree(trained, tmp_path / "run")
@@ -459,6 +475,96 @@ def test_ctrl_c_while_a_command_begins_or_draws_leaves_no_traceback(words, delay
     assert at_work.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err
     assert [line for line in err.splitlines() if line and "drawing" not in line] in (["stopped"], []), err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_began_while_another_one_decoded_is_not_overwritten(world, tmp_path, capfd):                  # noqa: F811
+    def slow(split, *arguments, **options):
+        if not (tmp_path / "run").exists():
+            with mock.patch.object(train, "Features", features.Features):
+                run(world, tmp_path / "run", epochs=2)
+        return features.Features(split, *arguments, **options)
+
+    with mock.patch.object(train, "Features", slow):
+        one_line(train.main, options(world, tmp_path / "run", epochs=1, seed=9), capfd, "holds a run already")
+    assert len(rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("left", ("last.pt", "best.pt", "metrics.jsonl"))
+def test_a_folder_that_lost_its_config_is_not_trained_into(world, trained, tmp_path, capfd, left):               # noqa: F811
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / left, tmp_path / "run")
+    one_line(train.main, options(world, tmp_path / "run"), capfd, "holds a run already")
+    assert snapshot(tmp_path / "run") == {tmp_path / "run" / left: (trained / left).read_bytes()}
+
+
+@pytest.mark.parametrize("old, new", (("image,sun,tree", "image,tree,sun"), ("cup", "mug"), ("cup\n", "cup\n#prompt,a,b,c\n")))
+def test_a_sheet_whose_words_changed_is_not_resumed(sheet, capfd, old, new):
+    folder, file = sheet
+    file.write_text(file.read_text().replace(old, new, 1))
+    one_line(train.main, ["--resume", folder], capfd, "begun on other data")
+
+
+def test_data_that_moved_are_resumed_with_root(world, tmp_path, capfd):                                          # noqa: F811
+    shutil.copytree(world / "scenes", tmp_path / "old")
+    run(world, tmp_path / "run", epochs=1, root=tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    one_line(train.main, ["--resume", tmp_path / "run"], capfd, "--root")
+    assert command(train.main, ["--resume", tmp_path / "run", "--root", tmp_path / "new"], capfd)[0] == 0
+
+
+def test_activations_of_one_file_do_not_share_features(world):                                                   # noqa: F811
+    file = next(world.glob("*.safetensors"))
+    shutil.copy(file, world / "untold.pt")
+    told, other = (clip.load(world / "untold.pt", activation=a) for a in ("quickgelu", "gelu"))
+    assert told.sha256 != other.sha256 and clip.load(file).sha256 == clip.weights.sha256(file)
+
+
+def test_figure_4_wants_its_two_runs(world, trained, tmp_path, capfd):                                           # noqa: F811
+    arguments = ["--figure", 4, *options(world, tmp_path, ratio=None, epochs=1)]
+    one_line(reproduce.main, [*arguments, "--runs", trained, trained], capfd, "no DualCoOp run")
+    run(world, tmp_path / "dualcoop", epochs=1, matching="dualcoop")
+    one_line(reproduce.main, [*arguments, "--size", 96, "--runs", tmp_path / "dualcoop", trained], capfd, "96 pixels")
+    assert command(reproduce.main, [*arguments, "--runs", tmp_path / "dualcoop", trained], capfd)[0] == 0
+
+
+def test_zero_is_a_value_of_table_2(tmp_path):
+    parsed = [reproduce.parse(["--table", "2", *given])[1].assume_negative for given in ([], ["--assume-negative", "0"])]
+    assert parsed == [0.3, 0.0]
+
+
+def test_a_rank_without_an_image_leaves_the_scores_to_the_others(monkeypatch):
+    parts = [{"region": np.zeros((1, 3))}, {"region": np.ones((1, 3))}, {}]
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(ranks.dist, "all_gather_object", lambda into, _: into.__setitem__(slice(None), parts))
+    assert ranks.in_order({}, 2, 6)["region"].tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
+def test_a_file_system_that_cannot_reserve_is_no_full_disk(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    features.reserve(tmp_path / "f", 5000, "features")
+    assert (tmp_path / "f").stat().st_size == 5000
+    features.reserve(tmp_path / "f", 10)
+    assert (tmp_path / "f").stat().st_size == 5000
+
+
+@posix
+def test_ctrl_c_counts_even_if_the_first_one_is_lost():
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:                                                  # as one of Python's hooks would drop it
+            pass
+        os.kill(os.getpid(), signal.SIGINT)                                        # at once: ignored, the way out is not interrupted
+        time.sleep(2.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert guarded(work) == 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @posix
