@@ -12,7 +12,7 @@ N images, C categories.
 import signal
 if __name__ == "__main__":                                                          # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-import hashlib, random, sys, zipfile
+import hashlib, os, random, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,20 +95,17 @@ def hold_out(count, share, seed=1200):
 def read_mask(path, table):
     """(N, C) bool from the user's .npy, .npz or text file (commas or blanks): booleans or 0/1 that say which cells are
     seen, or label codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the official list."""
-    try:
-        if Path(path).suffix in (".npy", ".npz"):
-            array = np.load(path, allow_pickle=False)
-            if Path(path).suffix == ".npz":
-                name, = array.files                                                # of two arrays, which is the mask?
-                array = array[name]
-        else:
-            array = np.array([line.replace(",", " ").split() for line in datasets.read_lines(path)]).astype(int)
-        np.isin(array, (-1, 0, 1))
-    except (OSError, ValueError, EOFError, IndexError, TypeError, OverflowError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
-                        f"{error}") from None
-    if array.shape != table.labels.shape:
-        raise DataError(f"{path}: expected a mask for {table.labels.shape} images x classes, got {array.shape}")
+    if Path(path).suffix in (".npy", ".npz"):
+        array = datasets.read_array(path)
+    else:
+        lines = datasets.read_lines(path)
+        try:
+            array = np.array([line.replace(",", " ").split() for line in lines]).astype(int)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
+                            f"{error}") from None
+    if array.shape != table.labels.shape or array.dtype.kind not in "biuf":
+        raise DataError(f"{path}: expected a mask for {table.labels.shape} images x classes, got {array.shape} of type {array.dtype}")
     if not np.isin(array, (-1, 0, 1)).all():
         raise DataError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
     wrong = (array != table.labels) & (array != UNKNOWN)
@@ -164,21 +161,22 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
 def splc_lists(data, root, lists, parts):
     """The SPLC setup: published lists name the training images and their positive. -> (train, its labels, test)"""
     where = Path(lists or root)
-    paths = [where if i == 0 and where.is_file() else
-             datasets.find(where.parent if where.is_file() else where, name, f"annotations/{name}", f"scpnet_{name}",
+    paths = [where if i == 0 and os.path.isfile(where) else
+             datasets.find(where.parent if os.path.isfile(where) else where, name, f"annotations/{name}", f"scpnet_{name}",
                            what=f"the list {name} (pass its folder as --lists)") for i, name in enumerate(LISTS[data])]
     if data == "nuswide":  # the complete training labels are not among the lists: the truth is what they tell
         concepts = datasets.nus_names(root)
-        (train_names, observed), (test_names, test) = (datasets.single_list(path, 81) for path in paths)
+        (train_names, observed), (test_names, test) = (datasets.single_list(path, 81, path == paths[0]) for path in paths)
         train = datasets.photos(root, train_names, observed, concepts, paths[0])
         test = np.where(test == POSITIVE, test, NEGATIVE)
         return train, observed, datasets.photos(root, test_names, test, concepts, paths[1])
-    names, observed = datasets.single_list(paths[0], len(parts["train"].names))
+    names, observed = datasets.single_list(paths[0], len(parts["train"].names), single=True)
     row = {Path(file).name: i for i, file in enumerate(parts["train"].files)}
     absent = [name for name in names if Path(name).name not in row]
     if absent:
         raise DataError(f"{paths[0]}: {len(absent)} of its images are not in {data}'s training set, first {absent[0]}")
     train = parts["train"].take([row[Path(name).name] for name in names])
+    datasets.once(train.files, paths[0])
     if (observed & (train.labels != POSITIVE)).any():
         i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
         raise DataError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which its annotation denies")
