@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import augment
+import captions
 import data
 import datasets
 import fake_datasets as fake
@@ -266,7 +267,9 @@ def test_folders_and_arguments(coco, tmp_path):
                            "val is a share": dict(val=1.5), "val is a share in": dict(val="x.csv"), "train_images 1 or more":
                            dict(train_images=0), "prompt_names is one of": dict(prompt_names="short"), "cannot be read":
                            dict(names=tmp_path / "none.txt"), "the file is empty": dict(mask=tmp_path / "file"),
-                           "no positive label": dict(ratio=1e-9)}.items():
+                           "no positive label": dict(ratio=1e-9), "train_images, or lower val": dict(val=0.99), "holds none out": dict(val=0.01),
+                           "ratio is a share .* got 'x'": dict(ratio="x"), "seed is 0 or more": dict(seed=2**32), "got 0.5 and None": dict(seed=0.5),
+                           "got 0 and '3'": dict(train_images="3"), r"val is a share in .* got \[1\]": dict(val=[1])}.items():
         refused(match, "coco", root, **options)
     with pytest.raises(DataError, match="augment is none"):
         data.Images(data.load("coco", root)[0], 32, "autoaugment")
@@ -351,12 +354,14 @@ def test_lists_that_contradict_themselves(tmp_path, name, file, old, new, match)
     refused(match, name, tmp_path, single_positive=setting.strip() or None)
 
 
-def test_vg_names_need_objects_of_the_lists(tmp_path):
+def test_vg_names_need_objects_of_the_lists(tmp_path, capsys):
     fake.vg200(tmp_path)
     for text, match in (("[]", "objects.json: none of its images"), ('[{"image_id": 5, "objects": [{"names": ["sky"]}]}]', "none of its images"),
                         ("[" * 200000, "not Visual Genome's objects.json")):
         fake.write(tmp_path / "objects.json", text)
         refused(match, tmp_path, tmp_path / "objects.json", call=datasets.vg_match)
+    assert data.main(["coco", "--root", str(tmp_path), "--objects", "objects.json"]) == 2
+    assert "--objects needs vg200 and --root" in capsys.readouterr().err
 
 
 def test_vg200(tmp_path):
@@ -551,15 +556,39 @@ def test_second_sheet(folder):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
 def test_a_pipe_is_not_waited_for(folder, tmp_path):
-    for name in ("p.csv", "p.npy", "p.txt"):
+    for name in ("p.csv", "p.npy", "p.txt", "p.json"):
         os.mkfifo(tmp_path / name)
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
     for arguments, options in (((tmp_path / "p.csv",), {}), ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
                                ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)), ((folder / "s.csv",), dict(names=tmp_path / "p.txt"))):
         refused("not a regular file", *arguments, **options)
+    refused("not a regular file", tmp_path / "p.json", ["dog"], ["dog"], call=captions.load)
 
 
-# ------------------------------------------------------------------------------------------------------------ caches
+def test_a_share_that_holds_nothing_out(folder):
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    refused("val 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
+    assert data.load(folder / "s.csv")[1] is data.load(folder / "s.csv", val=0)[1] is None      # not asked for
+    refused("or lower val", folder / "s.csv", val=0.9)
+    refused(r"val is a share .* got \[1\]", folder / "s.csv", val=[1])
+
+
+# ----------------------------------------------------------------------------------------- the checker, caches, captions
+def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys):
+    def lines(*arguments):
+        assert data.main([*map(str, arguments)]) == 2
+        return capsys.readouterr().err.splitlines()
+    line, = lines("coco", "--root", coco[0], "--no-decode")
+    assert "nothing to learn from" in line and " more: nothing" in line and len(line) < 200
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    fake.write(folder / "n.txt", "one\n")
+    line, = lines(folder / "s.csv", "--names", folder / "n.txt")
+    assert "n.txt: expected 2 names" in line
+    fake.write(folder / "s.csv", HEAD + '0.jpg,1,0\n"no\nimage.jpg",0,1\n')
+    line, = lines(folder / "s.csv")
+    assert line.startswith("error: ") and "no image.jpg" in line
+
+
 def test_a_cache_that_is_damaged_or_full(coco, tmp_path, monkeypatch):
     whole = data.load("coco", coco[0])[0]
     for file in (tmp_path / "cache").iterdir():
@@ -573,3 +602,9 @@ def test_a_cache_that_is_damaged_or_full(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", full)
     shutil.rmtree(tmp_path / "cache")
     assert (data.load("coco", coco[0])[0].labels == whole.labels).all() and list((tmp_path / "cache").iterdir()) == []
+
+
+def test_captions_with_a_byte_order_mark(tmp_path):
+    content = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
+    (tmp_path / "c.json").write_bytes(json.dumps(content).encode("utf-8-sig"))
+    assert captions.load(tmp_path / "c.json", ["dog"], ["dog"]).paths == ["a dog"]
