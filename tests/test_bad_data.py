@@ -19,6 +19,7 @@ import captions
 import data
 import datasets
 import fake_datasets as fake
+import scenes
 from data import DataError
 
 
@@ -608,3 +609,29 @@ def test_captions_with_a_byte_order_mark(tmp_path):
     content = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
     (tmp_path / "c.json").write_bytes(json.dumps(content).encode("utf-8-sig"))
     assert captions.load(tmp_path / "c.json", ["dog"], ["dog"]).paths == ["a dog"]
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+FEW = dict(train=1, val=1, test=1, size=64, workers=1)
+
+
+@pytest.mark.parametrize("case", ["here", "link", "dangling link"])
+def test_scenes_roots_that_hold_nothing(tmp_path, monkeypatch, case):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / ("home" if case == "link" else "new"))
+    monkeypatch.chdir(tmp_path / "home")
+    scenes.write({"here": "."}.get(case, "../link"), **FEW)
+    assert (tmp_path / {"here": "home"}.get(case, "link") / "scenes.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} <= {"home", "link", "new"}
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["deep", "new/..", "loop"])
+def test_scenes_roots_that_are_refused_before_drawing(tmp_path, monkeypatch, case):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/scenes.json").write_text("[" * 200000)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setattr(scenes, "draw_all", None)
+    with pytest.raises(ValueError, match="should hold scenes .* delete it or name another root"):
+        scenes.write(tmp_path / case, **FEW)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "loop"]
