@@ -10,14 +10,13 @@ are averaged (`eval.py RUN --ensemble RUN`). Not as there: our dual prompts and 
 """
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from clip import ClipError
 from data import NEGATIVE, POSITIVE, DataError, as_split
-from datasets import Table
+from datasets import Table, read_bytes
 from features import order
 
 # Words that mean the same, a group a line; a category is named by every word of the groups that hold its own name, and by their
@@ -87,7 +86,7 @@ def mentioned(text, phrases):
 def load(file, names, prompts, images=None):
     """captions_*.json as COCO's -> data.Split whose `paths` are the captions that name a category, the first `images` images'."""
     try:
-        raw = json.loads(Path(file).read_text())
+        raw = json.loads(read_bytes(file))                                         # as bytes: a byte-order mark is understood
         wanted = {image["id"] for image in raw["images"][:images]}
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

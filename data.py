@@ -12,9 +12,10 @@ N images, C categories.
 import signal
 if __name__ == "__main__":                                                          # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-import hashlib, inspect, json, os, random, sys, zipfile
+import hashlib, inspect, json, os, random, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,15 @@ def cub_prompt(name):
     return value.split("_(")[0] + " " + name.split("_")[1] if value and "_" in group else name
 
 
-def prompts_for(data, names, style):
+def prompts_for(data, names, style="peers", file=None):
+    """What the classes `names` are called in prompts: what `file` says, one a line, or else `style`, see PROMPTS."""
     if style not in ("peers", "official", "words"):
         raise DataError(f"prompt_names is one of peers, official, words; got {style!r}")
+    if file and data != "vg200":  # which read it as its own names
+        prompts = datasets.read_lines(file)
+        if len(prompts) != len(names):
+            raise DataError(f"{file}: expected {len(names)} names, one a line, got {len(prompts)}")
+        return prompts
     if data == "cub" and style != "official":
         names = [cub_prompt(name) for name in names]
     return [PROMPTS.get((data, style), {}).get(name, name).replace("_", " ") for name in names]
@@ -96,20 +103,17 @@ def hold_out(count, share, seed=1200):
 def read_mask(path, table):
     """(N, C) bool from the user's .npy, .npz or text file (commas or blanks): booleans or 0/1 that say which cells are
     seen, or label codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the official list."""
-    try:
-        if Path(path).suffix in (".npy", ".npz"):
-            array = np.load(path, allow_pickle=False)
-            if Path(path).suffix == ".npz":
-                name, = array.files                                                # of two arrays, which is the mask?
-                array = array[name]
-        else:
-            array = np.array([line.replace(",", " ").split() for line in datasets.read_lines(path)]).astype(int)
-        np.isin(array, (-1, 0, 1))
-    except (OSError, ValueError, EOFError, IndexError, TypeError, OverflowError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
-                        f"{error}") from None
-    if array.shape != table.labels.shape:
-        raise DataError(f"{path}: expected a mask for {table.labels.shape} images x classes, got {array.shape}")
+    if Path(path).suffix in (".npy", ".npz"):
+        array = datasets.read_array(path)
+    else:
+        lines = datasets.read_lines(path)
+        try:
+            array = np.array([line.replace(",", " ").split() for line in lines]).astype(int)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
+                            f"{error}") from None
+    if array.shape != table.labels.shape or array.dtype.kind not in "biuf":
+        raise DataError(f"{path}: expected a mask for {table.labels.shape} images x classes, got {array.shape} of type {array.dtype}")
     if not np.isin(array, (-1, 0, 1)).all():
         raise DataError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
     wrong = (array != table.labels) & (array != UNKNOWN)
@@ -161,21 +165,22 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
 def splc_lists(data, root, lists, parts):
     """The SPLC setup: published lists name the training images and their positive. -> (train, its labels, test)"""
     where = Path(lists or root)
-    paths = [where if i == 0 and where.is_file() else
-             datasets.find(where.parent if where.is_file() else where, name, f"annotations/{name}", f"scpnet_{name}",
+    paths = [where if i == 0 and os.path.isfile(where) else
+             datasets.find(where.parent if os.path.isfile(where) else where, name, f"annotations/{name}", f"scpnet_{name}",
                            what=f"the list {name} (pass its folder as --lists)") for i, name in enumerate(LISTS[data])]
     if data == "nuswide":  # the complete training labels are not among the lists: the truth is what they tell
         concepts = datasets.nus_names(root)
-        (train_names, observed), (test_names, test) = (datasets.single_list(path, 81) for path in paths)
+        (train_names, observed), (test_names, test) = (datasets.single_list(path, 81, path == paths[0]) for path in paths)
         train = datasets.photos(root, train_names, observed, concepts, paths[0])
         test = np.where(test == POSITIVE, test, NEGATIVE)
         return train, observed, datasets.photos(root, test_names, test, concepts, paths[1])
-    names, observed = datasets.single_list(paths[0], len(parts["train"].names))
+    names, observed = datasets.single_list(paths[0], len(parts["train"].names), single=True)
     row = {Path(file).name: i for i, file in enumerate(parts["train"].files)}
     absent = [name for name in names if Path(name).name not in row]
     if absent:
         raise DataError(f"{paths[0]}: {len(absent)} of its images are not in {data}'s training set, first {absent[0]}")
     train = parts["train"].take([row[Path(name).name] for name in names])
+    datasets.once(train.files, paths[0])
     if (observed & (train.labels != POSITIVE)).any():
         i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
         raise DataError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which its annotation denies")
@@ -203,19 +208,19 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
     """
     if single_positive not in (None, "largeloss", "splc"):
         raise DataError(f"single_positive is largeloss or splc, got {single_positive!r}")
-    if not 0 < ratio <= 1:
-        raise DataError(f"ratio is a share in (0, 1], got {ratio}")
+    if not (isinstance(ratio, Real) and 0 < ratio <= 1):
+        raise DataError(f"ratio is a share in (0, 1], got {ratio!r}")
     if (single_positive is not None) + (mask is not None) + (ratio != 1) > 1:
         raise DataError("single_positive, mask and ratio < 1 exclude each other: choose one of them")
     if single_positive == "splc" and data not in LISTS:
         raise DataError(f"single_positive='splc' has lists for {', '.join(LISTS)}; for {data} use 'largeloss'")
-    if seed < 0 or (train_images is not None and train_images < 1):
-        raise DataError(f"seed is 0 or more and train_images 1 or more, got {seed} and {train_images}")
+    if not all(isinstance(n, Integral) and low <= n <= 2**31 for n, low in ((seed, 0), (1 if train_images is None else train_images, 1))):
+        raise DataError(f"seed is 0 or more and train_images 1 or more, whole and up to 2**31, got {seed!r} and {train_images!r}")
     try:
         val = float(val)  # a share may come from the command line as text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
-    if val is not None and not (0 <= val < 1 if isinstance(val, float) else is_sheet(data)):
+    if val is not None and not (0 <= val < 1 if isinstance(val, float) else is_sheet(data) and isinstance(val, (str, Path))):
         raise DataError(f"val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {val}")
     cole, splc = single_positive == "largeloss", single_positive == "splc"
     parts = tables(data, root, cole, splc, names, keep_unannotated, val)
@@ -230,24 +235,22 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
         labels = train.labels * kept
     digest = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()  # of all rows, before any is dropped
 
-    prompts = train.prompts or prompts_for(data, train.names, prompt_names)
-    if names and data != "vg200":
-        prompts = datasets.read_lines(names)
-        if len(prompts) != len(train.names):
-            raise DataError(f"{names}: expected {len(train.names)} names, one a line, got {len(prompts)}")
-
+    prompts = train.prompts if train.prompts and not names else prompts_for(data, train.names, prompt_names, names)
     rows, held = np.arange(len(labels)), None if isinstance(val, float) else parts.get("val")
     if held is None:
         share = (0.2 if cole or is_sheet(data) else 0.0) if val is None else val
         rows, held_rows = hold_out(len(labels), share)
         held_rows = held_rows[~train.drop[held_rows]]
+        if val and not len(held_rows):
+            raise DataError(f"val {val} of {len(labels)} training images holds none out: raise it, or give 0 for no validation")
         held = train.take(held_rows) if len(held_rows) else None
     rows = rows[~train.drop[rows]][:train_images]
     label = Path(data).stem if is_sheet(data) else data
     first = as_split(f"{label}/train", train.take(rows), prompts, labels[rows])
     first.info["mask_sha256"] = digest
     if not first.info["positives"]:
-        raise DataError(f"{data}: no positive label is left in {len(rows)} training images; raise ratio or train_images")
+        raise DataError(f"{data}: no positive label is left in {len(rows)} training images; raise ratio or train_images"
+                        + (", or lower val" if val and isinstance(val, float) else ""))
     return first, *(table and as_split(f"{label}/{name}", table.used(), prompts)
                     for name, table in (("val", held), ("test", parts.get("test"))))
 
@@ -313,6 +316,7 @@ def check(data, root=None, names=None, decode=True):
     """Prints what is in a data set or sheet; returns the problems, one line each."""
     try:
         parts = tables(data, root, names=names)
+        prompts_for(data, parts["train"].names, file=names)
     except DataError as error:
         return getattr(error, "problems", [str(error)])
     problems = []
@@ -327,7 +331,8 @@ def check(data, root=None, names=None, decode=True):
             print(f"{category[:31]:32}{int(counts[c]):9}{(column == NEGATIVE).sum():9}{(column == UNKNOWN).sum():9}")
         never = [category for category, count in zip(table.names, counts) if not count]
         if never and name == "train":
-            problems.append(f"{data} {name}: no image has {', '.join(map(repr, never))}: nothing to learn from")
+            problems.append(f"{data} {name}: no image has {', '.join(map(repr, never[:5]))}"
+                            f"{f' and {len(never) - 5} more' if len(never) > 5 else ''}: nothing to learn from")
         together = np.triu(positive.T @ positive, 1)
         lift = np.where(together >= 3, together * len(positive) / np.maximum(np.outer(counts, counts), 1), 0)
         print("seen together most, beyond chance:")
@@ -359,12 +364,12 @@ def main(argv=None):
     def work():
         args = parser.parse_args(argv)
         if args.objects:
-            if not args.root:
-                raise ConfigError("--objects needs --root, the folder of Visual Genome")
+            if not args.root or args.data != "vg200":
+                raise ConfigError("--objects needs vg200 and --root, the folder of Visual Genome")
             return print("\n".join(datasets.vg_match(args.root, args.objects)))
         problems = check(args.data, args.root, args.names, not args.no_decode)
         for line in problems:
-            print(f"error: {line}", file=sys.stderr)
+            print("error: " + " ".join(line.split()), file=sys.stderr)                # a cell of a sheet may hold line breaks
         if problems:
             return 2
         print("\nno problems found")

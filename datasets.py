@@ -6,7 +6,7 @@ Rows come in the order of the field's published code, because the published rand
 
 N images, C categories.
 """
-import hashlib, json, os, tempfile
+import hashlib, io, json, math, os, tempfile
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,31 +53,49 @@ class Table:
 # ---------------------------------------------------------------------------------------------------------- files
 def find(root, *choices, what):
     """The first of `choices` (paths below root) that exists."""
-    root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # Path's own would raise for a name that is too long
         raise DataError(f"{root}: no such folder (expected the data set there; pass its folder as --root)")
     for choice in choices:
-        if (root / choice).exists():
-            return root / choice
+        if os.path.exists(Path(root, choice)):
+            return Path(root, choice)
     raise DataError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))}); is --root right?")
 
 
 def read_bytes(path):
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")  # a pipe would be waited for without end
         return Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def read_lines(path):
-    """Non-empty lines without their ends; CRLF, a missing last newline and a byte-order mark are all fine."""
+def read_array(path):
+    """The array of a .npy, or the only one of a .npz, whichever of the two the file is; pickles are never loaded."""
+    content = io.BytesIO(read_bytes(path))
+    try:
+        found = np.load(content, allow_pickle=False)
+        array, = [found] if isinstance(found, np.ndarray) else found.values()  # of two, which is meant?
+        return np.asarray(array)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise DataError(f"{path}: not a plain array file, .npy or .npz of one array ({str(error)[:150]}); save it again") from None
+
+
+def read_lines(path, names=None):
+    """Lines that are not empty, without their ends; CRLF, a missing last newline and a byte-order mark are all fine.
+    names: how many different ones there must be."""
     raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: the file is empty; expected a line for each entry: write it, or complete the download")
+    if names and not len(set(lines)) == len(lines) == names:
+        raise DataError(f"{path}: expected {names} distinct names, one a line; got {len(lines)} ({len(set(lines))} distinct)")
+    return lines
 
 
 def inside(folder, name, where):
@@ -106,12 +124,17 @@ def present(paths):
     return found
 
 
-def require(paths, where):
-    """Every image is there, and listed once."""
+def once(entries, where):
+    """Nothing is listed twice."""
     seen = set()
-    twice = [path for path in paths if path in seen or seen.add(path)]
+    twice = [entry for entry in entries if entry in seen or seen.add(entry)]
     if twice:
         raise DataError(f"{where}: {twice[0]} is listed twice; keep one of the two rows")
+
+
+def require(paths, where):
+    """Every image is there, and listed once."""
+    once(paths, where)
     missing = np.flatnonzero(~present(paths))
     if len(missing):
         raise DataError(f"{where}: {len(missing)} of {len(paths)} images are missing, first {paths[missing[0]]}; "
@@ -122,12 +145,12 @@ def noted(why, drop):
     return {why: int(drop.sum())} if drop.any() else {}
 
 
-def cached(kind, files, parse):
-    """parse() -> dict of arrays, kept in the user's cache folder under the sha256 of what `files` hold.
+def cached(kind, files, parse, keys):
+    """parse() -> dict of arrays with these `keys`, kept in the user's cache folder under the sha256 of what `files` hold.
 
     Keyed by content, so an edited file is parsed again and a moved one is not. Never writes next to the data.
     """
-    digest = hashlib.sha256(b"1" + kind.encode())  # the number is the version of the cached form
+    digest = hashlib.sha256(b"2" + kind.encode())  # the number is the version of the cached form and of what is refused
     for path in files:
         digest.update(hashlib.sha256(read_bytes(path)).digest())
     home = os.path.expanduser("~")  # of a user without a home "~", which is no folder
@@ -135,17 +158,18 @@ def cached(kind, files, parse):
     target = folder / f"{kind}-{digest.hexdigest()[:32]}.npz"
     try:
         with np.load(target) as stored:
-            return dict(stored)
+            return {key: stored[key] for key in keys.split()}
     except Exception:
         pass  # absent, or spoilt by whatever cause: the original is at hand
-    arrays = parse()
+    arrays, part = parse(), None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
             np.savez(part, **arrays)
         os.replace(part.name, target)
-    except OSError:
-        pass  # a full or read-only cache costs time only
+    except OSError:  # a full or read-only cache costs time only
+        if part:
+            Path(part.name).unlink(missing_ok=True)
     return arrays
 
 
@@ -160,7 +184,7 @@ def parse_coco(path):
     except (ValueError, RecursionError) as error:  # broken JSON and broken UTF-8 are both ValueErrors
         raise DataError(f"{path}: not valid JSON ({error}); the download is probably incomplete") from None
     try:
-        images, notes = content["images"], content["annotations"]
+        images, notes = list(content["images"]), list(content["annotations"])
         names = {category["id"]: category["name"] for category in content["categories"]}
         if len(names) < len(content["categories"]) or len(set(names.values())) < len(names):
             raise DataError(f"{path}: a category's id or name comes twice")
@@ -173,29 +197,30 @@ def parse_coco(path):
     for i, image in enumerate(images):
         try:
             sizes.append((float(image["width"]), float(image["height"])))
-            if image["id"] in row or not image["file_name"].isprintable() or min(sizes[i]) <= 0:
+            text = str(image["id"]) + image["file_name"]
+            if image["id"] in row or not text.isprintable() or not 0 < min(sizes[i]) <= max(sizes[i]) < math.inf:
                 raise ValueError
             row[image["id"]] = i
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise DataError(f"{path}: images[{i}] needs a unique id, a file_name, a width and a height; "
-                            f"it is {str(image)[:120]}") from None
-    rows, columns, boxes = [], [], []
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise DataError(f"{path}: images[{i}] needs a unique id, a file_name, a width and a height; it is {str(image)[:120]}") from None
+    rows, columns, boxes, crowd = [], [], [], {None: False, 0: False, 1: True}
     for i, note in enumerate(notes):
         try:
             r, c = row[note["image_id"]], column[note["category_id"]]
             rows.append(r)
             columns.append(c)
-            if not note.get("iscrowd"):
+            if not crowd[note.get("iscrowd")]:
                 (x, y, w, h), (width, height) = note["bbox"], sizes[r]
-                boxes.append((r, c, x / width, y / height, (x + w) / width, (y + h) / height))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise DataError(f"{path}: annotations[{i}] needs the image_id of a listed image, the category_id of a "
-                            f"listed category and a bbox of 4 numbers; it is {str(note)[:120]}") from None
+                x0, y0, x1, y1 = x / width, y / height, (x + w) / width, (y + h) / height
+                if not (-0.5 <= x0 <= x1 <= 1.5 and -0.5 <= y0 <= y1 <= 1.5):      # nonsense; some real ones leave the image by a little, some are flat
+                    raise ValueError
+                boxes.append((r, c, x0, y0, x1, y1))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise DataError(f"{path}: annotations[{i}] needs the image_id of a listed image, the category_id of a listed category, an "
+                            f"iscrowd of 0 or 1 and a bbox of 4 numbers within the image; it is {str(note)[:120]}") from None
     labels = np.full((len(images), len(names)), NEGATIVE, np.int8)
     labels[rows, columns] = POSITIVE
     boxes = np.array(boxes, np.float64).reshape(-1, 6)
-    if not np.isfinite(boxes).all():
-        raise DataError(f"{path}: a bbox, width or height is not a finite number")
     boxes = boxes[boxes[:, 0].argsort(kind="stable")]
     return {"files": np.array("\n".join(image["file_name"] for image in images)),
             "ids": np.array("\n".join(map(str, row))), "names": np.array([names[key] for key in column]),
@@ -212,7 +237,7 @@ def coco(root, split, cole=False, keep_unannotated=False):
     """
     path = find(root, f"annotations/instances_{split}.json", what=f"the annotations of {split}")
     folder = find(root, split, f"images/{split}", what=f"the image folder {split}")
-    raw = cached("coco", [path], lambda: parse_coco(path))
+    raw = cached("coco", [path], lambda: parse_coco(path), "files ids names labels annotated boxes counts")
     files = [inside(folder, name, path) for name in str(raw["files"]).split("\n")]
     require(files, path)
     boxes = np.split(raw["boxes"], np.cumsum(raw["counts"])[:-1])
@@ -233,34 +258,33 @@ def voc(root, year, split, difficult=NEGATIVE):
     jpegs = find(root, f"VOCdevkit/VOC{year}/JPEGImages", f"VOC{year}/JPEGImages", "JPEGImages", what=f"VOC{year}")
     base, main = jpegs.parent, jpegs.parent / "ImageSets" / "Main"
     ids = [line.split()[0] for line in read_lines(main / f"{split}.txt")]
-    row = {name: i for i, name in enumerate(ids)}
+    files = [inside(jpegs, f"{name}.jpg", main / f"{split}.txt") for name in ids]
+    require(files, main / f"{split}.txt")
     labels = np.full((len(ids), 20), NEGATIVE, np.int8)
     if (main / f"dog_{split}.txt").exists():
         code = {"1": POSITIVE, "0": difficult, "-1": NEGATIVE}
         for c, name in enumerate(VOC):
-            path, seen = main / f"{name}_{split}.txt", 0
+            path, left = main / f"{name}_{split}.txt", {key: i for i, key in enumerate(ids)}
             for number, line in enumerate(read_lines(path), 1):
                 try:
                     key, value = line.split()
-                    labels[row[key], c] = code[value]
-                    seen += 1
+                    labels[left.pop(key), c] = code[value]
                 except (ValueError, KeyError):
-                    raise DataError(f"{path}:{number}: expected an id of {split}.txt and 1, 0 or -1, "
-                                    f"got {line[:80]!r}") from None
-            if seen != len(ids):
-                raise DataError(f"{path}: {seen} lines, but {split}.txt lists {len(ids)} images")
+                    raise DataError(f"{path}:{number}: expected an id of {split}.txt, once, and 1, 0 or -1, got {line[:80]!r}") from None
+            if left:
+                raise DataError(f"{path}: {len(ids) - len(left)} lines, but {split}.txt lists {len(ids)} images; complete the download")
     else:
         for i, name in enumerate(ids):
             path = base / "Annotations" / f"{name}.xml"
             try:
-                for thing in ElementTree.fromstring(read_bytes(path)).iter("object"):
-                    hard = thing.findtext("difficult", "0").strip() == "1"
-                    if not hard or difficult == POSITIVE:
+                tree = ElementTree.fromstring(read_bytes(path))
+                if tree.tag != "annotation":
+                    raise ValueError(f"it is <{tree.tag}>")
+                for thing in tree.iter("object"):
+                    if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
                         labels[i, VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
-            except (ElementTree.ParseError, ValueError, AttributeError) as error:
+            except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:  # LookupError: an unknown encoding
                 raise DataError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
-    files = [inside(jpegs, f"{name}.jpg", main / f"{split}.txt") for name in ids]
-    require(files, main / f"{split}.txt")
     drop = ~(labels == POSITIVE).any(1)  # none in 2007; in 2012 the few whose objects are all difficult
     return Table(files, labels, list(VOC), None, drop, noted("without a positive", drop))
 
@@ -276,17 +300,19 @@ def vg_labels(root, split):
                  what="the label JSON")
 
     def parse():
-        images = read_lines(path)
+        images, count = read_lines(path), int(index.name.split("_")[2])
         labels = np.full((len(images), 200), NEGATIVE, np.int8)
         try:
             known = json.loads(read_bytes(index))
             for i, image in enumerate(images):
-                labels[i, [c for c in known[image] if 0 <= c < 200]] = POSITIVE
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{index}: expected {{'<id>.jpg': [class indices]}} for every image of {path.name}; "
+                if not all(type(c) is int and 0 <= c < count for c in known[image]):  # bool and float are no index
+                    raise ValueError(f"{image}: {known[image]}"[:120])
+                labels[i, [c for c in known[image] if c < 200]] = POSITIVE
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise DataError(f"{index}: expected {{'<id>.jpg': [class indices below {count}]}} for every image of {path.name}; "
                             f"{error!r}") from None
         return {"files": np.array("\n".join(images)), "labels": labels}
-    raw = cached("vg200", [path, index], parse)
+    raw = cached("vg200", [path, index], parse, "files labels")
     return path, str(raw["files"]).split("\n"), raw["labels"]
 
 
@@ -299,9 +325,7 @@ def vg200(root, split, names=None):
         raise DataError(f"{root}: VG-200's category names are not part of the public files: put them, one a line, into "
                         "vg_category_200.txt there or pass --names FILE (python data.py vg200 --root DIR --objects "
                         "objects.json finds them from Visual Genome's objects.json)") from None
-    names = read_lines(names)
-    if len(names) != 200 or len(set(names)) != 200:
-        raise DataError(f"VG-200 needs 200 distinct names, one a line; got {len(names)} ({len(set(names))} distinct)")
+    names = read_lines(names, 200)
     folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
     folders = [folder for folder in folders if folder.is_dir()]
     if not folders:
@@ -330,8 +354,10 @@ def vg_match(root, objects):
             for name in {alias.get(n.strip().lower(), n.strip().lower()) for names in image["objects"] for n in names}:
                 if i is not None:
                     seen.setdefault(name, []).append(i)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{objects}: not Visual Genome's objects.json ({error!r})") from None
+    if not seen:
+        raise DataError(f"{objects}: none of its images with objects is in the lists of {root}; is it Visual Genome's?")
     words = sorted(seen, key=lambda name: -len(seen[name]))[:3000]
     both = np.stack([positive[seen[name]].sum(0) for name in words])                          # (words, 200)
     total = np.array([len(seen[name]) for name in words])[:, None] + positive.sum(0) - both
@@ -340,7 +366,7 @@ def vg_match(root, objects):
 
 # ------------------------------------------------------------------------------------------------------- NUS-WIDE
 def nus_names(root):
-    return read_lines(find(root, *(f"{h}Concepts81.txt" for h in ("ConceptsList/", "", "ImageList/")), what="the concepts"))
+    return read_lines(find(root, *(f"{h}Concepts81.txt" for h in ("ConceptsList/", "", "ImageList/")), what="the concepts"), 81)
 
 
 def photos(root, names, labels, concepts, where):
@@ -350,6 +376,7 @@ def photos(root, names, labels, concepts, where):
         files = [inside(folder, name, where) for name in names]
         lost = ~present(files)
         if not lost.all():
+            once(files, where)
             return Table(files, labels, concepts, None, lost, noted("photo missing", lost))
     raise DataError(f"{where}: none of its {len(names)} photos is in {root}/Flickr or {root}/images, e.g. {names[:1]}")
 
@@ -374,7 +401,7 @@ def nuswide(root, split):
             values.append(np.array(tokens) == b"1")
         present_ = values[0].reshape(len(images), -1) if merged.exists() else np.stack(values, 1)
         return {"files": np.array("\n".join(images)), "labels": np.where(present_, POSITIVE, NEGATIVE).astype(np.int8)}
-    raw = cached("nus", [path, *columns], parse)
+    raw = cached("nus", [path, *columns], parse, "files labels")
     return photos(root, str(raw["files"]).split("\n"), raw["labels"], concepts, path)
 
 
@@ -382,13 +409,11 @@ def nus_arrays(root, split):
     """The split of the LargeLoss setup: formatted_{train,val}_{images,labels}.npy. Rows without a positive stay."""
     paths = [find(root, *(f"{h}formatted_{split}_{kind}.npy" for h in ("", "Flickr/")), what=f"the {split} {kind}")
              for kind in ("images", "labels")]
-    try:
-        images, labels = (np.load(path, allow_pickle=False) for path in paths)
-        images = [str(name) for name in images.ravel()]
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{paths[0]} or its labels are not plain array files ({error})") from None
-    if labels.shape != (len(images), 81) or not np.isin(labels, (0, 1)).all():
-        raise DataError(f"{paths[1]}: expected 0/1 for {len(images)} images x 81 concepts, got {labels.shape}")
+    images, labels = map(read_array, paths)
+    images = [str(name) for name in images.ravel()]
+    if labels.shape != (len(images), 81) or labels.dtype.kind not in "biuf" or not np.isin(labels, (0, 1)).all():
+        raise DataError(f"{paths[1]}: expected 0/1 for {len(images)} images x 81 concepts, got {labels.shape} with the values "
+                        f"{np.unique(labels)[:5].tolist()}")
     labels = np.where(labels == 1, POSITIVE, NEGATIVE).astype(np.int8)
     return photos(root, images, labels, nus_names(root), paths[0])
 
@@ -411,23 +436,28 @@ def cub(root, split):
                 raise DataError(f"{path}: expected lines 'id value' with ids 1, 2, 3, ...")
             tables.append([pair[1] for pair in pairs])
         images, names, sides = tables
+        once(images, index)
+        once(names, attributes)
+        if len(sides) != len(images) or set(sides) - {"0", "1"}:
+            raise DataError(f"{files[0]}: expected 0 or 1 for all {len(images)} images, got {len(sides)} lines of {sorted(set(sides))[:5]}")
+        row, column = ({b"%d" % i: i - 1 for i in range(1, count + 1)} for count in (len(images), len(names)))
         labels = np.full((len(images), len(names)), UNKNOWN, np.int8)
         code = {b"0": NEGATIVE, b"1": POSITIVE}
         for number, line in enumerate(read_bytes(files[1]).splitlines(), 1):
             try:
                 image, attribute, value = line.split(None, 3)[:3]  # some lines carry stray fields after these
-                if int(image) < 1 or int(attribute) < 1:
+                cell = row[image], column[attribute]
+                if labels[cell] != UNKNOWN:
                     raise ValueError
-                labels[int(image) - 1, int(attribute) - 1] = code[value]
-            except (ValueError, KeyError, IndexError):
+                labels[cell] = code[value]
+            except (ValueError, KeyError):
                 if line.strip():
-                    raise DataError(f"{files[1]}:{number}: expected 'image attribute 0|1 ...', "
-                                    f"got {line[:80]!r}") from None
-        if (labels == UNKNOWN).any() or len(sides) != len(images):
+                    raise DataError(f"{files[1]}:{number}: expected 'image attribute 0|1 ...', each pair once, got {line[:80]!r}") from None
+        if (labels == UNKNOWN).any():
             raise DataError(f"{files[1]}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line; is it complete?")
         return {"files": np.array("\n".join(images)), "names": np.array(names), "labels": labels,
                 "train": np.array(sides) == "1"}
-    raw = cached("cub", [index, attributes, *files], parse)
+    raw = cached("cub", [index, attributes, *files], parse, "files names labels train")
     names = str(raw["files"]).split("\n")
     rows = np.flatnonzero(raw["train"] == (split == "train"))
     paths = [inside(base / "images", names[i], index) for i in rows]
@@ -436,19 +466,19 @@ def cub(root, split):
 
 
 # ------------------------------------------------------------------------------------- the lists of the SPLC setup
-def single_list(path, classes):
-    """A list of the SPLC setup, 'name.jpg,idx idx': names, and (N, C) int8 with the listed classes POSITIVE."""
-    names, lines = [], read_lines(path)
+def single_list(path, classes, single=False):
+    """A list of the SPLC setup, 'name.jpg,idx idx' (single: one idx a line): names, and (N, C) int8, the listed classes POSITIVE."""
+    names, lines, column = [], read_lines(path), {str(c): c for c in range(classes)}
     labels = np.full((len(lines), classes), UNKNOWN, np.int8)
     for i, line in enumerate(lines):
         try:
             name, listed = line.rsplit(",", 1)
             names.append(name)
-            columns = [int(c) for c in listed.split()]
-            if not all(0 <= c < classes for c in columns):
+            columns = [column[c] for c in listed.split()]
+            if single and len(columns) != 1:
                 raise ValueError
             labels[i, columns] = POSITIVE
-        except (ValueError, IndexError):
-            raise DataError(f"{path}:{i + 1}: expected 'name.jpg,idx idx' with 0 <= idx < {classes}, "
+        except (ValueError, KeyError):
+            raise DataError(f"{path}:{i + 1}: expected 'name.jpg,' and {'one idx' if single else 'idx idx ...'} below {classes}, "
                             f"got {line[:80]!r}") from None
     return names, labels

@@ -80,7 +80,7 @@ def guarded(work, stopped="stopped"):
     except (ConfigError, DataError, ClipError, FloatingPointError) as error:
         line = str(error)
     except BrokenExecutor:                                                         # a RuntimeError, too
-        line = "a process that works for this one was ended from outside, mostly because memory ran out: use fewer --jobs or --workers"
+        line = "a process that works for this one was ended from outside, mostly for want of memory: use fewer --jobs or --workers"
     except (MemoryError, RuntimeError) as error:                                   # RuntimeError: how torch says it on a CPU and on mps
         if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
             raise
@@ -142,7 +142,8 @@ def read_checkpoint(file, device="cpu"):
             if not len(set(state["names"])) == len(state["g_pos"]) == len(state["g_neg"]) == len(state["threshold"]):
                 raise ValueError("its parts speak of different numbers of categories")
             numbers = (*state["model"].values(), state["g_pos"], state["g_neg"], torch.tensor(state["threshold"]))
-            if not all(part.isfinite().all() for part in numbers) or not all(isinstance(name, str) for name in (state["clip_sha256"], *state["names"])):
+            words = (state["clip_sha256"], *state["names"])
+            if not all(part.isfinite().all() for part in numbers) or not all(isinstance(word, str) for word in words):
                 raise ValueError("it holds what is not finite, or is no name")
     except Exception as error:                                                     # whatever a damaged file makes the reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]

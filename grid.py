@@ -168,7 +168,8 @@ def chosen(run, checkpoint):
     try:
         return max(lines, key=lambda line: line[judge]["mAP"] + 0 * line["test"]["mAP"]) if checkpoint == "best" else lines[-1]
     except (ValueError, IndexError, KeyError, TypeError):
-        raise ConfigError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew from last.pt") from None
+        raise ConfigError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew "
+                          "from last.pt") from None
 
 
 # What follows runs in a process of its own when --jobs asks for several.

@@ -197,17 +197,17 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
     """Draws train2014 (`train` images), tune2014 (`val`) and val2014 (`test`) under `root` in COCO's layout.
     A root that holds these very scenes is left as it is; DataError for one that holds anything else.
-    Everything is written beside `root` and renamed at the end: a root is complete or absent."""
-    root, counts = Path(root), dict(zip(SPLITS, (train, val, test)))
+    Everything is written beside `root`, links followed, and renamed at the end: a root is complete or absent."""
+    root, counts = Path(os.path.realpath(root)), dict(zip(SPLITS, (train, val, test)))
     if workers is not None and not 1 <= workers <= 1000:
         raise DataError(f"expected 1 to 1000 workers, got {workers}")
     if not (64 <= size <= 512 and 1 <= min(counts.values()) and max(counts.values()) <= 10**7 and 0 <= seed < 2**31):
         raise DataError(f"expected 1 to 10 million images a split, 64 to 512 pixels and a seed from 0, got {counts} at {size} pixels, seed {seed}")
     marker, note = {"version": VERSION, "size": size, "seed": seed, **counts}, root / "scenes.json"
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
         try:
             found = json.loads(note.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             found = "something else (no scenes.json, or a broken one)"
         if found == marker:
             return

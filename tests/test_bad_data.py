@@ -1,9 +1,11 @@
 """Bad input: one clear line, or a documented correct treatment. Never a raw traceback, a hang or other labels."""
 import copy
+import io
 import json
 import os
 import shutil
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import augment
+import captions
 import data
+import datasets
 import fake_datasets as fake
+import scenes
 from data import DataError
 
 
@@ -23,9 +28,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRM_CACHE", str(tmp_path / "cache"))
 
 
-def refused(match, *arguments, **options):
-    with pytest.raises(DataError, match=match) as error:
-        data.load(*arguments, **options)
+def refused(match, *arguments, call=data.load, **options):
+    with pytest.raises(DataError, match=match) as error, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(*arguments, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     return str(error.value)
 
@@ -140,6 +146,12 @@ def change(record, key, value):
     return record
 
 
+BOXES = {"box of three": [1, 2, 3], "box of nothing": [1, 2, float("nan"), 4], "box of 401 digits": [10**400, 1, 1, 1],
+         "box beyond all images": [1e300, 1, 1, 1], "box of negative size": [8, 6, -4, 5], "box far beyond the image": [8, 6, 1000, 5],
+         "box far left of the image": [-800, 6, 820, 5]}
+WIDTHS = {"no width": 0, "endless width": float("inf"), "width of 401 digits": 10**400}
+
+
 def edit(content, case):
     images, notes, categories = content["images"], content["annotations"], content["categories"]
     if case == "leaves the root":
@@ -154,18 +166,25 @@ def edit(content, case):
         images.append(change(images[0], "id", 987654))
     elif case == "no file name":
         del images[1]["file_name"]
-    elif case == "no width":
-        images[1]["width"] = 0
     elif case == "missing photo":
         images[1]["file_name"] = "nothere.jpg"
     elif case == "unknown image":
         notes[0]["image_id"] = 424242
     elif case == "unknown category":
         notes[0]["category_id"] = 12
-    elif case == "box of three":
-        notes[0]["bbox"] = [1, 2, 3]
-    elif case == "box of nothing":
-        notes[0]["bbox"] = [1, 2, float("nan"), 4]
+    elif case in BOXES:
+        notes[0]["bbox"] = BOXES[case]
+    elif case == "crowd as text":
+        notes[0]["iscrowd"] = "0"
+    elif case in WIDTHS:
+        images[1]["width"] = WIDTHS[case]
+    elif case == "line break in an id":
+        notes[:] = [note for note in notes if note["image_id"] != images[1]["id"]]
+        images[1]["id"] = "a\nb"
+    elif case.startswith("annotations are "):
+        content["annotations"] = json.loads(case.split()[-1])
+    elif case == "images are 5":
+        content["images"] = 5
     elif case == "note is null":
         notes[0] = None
     elif case == "category without a name":
@@ -188,9 +207,11 @@ def edit(content, case):
 
 JSON = {"leaves the root": "leads out of", "leaves by backslash": "leads out of", "absolute name": "leads out of",
         "image twice": r"images\[10\] needs a unique id", "file twice": "is listed twice", "no file name": r"images\[1\] needs",
-        "no width": r"images\[1\] needs", "missing photo": "1 of 10 images are missing", "unknown image": r"annotations\[0\] needs",
-        "unknown category": r"annotations\[0\] needs", "box of three": r"annotations\[0\] needs",
-        "box of nothing": "not a finite number", "note is null": r"annotations\[0\] needs", "category without a name": "categories with id and name",
+        **dict.fromkeys(WIDTHS, r"images\[1\] needs"), "line break in an id": r"images\[1\] needs",
+        "missing photo": "1 of 10 images are missing", "unknown image": r"annotations\[0\] needs",
+        "unknown category": r"annotations\[0\] needs", **dict.fromkeys(BOXES, r"annotations\[0\] needs"),
+        "crowd as text": r"annotations\[0\] needs", "annotations are null": "expected COCO's", "annotations are 5": "expected COCO's",
+        "images are 5": "expected COCO's", "note is null": r"annotations\[0\] needs", "category without a name": "categories with id and name",
         "blank category": "category without a name", "category id twice": "comes twice", "category name twice": "comes twice",
         "no categories": "no images, no categories", "no images": "no images", "no annotations key": "'annotations'"}
 
@@ -203,6 +224,19 @@ def test_bad_annotations(coco, tmp_path, case):
     fake.write(tmp_path / "annotations/instances_val2014.json", (root / "annotations/instances_val2014.json").read_text())
     fake.write(tmp_path / "annotations/instances_train2014.json", edit(copy.deepcopy(content), case))
     assert "instances_train2014.json" in refused(JSON[case], "coco", tmp_path)
+
+
+def test_boxes_that_real_files_hold(coco, tmp_path):
+    """Up to the edge and a rounding beyond; without a height, as COCO's annotation 918; iscrowd left out."""
+    shutil.copytree(coco[0], tmp_path / "c")
+    content = copy.deepcopy(coco[1])
+    for note, box in zip(content["annotations"], ([0, 0, 80, 60], [40.01, 30.01, 40.0, 30.0], [-0.01, 5, 8, 0.0])):
+        note["bbox"] = box
+        del note["iscrowd"]
+    fake.write(tmp_path / "c/annotations/instances_train2014.json", json.dumps(content))
+    boxes = np.concatenate(data.load("coco", tmp_path / "c")[0].boxes)[:, 1:]
+    for box in ([0, 0, 1, 1], [40.01 / 80, 30.01 / 60, 80.01 / 80, 60.01 / 60], [-0.01 / 80, 5 / 60, 7.99 / 80, 5 / 60]):
+        assert np.isclose(boxes, box, rtol=1e-6, atol=1e-9).all(1).any()
 
 
 @pytest.mark.parametrize("text,match", [
@@ -220,6 +254,8 @@ def test_folders_and_arguments(coco, tmp_path):
     refused("annotations of train2014 not found", "coco", tmp_path)
     refused("say where", "coco")
     refused("unknown data set 'imagenet'", "imagenet", tmp_path)
+    for options in (dict(root="x" * 5000), dict(root=coco[0], lists="x" * 5000, single_positive="splc")):
+        pytest.raises(DataError, data.load, "coco", **options).match("x: no such folder")       # a name that no system takes
     (tmp_path / "file").write_text("")
     refused("no such folder", "voc2007", tmp_path / "file")
     (tmp_path / "annotations").mkdir()
@@ -231,8 +267,10 @@ def test_folders_and_arguments(coco, tmp_path):
                            dict(ratio=0.5, single_positive="largeloss"), "single_positive is": dict(single_positive="cole"),
                            "val is a share": dict(val=1.5), "val is a share in": dict(val="x.csv"), "train_images 1 or more":
                            dict(train_images=0), "prompt_names is one of": dict(prompt_names="short"), "cannot be read":
-                           dict(names=tmp_path / "none.txt"), "expected a mask for": dict(mask=tmp_path / "file"),
-                           "no positive label": dict(ratio=1e-9)}.items():
+                           dict(names=tmp_path / "none.txt"), "the file is empty": dict(mask=tmp_path / "file"),
+                           "no positive label": dict(ratio=1e-9), "train_images, or lower val": dict(val=0.99), "holds none out": dict(val=0.01),
+                           "ratio is a share .* got 'x'": dict(ratio="x"), "seed is 0 or more": dict(seed=2**32), "got 0.5 and None": dict(seed=0.5),
+                           "got 0 and '3'": dict(train_images="3"), r"val is a share in .* got \[1\]": dict(val=[1])}.items():
         refused(match, "coco", root, **options)
     with pytest.raises(DataError, match="augment is none"):
         data.Images(data.load("coco", root)[0], 32, "autoaugment")
@@ -270,9 +308,61 @@ def test_voc(tmp_path):
     fake.voc(xml, class_files=False)
     note = xml / "VOCdevkit/VOC2007/Annotations/000000.xml"
     keep = note.read_text()
-    for text in (keep[:-20], keep.replace("<name>aeroplane", "<name>unicorn"), ""):
+    for text in (keep[:-20], keep.replace("<name>aeroplane", "<name>unicorn"), "", "<html><body>404 Not Found</body></html>",
+                 *(f'<?xml version="1.0" encoding="{code}"?>{keep}' for code in ("hex", "rot13", "nope"))):
         note.write_text(text)
         refused("000000.xml: not an annotation", "voc2007", xml)
+
+
+MAIN, SPLIT = "VOCdevkit/VOC2007/ImageSets/Main", "CUB_200_2011/train_test_split.txt"
+ATTRIBUTES = "CUB_200_2011/attributes/image_attribute_labels.txt"
+INDEX, CONCEPTS, NUS = "vg_category_500_labels_index.json", "ConceptsList/Concepts81.txt", "ImageList/TrainImagelist.txt"
+SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is listed twice"
+
+
+@pytest.mark.parametrize("name,file,old,new,match", [                          # old None: the whole file
+    ("voc2007", f"{MAIN}/dog_trainval.txt", b"000003", b"000002", "dog_trainval.txt:4: expected an id"),   # one twice, one missing
+    ("voc2007", f"{MAIN}/trainval.txt", b"000003", b"000002", f"000002.jpg {TWICE}"),
+    ("voc2007", f"{MAIN}/trainval.txt", None, b"", f"trainval.txt: {EMPTY}"),
+    ("cub", ATTRIBUTES, b"1 3 0 3 3.5\n", b"1 3 0 3 3.5\n1 3 1 3 3.5\n", "labels.txt:4: expected"),
+    ("cub", ATTRIBUTES, b"\n10 1 ", b"\n1_0 1 ", "labels.txt:2809: expected"),
+    ("cub", SPLIT, b"3 1\n", b"3 2\n", "split.txt: expected 0 or 1 for all 16 images, got 16 lines of .*'2'"),
+    ("cub", SPLIT, b"16 0\n", b"", "split.txt: expected 0 or 1 for all 16 images, got 15 lines"),
+    ("cub", "attributes.txt", b"bill_color::large_(16_-_32_in)", b"bill_color::blue", f"has_bill_color::blue {TWICE}"),
+    ("cub", "CUB_200_2011/images.txt", b"002.Bird_1/Bird_0001", b"002.Bird_1/Bird_0013", f"Bird_0013.jpg {TWICE}"),   # once in each split
+    ("vg200", "train_list_500.txt", None, b"\n", f"train_list_500.txt: {EMPTY}"),
+    ("vg200", INDEX, None, b"[" * 200000, f"{INDEX}: expected"),
+    *(("vg200", INDEX, b"[0,", b"[%s," % index, f"{INDEX}: expected .*0.jpg")
+      for index in (b"-1", b"NaN", b"1" + b"0" * 30, b"true", b"500", b"0.0")),
+    ("nuswide", CONCEPTS, b"concept03\r\n", b"", "Concepts81.txt: expected 81 distinct names, one a line; got 80"),
+    ("nuswide", CONCEPTS, b"concept03", b"concept03\r\nmore", "got 82"),
+    ("nuswide", CONCEPTS, b"concept03", b"concept02", "got 81 .80 distinct"),
+    ("nuswide", CONCEPTS, None, b"", EMPTY), ("nuswide", NUS, None, b"", f"TrainImagelist.txt: {EMPTY}"),
+    ("nuswide", NUS, b"0003_3", b"0001_1", f"0001_1.jpg {TWICE}"),
+    ("nuswide splc", SINGLE, b"00003_3", b"00002_2", f"00002_2_m.jpg {TWICE}"),
+    ("nuswide splc", "nus_val.txt", b"00003_53", b"00002_52", TWICE),
+    ("nuswide splc", SINGLE, b",0\n", b",\n", "label.txt:1: expected .*one idx"),
+    ("nuswide splc", SINGLE, b",0\n", b",0 3\n", "label.txt:1: expected .*one idx"),
+    ("coco splc", "coco_train_singlelabel.txt", b"100026.jpg", b"000009.jpg", TWICE),
+    ("voc2012 splc", "voc_train.txt", b"2008_000003", b"2008_000002", TWICE),
+    ("cub splc", "cub_train.txt", b"002.Bird_1/Bird_0001", b"001.Bird_0/Bird_0003", TWICE),
+    ("cub splc", "cub_train.txt", b", 1\n", b", 1_0\n", "cub_train.txt:1: expected")],
+    ids=lambda value: "" if isinstance(value, bytes) or value is None else Path(value).name)
+def test_lists_that_contradict_themselves(tmp_path, name, file, old, new, match):
+    name, setting = (name + " ").split(" ", 1)
+    fake.MAKERS[name](tmp_path)
+    replace(tmp_path / file, (tmp_path / file).read_bytes() if old is None else old, new)
+    refused(match, name, tmp_path, single_positive=setting.strip() or None)
+
+
+def test_vg_names_need_objects_of_the_lists(tmp_path, capsys):
+    fake.vg200(tmp_path)
+    for text, match in (("[]", "objects.json: none of its images"), ('[{"image_id": 5, "objects": [{"names": ["sky"]}]}]', "none of its images"),
+                        ("[" * 200000, "not Visual Genome's objects.json")):
+        fake.write(tmp_path / "objects.json", text)
+        refused(match, tmp_path, tmp_path / "objects.json", call=datasets.vg_match)
+    assert data.main(["coco", "--root", str(tmp_path), "--objects", "objects.json"]) == 2
+    assert "--objects needs vg200 and --root" in capsys.readouterr().err
 
 
 def test_vg200(tmp_path):
@@ -280,7 +370,7 @@ def test_vg200(tmp_path):
     names = tmp_path / "vg_category_200.txt"
     keep = names.read_text()
     names.write_text("\n".join(keep.splitlines()[:150]))
-    refused("200 distinct names, one a line; got 150", "vg200", tmp_path)
+    refused("vg_category_200.txt: expected 200 distinct names, one a line; got 150", "vg200", tmp_path)
     names.unlink()
     refused("names are not part of the public files.*--names", "vg200", tmp_path)
     names.write_text(keep)
@@ -303,7 +393,7 @@ def test_nuswide(tmp_path):
     np.save(tmp_path / "formatted_train_labels.npy", np.zeros((3, 81)))
     refused("expected 0/1 for 10 images x 81", "nuswide", tmp_path, single_positive="largeloss")
     np.save(tmp_path / "formatted_train_labels.npy", np.array([None]))
-    refused("not plain array files", "nuswide", tmp_path, single_positive="largeloss")   # pickles are never loaded
+    refused("not a plain array file", "nuswide", tmp_path, single_positive="largeloss")   # pickles are never loaded
     replace(tmp_path / "nus_train_singlelabel.txt", b",", b",81 ")
     refused("nus_train_singlelabel.txt:1: expected", "nuswide", tmp_path, single_positive="splc")
     replace(tmp_path / "nus_train_singlelabel.txt", b",81 ", b",-1 ")
@@ -313,6 +403,55 @@ def test_nuswide(tmp_path):
     shutil.rmtree(tmp_path / "Flickr")
     shutil.rmtree(tmp_path / "images")
     refused("none of its 10 photos", "nuswide", tmp_path)
+
+
+def array_file(case):
+    """The bytes of a .npy or .npz that is damaged, or is not what it is called."""
+    buffer, array = io.BytesIO(), np.zeros((10, 20))
+    if case.startswith("header"):
+        text = {"header damaged": "{'descr': '<f8', 'fortran_order': (",
+                "header of 10**13 rows": f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**13}, 20)}}",
+                "header of an object": "{'descr': '|O', 'fortran_order': False, 'shape': (10, 20)}"}[case].ljust(117) + "\n"
+        return b"\x93NUMPY\1\0" + struct.pack("<H", 118) + text.encode() + bytes(8)
+    (np.savez_compressed if case == "zip damaged" else np.savez)(buffer, array, **({"b": array} if case == "two arrays" else {}))
+    content = bytearray(buffer.getvalue())
+    central = content.index(b"PK\1\2")
+    if case == "zip encrypted":
+        content[6] = content[central + 8] = 1
+    elif case == "zip of unknown compression":
+        content[8] = content[central + 10] = 99
+    elif case == "zip damaged":
+        content[60:80] = b"\xff" * 20
+    return bytes(content[:100] if case == "zip cut" else content)
+
+
+@pytest.mark.parametrize("case", ["header damaged", "header of 10**13 rows", "header of an object", "zip encrypted",
+                                  "zip of unknown compression", "zip damaged", "zip cut", "two arrays"])
+def test_damaged_arrays(tmp_path, case):
+    table = datasets.Table([], np.ones((10, 20), np.int8), list("abcdefghijklmnopqrst"))
+    fake.nuswide(tmp_path)
+    for name in ("mask.npy", "mask.npz", "formatted_train_labels.npy"):
+        (tmp_path / name).write_bytes(array_file(case))
+        refused("not a plain array file", tmp_path / name, table, call=data.read_mask)
+    refused("formatted_train_labels.npy: not a plain array file", "nuswide", tmp_path, single_positive="largeloss")
+
+
+def test_arrays_are_known_by_their_content(tmp_path):
+    table = datasets.Table([], np.ones((10, 20), np.int8), list("abcdefghijklmnopqrst"))
+    for name in ("mask.npy", "mask.npz"):
+        (tmp_path / name).write_bytes(array_file("an npz"))
+        assert not data.read_mask(tmp_path / name, table).any()
+    np.save(tmp_path / "mask.npy", np.full((10, 20), "1"))
+    refused("expected a mask for .*type <U1", tmp_path / "mask.npy", table, call=data.read_mask)
+    fake.nuswide(tmp_path)
+    for array, match in ((np.resize([-1, 1], (10, 81)), r"\[-1, 1\]"), (np.full((10, 81), 0.5), r"\[0.5\]"), (np.full((10, 81), "1"), r"\['1'\]")):
+        np.save(tmp_path / "formatted_train_labels.npy", array)
+        refused(rf"expected 0/1 for 10 images x 81 concepts, got \(10, 81\) with the values {match}", "nuswide", tmp_path,
+                single_positive="largeloss")
+    np.save(tmp_path / "formatted_val_images.npy", np.array(["folder0/0000_50.jpg"] * 6))
+    fake.nuswide(tmp_path / "again")
+    shutil.copy(tmp_path / "formatted_val_images.npy", tmp_path / "again")
+    refused("0000_50.jpg is listed twice", "nuswide", tmp_path / "again", single_positive="largeloss")
 
 
 def test_cub(tmp_path):
@@ -345,7 +484,7 @@ def test_splc_list_against_the_annotations(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ sheets
 HEAD = "image,dog,cat\n"
 SHEETS = {
-    "empty": ("", "the sheet is empty"),
+    "empty": ("", "the file is empty"), "commas only": (",,\n,\n", "the sheet is empty"),
     "header only": (HEAD, ":1: no cell is 1 in 0 rows"),
     "no classes": ("image\n0.jpg\n", ":1: expected a header"),
     "semicolons": ("image;dog\n0.jpg;1\n", ":1: expected a header .* with commas"),
@@ -414,3 +553,85 @@ def test_second_sheet(folder):
     refused(r"b.csv: its classes differ .*\['cat', 'cow'\]", folder / "a.csv", val=folder / "b.csv")
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\n1.jpg,1,0\n")
     refused("b.csv: 1 images are in", folder / "a.csv", val=folder / "b.csv")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
+def test_a_pipe_is_not_waited_for(folder, tmp_path):
+    for name in ("p.csv", "p.npy", "p.txt", "p.json"):
+        os.mkfifo(tmp_path / name)
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    for arguments, options in (((tmp_path / "p.csv",), {}), ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
+                               ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)), ((folder / "s.csv",), dict(names=tmp_path / "p.txt"))):
+        refused("not a regular file", *arguments, **options)
+    refused("not a regular file", tmp_path / "p.json", ["dog"], ["dog"], call=captions.load)
+
+
+def test_a_share_that_holds_nothing_out(folder):
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    refused("val 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
+    assert data.load(folder / "s.csv")[1] is data.load(folder / "s.csv", val=0)[1] is None      # not asked for
+    refused("or lower val", folder / "s.csv", val=0.9)
+    refused(r"val is a share .* got \[1\]", folder / "s.csv", val=[1])
+
+
+# ----------------------------------------------------------------------------------------- the checker, caches, captions
+def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys):
+    def lines(*arguments):
+        assert data.main([*map(str, arguments)]) == 2
+        return capsys.readouterr().err.splitlines()
+    line, = lines("coco", "--root", coco[0], "--no-decode")
+    assert "nothing to learn from" in line and " more: nothing" in line and len(line) < 200
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    fake.write(folder / "n.txt", "one\n")
+    line, = lines(folder / "s.csv", "--names", folder / "n.txt")
+    assert "n.txt: expected 2 names" in line
+    fake.write(folder / "s.csv", HEAD + '0.jpg,1,0\n"no\nimage.jpg",0,1\n')
+    line, = lines(folder / "s.csv")
+    assert line.startswith("error: ") and "no image.jpg" in line
+
+
+def test_a_cache_that_is_damaged_or_full(coco, tmp_path, monkeypatch):
+    whole = data.load("coco", coco[0])[0]
+    for file in (tmp_path / "cache").iterdir():
+        np.savez(file, labels=np.zeros((1, 1)))
+    assert (data.load("coco", coco[0])[0].labels == whole.labels).all()
+    assert all("boxes" in np.load(file) for file in (tmp_path / "cache").iterdir())              # and filled again
+
+    def full(file, **arrays):
+        file.write(b"cut")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", full)
+    shutil.rmtree(tmp_path / "cache")
+    assert (data.load("coco", coco[0])[0].labels == whole.labels).all() and list((tmp_path / "cache").iterdir()) == []
+
+
+def test_captions_with_a_byte_order_mark(tmp_path):
+    content = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
+    (tmp_path / "c.json").write_bytes(json.dumps(content).encode("utf-8-sig"))
+    assert captions.load(tmp_path / "c.json", ["dog"], ["dog"]).paths == ["a dog"]
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+FEW = dict(train=1, val=1, test=1, size=64, workers=1)
+
+
+@pytest.mark.parametrize("case", ["here", "link", "dangling link"])
+def test_scenes_roots_that_hold_nothing(tmp_path, monkeypatch, case):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / ("home" if case == "link" else "new"))
+    monkeypatch.chdir(tmp_path / "home")
+    scenes.write({"here": "."}.get(case, "../link"), **FEW)
+    assert (tmp_path / {"here": "home"}.get(case, "link") / "scenes.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} <= {"home", "link", "new"}
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["deep", "new/..", "loop"])
+def test_scenes_roots_that_are_refused_before_drawing(tmp_path, monkeypatch, case):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/scenes.json").write_text("[" * 200000)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setattr(scenes, "draw_all", None)
+    with pytest.raises(ValueError, match="should hold scenes .* delete it or name another root"):
+        scenes.write(tmp_path / case, **FEW)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "loop"]

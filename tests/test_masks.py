@@ -86,7 +86,7 @@ def test_mask_files_refused(tmp_path, table):
     refused(table.labels[:-1], r"expected a mask for \(30, 5\)")
     refused(table.labels * 2, "a cell is 1, 0 or -1, got")
     refused(-table.labels, "disagree with the data set, first row 1")     # DualCoOp's coding: -1 means unknown there
-    refused(np.array([{"a": 1}], object), "not a mask file")              # would need pickle: never loaded
+    refused(np.array([{"a": 1}], object), "not a plain array file")       # would need pickle: never loaded
     (tmp_path / "m.txt").write_text("1,0,1\n1,0\n")
     with pytest.raises(DataError, match="not a mask file"):
         data.read_mask(tmp_path / "m.txt", table)
