@@ -6,7 +6,7 @@
 CLIP puts texts and images into one space, so a caption's features stand in for an image's: the sentence for the global
 feature x (D,), its words for the dense ones f (N, D). Its labels are the categories that it names. What is learned is then
 applied to photos. The double-grained prompts of TaI-DPT do not meet before inference, so they are two runs here, whose scores
-are averaged (`eval.py RUN --ensemble RUN`). Not as there: our dual prompts and Eq. 14 in place of its ranking loss.
+are averaged (`eval.py RUN --ensemble RUN`). Unlike there, our dual prompts and Eq. 14 take the place of its ranking loss.
 """
 import json
 import re

@@ -49,7 +49,7 @@ class Config:
     matching: str = option("carl", "carl is the paper's method, the others its baselines", choices=TRM.MATCHING)
     without: str = option("", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last two: one prototype of MMCP)")
     carl_from: Optional[str] = option(None, "run whose region module is loaded and kept frozen (Table 4)")
-    dropout: float = option(0.1, "of the region module; raise it when few labels are memorised", low=0, high=0.9)
+    dropout: float = option(0.1, "of the region module; raise it when the model memorises its few known labels", low=0, high=0.9)
     queries: str = option("text", "start of the category queries", choices=("random", "text"))
     alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)", low=0)
     beta: float = option(0.05, "weight of distillation (Eq. 15)", low=0)
@@ -129,7 +129,7 @@ class Config:
         return self.matching == "carl" and part not in self.parts_left_out
 
 
-NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that leave the numbers alone
+NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}                        # settings that do not change the numbers
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, epochs=40, dropout=0.2, score="query",

@@ -2,7 +2,7 @@
 
     python eval.py runs/demo                                  the table of its test split
     python eval.py runs/demo --image photo.jpg folder/        ranked categories and pictures of their regions
-    python eval.py runs/demo --suggest labels.csv             which unknown training labels it now believes
+    python eval.py runs/demo --suggest suggested.csv          which unknown training labels it now believes
     python eval.py runs/demo --compare runs/other             zero-shot CLIP and runs side by side, regions against boxes
     python eval.py runs/demo --ensemble runs/other            averaged scores of several runs
 

@@ -4,8 +4,8 @@
 
 The backbone never learns, so the features of view v of image i never change. With `views=V` they are written once, bf16, to a
 memory-mapped file of V * n * (1 + N) * D * 2 bytes (global feature first, then the N locations), and epoch e reads view e mod V.
-Which file, follows from the images (path, size and time of change, as make and git judge), CLIP's weights, the transform and
-its seed; labels and masks do not enter. More views later only add to it, and what was stopped goes on where it was.
+The folder's name is a hash of the images (path, size and time of change, as make and git judge), CLIP's weights, the transform
+and its seed; labels and masks do not enter. More views later only add to it, and what was stopped goes on where it was.
 """
 import contextlib
 import errno
@@ -166,6 +166,7 @@ class Features:
         chunks, file, needed = -(-n // CHUNK), folder / "features.bf16", views * n * rows * D * 2
         with locked(folder / "lock", wait=True) if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
             if self.rank == 0:
+                # Bytes up to the end of the last chunk that `done` calls finished: the file must reach that far.
                 last = (folder / "done").read_bytes().rfind(1) if (folder / "done").exists() else -1
                 end = (last // chunks * n + min(n, (last % chunks + 1) * CHUNK)) * rows * D * 2
                 if (file.stat().st_size if file.exists() else 0) < end:            # deleted or cut since: what `done` tells is not there

@@ -31,9 +31,9 @@ from metrics import metrics
 from config import NOT_THE_RESULT, Config, load_config
 
 
-def key(cfg, *world):
-    """What a run is known by: its settings, CLIP's weights, and the label counts of the test split, which change with the data."""
-    return json.dumps([world, {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
+def key(cfg, clip_sha256, test_info):
+    """What a run is known by: its settings, CLIP's weights, and the counts and the hash of the test split."""
+    return json.dumps([[clip_sha256, test_info], {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
 
 
 class Runs:
@@ -47,7 +47,7 @@ class Runs:
             raise data.DataError(f"{base.data} has no test split: nothing can be compared")
         self.device = best_device()
         self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
-        self.world, self.folders = (self.encoder.sha256, test.info), {}
+        self.clip_and_test, self.folders = (self.encoder.sha256, test.info), {}
         for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
             with contextlib.suppress(Exception):                                   # a folder of another version, or nothing of ours
                 about = json.loads(file.read_text())
@@ -60,7 +60,7 @@ class Runs:
             before = self.config(settings["carl_from"], seed)
             settings["carl_from"] = before[-1].out
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
-        identity = key(cfg, *self.world)
+        identity = key(cfg, *self.clip_and_test)
         if identity not in self.folders:
             name = [Path(cfg.data).stem, cfg.single_positive or f"{cfg.ratio:g}", "captions" if cfg.images == "captions" else "", cfg.matching,
                     cfg.without and "no-" + cfg.without.replace(",", "-"), f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]

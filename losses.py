@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_negative=0.0):
     """Eq. 14, asymmetric loss: known labels only, easy ones damped. The sign is explicit (the print omits it).
 
-    logits (B, C) float;  labels (B, C) int, 1 / -1 / 0
+    logits (B, C) float;  labels (B, C) int, 1 / -1 / 0;  shift: the paper's c
     assume_negative   weight of the negative term on unknown labels (0: they contribute nothing, the paper's partial setting)
     returns the sum over the categories, mean over the images. With gammas and shift 0 it is binary cross-entropy exactly.
     """
@@ -38,17 +38,19 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="re
     logits_r, logits_q (B, C);  how "softmax": as printed, p over the C categories; "bernoulli": present / absent per category, summed.
     teacher   "region" as in the paper; "query": KL(p^q || p^r) instead; "both": as "region", but the gradient reaches both
     Multiplied by temperature squared, so that its gradient keeps its size (Hinton et al., 2015). Mean over the images.
+    ValueError for another `how` or `teacher`.
     """
     if how not in ("softmax", "bernoulli") or teacher not in ("region", "query", "both"):
         raise ValueError("distillation expects how='softmax' or 'bernoulli' and teacher='region', 'query' or 'both', "
                          f"got {how!r} and {teacher!r}")
-    r, q = (logits_q, logits_r) if teacher == "query" else (logits_r, logits_q)
-    r, q = (r if teacher == "both" else r.detach()) / temperature, q / temperature
+    logits = (logits_q, logits_r) if teacher == "query" else (logits_r, logits_q)  # teacher, student
     if how == "bernoulli":
-        r, q = torch.stack([r, torch.zeros_like(r)], -1), torch.stack([q, torch.zeros_like(q)], -1)   # (B, C, 2)
-    log_r, log_q = r.log_softmax(-1), q.log_softmax(-1)
-    kl = (log_r.exp() * (log_r - log_q)).sum(-1)                                   # (B,) or (B, C)
-    return temperature**2 * kl.flatten(1).sum(1).mean() if how == "bernoulli" else temperature**2 * kl.mean()
+        logits = [torch.stack([x, torch.zeros_like(x)], -1) for x in logits]       # (B, C, 2)   present, absent
+    log_t, log_s = ((x / temperature).log_softmax(-1) for x in logits)
+    if teacher != "both":
+        log_t = log_t.detach()
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1)                                   # (B,) or (B, C)
+    return temperature**2 * (kl.sum(1) if how == "bernoulli" else kl).mean()
 
 
 def contrastive(anchors, samples, classes, tau=0.07, chunk=2**26):
@@ -80,6 +82,6 @@ def contrastive(anchors, samples, classes, tau=0.07, chunk=2**26):
 
 
 def total(terms, alpha=1.0, beta=0.05, gamma=0.01):
-    """Eq. 15. terms: dict of scalars L_q, L_r, L_KD, L_NCE; one that is absent counts nothing."""
+    """terms: dict of the scalars L_q, L_r, L_KD, L_NCE -> their weighted sum; a missing one counts as 0."""
     L_q, L_r, L_KD, L_NCE = (terms.get(k, 0.0) for k in ("L_q", "L_r", "L_KD", "L_NCE"))
-    return L_q + alpha * L_r + beta * L_KD + gamma * L_NCE
+    return L_q + alpha * L_r + beta * L_KD + gamma * L_NCE                         # Eq. 15

@@ -1,6 +1,6 @@
 """Multimodal category prototypes: the memory bank, the thresholds and the pseudo-labels (paper, Sec. 3.4, Eq. 7-12).
 
-B images, C categories, N locations, D dims, L queue length, K top-k. Labels: 1 present, -1 absent, 0 unknown.
+B images, C categories, N locations, D dims, L queue length (the paper's l), K top-k. Labels: 1 present, -1 absent, 0 unknown.
 Similarities and thresholds carry the modality in front: [0] visual, [1] text.
 """
 import torch
@@ -11,9 +11,11 @@ from kernels import topk_prototypes
 
 
 class MemoryBank(nn.Module):
-    """bank (C, L, D) unit pixel features, first in first out;  cursor (C,) int64 number ever written to each queue
+    """A queue of unit pixel features for each category, moving thresholds of both modalities, and the text prototypes.
+
+    bank (C, L, D) first in, first out;  cursor (C,) int64 rows ever written to each queue: row r lies in slot r % L
     theta (2, 2, C) thresholds [visual, text] x [positive, negative], NaN until a first label was seen
-    T (C, D) text prototypes: the text features at the end of stage one, NaN before
+    T (C, D) text prototypes: the positive text features at the end of stage one, NaN before
     """
 
     def __init__(self, C, L, D, eta=0.99):
@@ -30,13 +32,14 @@ class MemoryBank(nn.Module):
         topk_prototypes(energy.detach(), f.detach(), labels, self.bank, self.cursor, k)
 
     def set_text_prototypes(self, g_pos):
+        """T <- g_pos (C, D), of unit length."""
         self.T.copy_(F.normalize(g_pos.detach().to(self.T.dtype), dim=-1))
 
     def filled(self):
         """(C, L) bool: slots that hold a prototype."""
         return torch.arange(self.bank.shape[1], device=self.bank.device) < self.cursor[:, None]
 
-    def prototypes(self):
+    def mean_prototypes(self):
         """(C, D) mean of the stored unit prototypes, zeros for a category without any."""
         weight = self.filled().to(self.bank.dtype) / self.cursor.clamp(1, self.bank.shape[1])[:, None]   # (C, L)
         return (weight[:, None] @ self.bank)[:, 0]
@@ -48,7 +51,7 @@ class MemoryBank(nn.Module):
         mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product a category, whatever the queue's length.
         """
         r = regions.to(self.bank.dtype)
-        v = self.prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
+        v = self.mean_prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
         dots = r.transpose(0, 1) @ torch.stack([v, self.T], 1).mT                  # (C, B, 2)
         return dots.permute(2, 1, 0) / r.norm(dim=-1).clamp(min=1e-12)
 

@@ -14,6 +14,7 @@ import signal
 if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -353,7 +354,7 @@ def reproduce(argv):
                  f"{base.epochs} epochs, seeds {seeds.start} to {seeds.stop - 1}; mAP on {shown} in %, "
                  f"mean ± standard deviation, of the last epoch / of the best epoch on {chosen_on}.")
         text = f"{about}\n\n{text}"
-    text = f"`python reproduce.py {' '.join(argv)}`: {text}" if own.table != 5 else f"`python reproduce.py --table 5`\n\n{text}"
+    text = f"`python reproduce.py {shlex.join(argv)}`: {text}" if own.table != 5 else f"`python reproduce.py --table 5`\n\n{text}"
     write_atomically(file.with_suffix(".md"), text + "\n")
     if measured is not None:
         write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))

@@ -39,21 +39,30 @@ from trm import TRM, Output, Prompts
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
-def step_terms(model, memory, cfg, out, f, g_pos, labels, stage_two):
-    """The terms of Eq. 15 for one batch. labels (B, C) int8, out: trm.Output. Returns (terms, pseudo-labels (B, C) or None)."""
-    pseudo = None
+def estimate(memory, cfg, out, f, labels, stage_two):
+    """The batch's prototypes enter the bank, its similarities move the thresholds, and what is unknown is estimated (Eq. 7-12).
+
+    out: trm.Output, f (B, N, D), labels (B, C) int8 -> pseudo-labels (B, C) int8, 0 where there is none; None in the first stage.
+    The batch comes before its own estimates, so an image meets its own prototypes among those of its categories.
+    """
     if cfg.uses("mmcp") or cfg.uses("mmcl"):
         memory.enqueue(out.energy, f, labels, cfg.topk)                                                       # Eq. 7
-    if cfg.uses("mmcp") and stage_two:
-        s = memory.similarities(out.regions)                                                                  # Eq. 8
-        known = torch.where(labels == 0, -1, labels) if cfg.assume_negative else labels
-        memory.update_thresholds(s, known)                                                                    # Eq. 9, 11
-        modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
-        pseudo = memory.pseudo_labels(s, labels, modalities)                                                  # Eq. 10, 12
-    filled = labels if pseudo is None else torch.where(labels == 0, pseudo, labels)
+    if not (cfg.uses("mmcp") and stage_two):
+        return None
+    s = memory.similarities(out.regions)                                                                      # Eq. 8
+    for_theta = torch.where(labels == 0, -1, labels) if cfg.assume_negative else labels
+    memory.update_thresholds(s, for_theta)                                                                    # Eq. 9, 11
+    modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
+    return memory.pseudo_labels(s, labels, modalities)                                                        # Eq. 10, 12
+
+
+def step_terms(model, memory, cfg, out, f, g_pos, labels, stage_two):
+    """The terms of Eq. 15 for one batch. labels (B, C) int8, out: trm.Output. Returns (terms, pseudo-labels (B, C) or None)."""
+    pseudo = estimate(memory, cfg, out, f, labels, stage_two)
+    completed = labels if pseudo is None else torch.where(labels == 0, pseudo, labels)
 
     def asl(logits):
-        return losses.asymmetric(logits, filled, cfg.gamma_pos, cfg.gamma_neg, cfg.shift, cfg.assume_negative)    # Eq. 14
+        return losses.asymmetric(logits, completed, cfg.gamma_pos, cfg.gamma_neg, cfg.shift, cfg.assume_negative)    # Eq. 14
 
     terms = {"L_r": asl(out.logits_r)}
     if out.logits_q is not None:
@@ -61,7 +70,7 @@ def step_terms(model, memory, cfg, out, f, g_pos, labels, stage_two):
         if cfg.uses("kd"):
             terms["L_KD"] = losses.distillation(out.logits_r, out.logits_q, cfg.kd, cfg.kd_temperature, cfg.kd_teacher)    # Eq. 6
     if cfg.uses("mmcl") and stage_two:
-        present = (filled if cfg.pseudo_in_contrastive else labels) == 1                                      # (B, C)
+        present = (completed if cfg.pseudo_in_contrastive else labels) == 1                                   # (B, C)
         terms["L_NCE"] = contrastive_term(model, memory, out.regions, g_pos, present, cfg.tau)                # Eq. 13
     return terms, pseudo
 
@@ -204,7 +213,7 @@ class Run:
             raise ConfigError(error) from None
         model = TRM(len(split.names), self.clip.D, prompts, cfg.matching, queries,
                     contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
-        if cfg.carl_from:
+        if cfg.carl_from and not (self.folder / "last.pt").is_file():              # else it is in there
             state = read_checkpoint(Path(cfg.carl_from) / "last.pt")
             if state["names"] != split.names or state["clip_sha256"] != self.clip.sha256:
                 raise ConfigError(f"--carl-from {cfg.carl_from} was trained on other categories than {cfg.data}, or on another CLIP")
@@ -215,6 +224,7 @@ class Run:
                 model.carl.load_state_dict(carl)
             except RuntimeError:
                 raise ConfigError(f"--carl-from {cfg.carl_from} holds a region module of another size: restore it, or train it anew") from None
+        if cfg.carl_from:
             model.carl.requires_grad_(False)
         return model
 
@@ -294,7 +304,7 @@ class Run:
     def train(self):
         cfg = self.cfg
         if self.rank == 0:
-            print(f"{self.folder}: {self.train_split.name}, {len(self.feed)} images, {len(self.train_split.names)} categories, "
+            print(f"{self.folder}: {data.describe(self.train_split)}; {len(self.train_split.names)} categories, "
                   f"{sum(p.numel() for p in self.learned) / 2**20:.2f} Mi learned; {kernels.chosen()}")
         while self.epoch < cfg.epochs:
             line = self.train_epoch()

@@ -4,7 +4,7 @@ r"""Text-region matching: dual prompts, category-aware regions, and the matching
                                           \---> queries F^q (B, C, D) ---------------------------------------match--> logits
     learned prompts  --frozen CLIP text--> g_pos, g_neg (C, D) ---------------------------------------------/
 
-B images, C categories, N = h*w locations, D joint dimension of CLIP, M context tokens, W width of CLIP's text transformer.
+B images, C categories, N = h*w locations, D joint dimension of CLIP, M context tokens (the paper's L), W width of CLIP's text transformer.
 This file knows nothing of files, arguments or devices. It is trained by `python train.py`.
 """
 from typing import NamedTuple, Optional
@@ -35,7 +35,7 @@ class Prompts(nn.Module):
 
     clip    a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category names
     context (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1.
-    at_once  prompts whose activations are held for the backward pass (some 10 MB each in CLIP's text transformer)
+    at_once  most prompts whose activations are kept for the backward pass (some 10 MB each in CLIP's text transformer)
     """
     at_once = 512
 
@@ -60,7 +60,7 @@ class Prompts(nn.Module):
         eot, step = self.eot.repeat(2), self.at_once
         if len(eot) <= step:
             g = clip.encode_prompts(prompts, eot)                                  # (2C, D)
-        else:                                                                      # many categories: less memory, for a second forward pass
+        else:                                                                      # too much to keep: recomputed in the backward pass
             g = torch.cat([checkpoint(clip.encode_prompts, *part, use_reentrant=False, preserve_rng_state=False)
                            for part in zip(prompts.split(step), eot.split(step))])
         return F.normalize(g.float(), dim=-1).chunk(2)
@@ -71,13 +71,13 @@ class CARL(nn.Module):
 
     The cross-attention's scaled scores before its softmax are the energies e_c; their sigmoid is the soft region (Eq. 2),
     which pools the *raw* CLIP features (Eq. 4), so the regions stay in CLIP's joint space. The layer's output is F^q (Eq. 3).
-    at_once  numbers of a (B, C, D) tensor whose activations are held for the backward pass (some 60 bytes each)
+    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes a number); beyond it, decoded in parts
     """
     at_once = 2**25
 
     def __init__(self, C, D, queries: Optional[Tensor] = None, dropout=0.0):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)                                         # inside the layer, as DETR's decoder has it
+        self.dropout = nn.Dropout(dropout)                                         # of the attention's weights, the residuals and the feed-forward
         self.Q = nn.Parameter(torch.randn(C, D) if queries is None else queries.clone())
         self.self_att = nn.MultiheadAttention(D, 1, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
@@ -97,7 +97,7 @@ class CARL(nn.Module):
 
         if len(f) * Q.numel() <= self.at_once:
             energy, queries = self.decode(Q, f)
-        else:                                                                      # thousands of categories: less memory, for a second forward pass
+        else:                                                                      # too much to keep: recomputed in the backward pass
             parts = f.split(max(1, self.at_once // Q.numel()))
             parts = [checkpoint(self.decode, Q, part, use_reentrant=False) for part in parts]
             energy, queries = (torch.cat(whole) for whole in zip(*parts))
@@ -131,7 +131,7 @@ def spatial_aggregation(f, g_pos, g_neg, scale, spatial_scale):
 
 
 class Output(NamedTuple):
-    logits_r: Tensor                    # (B, C)     text-region matching, the prediction
+    logits_r: Tensor                    # (B, C)     text-region matching, the prediction; of a baseline its only score
     logits_q: Optional[Tensor] = None   # (B, C)     text-query matching; None for the baselines
     energy: Optional[Tensor] = None     # (B, C, N)  before the sigmoid; a similarity map for DualCoOp's aggregation
     regions: Optional[Tensor] = None    # (B, C, D)  F^r

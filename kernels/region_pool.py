@@ -105,7 +105,7 @@ def match_kernel(energy, f, g_pos, g_neg, out, C, N, D, stride_c, stride_n,
     blocks_c = tl.cdiv(C, BLOCK_C)
     b = (tl.program_id(0) // blocks_c).to(tl.int64)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    dot = tl.zeros([BLOCK_C], tl.float32)
+    product = tl.zeros([BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -113,9 +113,9 @@ def match_kernel(energy, f, g_pos, g_neg, out, C, N, D, stride_c, stride_n,
         inside = (c < C)[:, None] & (d < D)[None, :]
         pos = tl.load(g_pos + c[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         neg = tl.load(g_neg + c[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        dot += tl.sum(region * (pos - neg), 1)
+        product += tl.sum(region * (pos - neg), 1)
         square += tl.sum(region * region, 1)
-    tl.store(out + b * C + c, dot / tl.maximum(tl.sqrt(square), 1e-12), mask=c < C)
+    tl.store(out + b * C + c, product / tl.maximum(tl.sqrt(square), 1e-12), mask=c < C)
 
 
 # ---- operators and autograd -----------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def match_op(energy: torch.Tensor, f: torch.Tensor, g_pos: torch.Tensor, g_neg: 
     return launch_match(energy, f, g_pos, g_neg) if energy.is_cuda else region_match_reference(energy, f, g_pos, g_neg)
 
 
-def on_cpu(op, launch, reference):
+def on_cpu(op, launch, reference):          # its own kernel: traced for torch.compile, the interpreter would meet fake tensors
     op.register_kernel("cpu")(lambda *args: (launch if kernels.runs_triton(args[0]) else reference)(*args))
 
 

@@ -350,6 +350,13 @@ def test_a_frozen_region_module_that_does_not_fit(world, trained, tmp_path, capf
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_with_a_frozen_region_module_goes_on_without_its_source(world, trained, tmp_path, capfd):          # noqa: F811
+    shutil.copytree(trained, tmp_path / "source")
+    run(world, tmp_path / "run", epochs=1, carl_from=tmp_path / "source")
+    shutil.rmtree(tmp_path / "source")
+    assert command(train.main, ["--resume", tmp_path / "run"], capfd)[0] == 0
+
+
 def test_a_name_too_long_for_clip_is_told_before_the_images_are_decoded(world, tmp_path, capfd, monkeypatch):    # noqa: F811
     names = json.loads((world / "scenes/annotations/instances_train2014.json").read_text())["categories"]
     (tmp_path / "names.txt").write_text("\n".join(" ".join("abcdefghijklmnopqrstuvwxyz") + str(i) for i, _ in enumerate(names)))

@@ -390,7 +390,7 @@ def compare(bank, queues, name=""):
     assert bank.cursor.tolist() == [len(w) for w in queues.written], f"{name} cursor"
     C, L, D = queues.slots.shape
     means = [np.mean(queues.queue(c), axis=0) if queues.written[c] else np.zeros(D) for c in range(C)]
-    close(f"{name} prototypes", bank.prototypes(), np.stack(means))
+    close(f"{name} prototypes", bank.mean_prototypes(), np.stack(means))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -498,7 +498,7 @@ def test_a_class_without_prototypes_has_no_visual_similarity():
     bank, queues, text = filled(rng, 3, 4, 5, [2, 0, 1])
     s = bank.similarities(tensor(rng.randn(2, 3, 5)))
     assert torch.isnan(s[0, :, 1]).all() and not torch.isnan(s[0, :, [0, 2]]).any() and not torch.isnan(s[1]).any()
-    close("zeros stand in its row", bank.prototypes()[1], np.zeros(5))
+    close("zeros stand in its row", bank.mean_prototypes()[1], np.zeros(5))
 
 
 # ------------------------------------------------------------------------------------------------------ Eq. 11
