@@ -229,9 +229,8 @@ def reserve(file, needed, about=""):
         size = handle.tell()
     if about and size < needed:
         print(f"{about} = {needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
-    free = shutil.disk_usage(file.parent).free
     try:
-        if needed - size > free:
+        if size < needed and needed - size > shutil.disk_usage(file.parent).free:
             raise OSError(errno.ENOSPC, "")
         with open(file, "rb+") as handle:
             handle.truncate(max(size, needed))
@@ -239,5 +238,6 @@ def reserve(file, needed, about=""):
                 os.posix_fallocate(handle.fileno(), 0, needed)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):               # others: a file system that cannot reserve
-            raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free / 2**30:.1f} GiB free: "
-                            f"choose fewer --cache-features or another --cache-dir") from None
+            free = shutil.disk_usage(file.parent).free / 2**30
+            raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free:.1f} GiB free: "
+                            "choose fewer --cache-features or another --cache-dir") from None

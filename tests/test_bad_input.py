@@ -27,6 +27,7 @@ import reproduce
 import scenes
 import train
 from clip import pretrain
+from config import Config
 from data import DataError
 from files import ConfigError, guarded, write_atomically
 
@@ -239,16 +240,15 @@ def test_one_image_under_two_paths_is_one_image(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("names", (["./in/{}", "in//{}", "in/../in/{}"], ["{here}/in/{}"], ["link/{}"]))
 @pytest.mark.parametrize("root", (None, ".", "../work"))
-def test_suggestions_name_the_images_as_the_sheet_does(world, sheet, tmp_path, capfd, monkeypatch, names, root):             # noqa: F811
-    shutil.copytree(tmp_path / "photos", tmp_path / "work" / "in")
+def test_suggestions_name_the_images_as_the_sheet_does(trained, tmp_path, capfd, monkeypatch, names, root):
+    shutil.copytree(trained.parent / "scenes" / "val2014", tmp_path / "work" / "in")
     (tmp_path / "work" / "link").symlink_to("in")
     monkeypatch.chdir(tmp_path / "work")
     photos = sorted(os.listdir("in"))
     rows = [names[i % len(names)].format(photo, here=tmp_path / "work") for i, photo in enumerate(photos)]
     (tmp_path / "work" / "x.csv").write_text("image,sun,cup\n" + "".join(f"{row},{i % 2},\n" for i, row in enumerate(rows)))
-    shutil.copytree(sheet[0], "run")
-    model = evaluation.Predictor("run")
-    model.cfg.data, model.cfg.root, model.names = str(tmp_path / "work" / "x.csv"), root, ["sun", "cup"]
+    model = evaluation.Predictor(trained)
+    model.cfg, model.names = Config(data=str(tmp_path / "work" / "x.csv"), root=root), ["sun", "cup"]
     model.threshold = np.zeros(2)
     model.over = lambda paths, *_, **__: ((i, np.full(2, 0.5), None) for i in range(len(paths)))
     evaluation.suggest(model, SimpleNamespace(suggest=f"s{root and len(root)}.csv", batch=4, workers=0, pictures=0))
