@@ -47,9 +47,18 @@ sun, sunshine  |  moon  |  cloud, clouds     |  flower, flowers, blossom        
 def forms(phrase):
     """"fire truck" -> {("fire", "truck"), ("fire", "trucks")}: words of a phrase, its last one in the singular and the plural."""
     *before, word = words_of(phrase) or [""]
-    plural = (word[:-3] + "men" if word.endswith("man") else word[:-1] + "ies" if re.search("[^aeiou]y$", word) else
-              re.sub("fe?$", "ves", word) if re.search("[^f]fe?$", word) else word + ("es" if re.search("(s|x|z|sh|ch|o)$", word) else "s"))
-    return {(*before, word), (*before, plural)}
+    return {(*before, word), (*before, plural(word))}
+
+
+def plural(word):
+    """As English forms it, most often."""
+    if word.endswith("man"):
+        return word[:-3] + "men"
+    if re.search("[^aeiou]y$", word):
+        return word[:-1] + "ies"
+    if re.search("[^f]fe?$", word):
+        return re.sub("fe?$", "ves", word)
+    return word + ("es" if re.search("(s|x|z|sh|ch|o)$", word) else "s")
 
 
 def words_of(text):

@@ -180,6 +180,7 @@ def sweep(model, g_pos, g_neg, features, maps=False):
             {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
 
+# Of the zero-shot rows of all tables. clip/pretrain.py scores its model with the templates that its captions were made of.
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}", "there is a {} in the scene")
 
 

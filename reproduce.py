@@ -180,10 +180,9 @@ def table(cells, runs, seeds, paper="paper", split="test"):
         for row, scores in measured.items():
             if all(printed[row].get(c) is not None for c in columns):
                 printed[row][AVERAGE] = float(np.mean([printed[row][c] for c in columns]))
-            for numbers in scores.values():                                        # seed by seed, where no column lacks it
+            for numbers in scores.values():
                 if all(c in numbers for c in columns):
-                    numbers[AVERAGE] = {when: {seed: float(np.mean([numbers[c][when][seed] for c in columns])) for seed in by_seed
-                                               if all(seed in numbers[c][when] for c in columns)} for when, by_seed in numbers[columns[0]].items()}
+                    numbers[AVERAGE] = {when: average(numbers, columns, when) for when in numbers[columns[0]]}
     if len(columns) > 1 or any(cell.column == AVERAGE for cell in cells):
         columns.append(AVERAGE)
     lines = [["", "mAP of"] + columns, ["---", "---"] + ["---:"] * len(columns)]
@@ -195,6 +194,12 @@ def table(cells, runs, seeds, paper="paper", split="test"):
         if not scores:
             lines.append([f"**{row}**", "no run finished"] + [""] * len(columns))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines), measured
+
+
+def average(numbers, columns, when):
+    """{column: {when: {seed: mAP}}} -> {seed: mean over the columns}, of the seeds that no column lacks."""
+    seeds = set.intersection(*(set(numbers[c][when]) for c in columns))
+    return {seed: float(np.mean([numbers[c][when][seed] for c in columns])) for seed in sorted(seeds)}
 
 
 def spread(by_seed):

@@ -117,7 +117,8 @@ class PseudoCount:
 # ------------------------------------------------------------------------------------------------------------ the run
 def run_folder(cfg):
     setting = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
-    name = f"{Path(cfg.data).stem}-{setting}-{cfg.matching}{'-no-' + cfg.without.replace(',', '-') if cfg.without else ''}-seed{cfg.seed}"
+    left_out = f"-no-{cfg.without.replace(',', '-')}" if cfg.without else ""
+    name = f"{Path(cfg.data).stem}-{setting}-{cfg.matching}{left_out}-seed{cfg.seed}"
     run = Path(cfg.out or f"runs/{name}")
     for i in range(2, 1000):
         if not taken(run):
@@ -297,7 +298,7 @@ class Run:
             scores = in_order(evaluation.sweep(self.model, *g, feed)[0], len(feed), self.cfg.batch)
             truth = feed.split.truth
             chosen = scores.get(self.cfg.score, scores["region"])
-            numbers[name] = metrics(chosen, truth) | {f"mAP_{k}": metrics(v, truth)["mAP"] for k, v in scores.items()}
+            numbers[name] = metrics(chosen, truth) | {f"mAP_{score}": metrics(p, truth)["mAP"] for score, p in scores.items()}
             raw[name] = chosen
         return numbers, raw
 
@@ -342,12 +343,18 @@ class Run:
         g_pos, g_neg = self.text_features()
         C = len(self.train_split.names)
         threshold = np.full(C, 0.5) if val_scores is None else best_thresholds(val_scores, self.val_split.truth)
-        inference = dict(config=json.dumps(dataclasses.asdict(self.cfg)), names=list(self.train_split.names), clip_sha256=self.clip.sha256,
-                         model=self.model.state_dict(), g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=self.epoch)
+        inference = dict(
+            config=json.dumps(dataclasses.asdict(self.cfg)),
+            names=list(self.train_split.names),
+            clip_sha256=self.clip.sha256,
+            model=self.model.state_dict(),
+            g_pos=g_pos.cpu(), g_neg=g_neg.cpu(),                                  # so that inference needs no text encoder
+            threshold=threshold.tolist(),
+            epoch=self.epoch)
         if improved:
             save_atomically(lambda buffer: torch.save(inference, buffer), self.folder / "best.pt")
-        state = inference | dict(memory=self.memory.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
-                                 scaler=self.scaler.state_dict(), best=self.best, history=json.dumps(self.history))
+        parts = {name: getattr(self, name).state_dict() for name in ("memory", "optimizer", "scheduler", "scaler")}
+        state = inference | parts | dict(best=self.best, history=json.dumps(self.history))
         save_atomically(lambda buffer: torch.save(state, buffer), self.folder / "last.pt")
         self._write_history()
 
