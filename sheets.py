@@ -8,7 +8,6 @@ Sheets full of unknowns are the point. Nothing is guessed: any other cell, a sho
 listed twice is refused with its line (`python data.py SHEET.csv` prints every problem).
 """
 import csv, io, os
-from pathlib import Path
 
 import numpy as np
 

@@ -108,7 +108,7 @@ def topk_prototypes(energy, f, labels, bank, cursor, k):
     labels  (B, C) int8, 1 = known positive       k       rows for each positive (at most N are taken)
     bank    (C, L, D) float, contiguous           cursor  (C,) int64: rows ever written; min(cursor, L) slots are filled
     """
-    (B, C, N), (_, L, D) = energy.shape, bank.shape
+    (B, C, N), D = energy.shape, bank.shape[2]
     if f.shape != (B, N, D) or labels.shape != (B, C) or bank.shape[0] != C or cursor.shape != (C,) or k < 1:
         raise ValueError(f"expected f {(B, N, D)}, labels {(B, C)}, bank ({C}, L, D), cursor ({C},) and k >= 1, got "
                          f"{tuple(f.shape)}, {tuple(labels.shape)}, {tuple(bank.shape)}, {tuple(cursor.shape)}, k {k}")
