@@ -25,10 +25,11 @@ def read(path):
         raise ValueError("no such file" if not os.path.exists(path) else "not a regular file")
     with Image.open(path) as image:
         image.load()
+        deep = image.mode == "F" or image.mode == "I" and image.format == "TIFF"
         turn = TURNED.get(image.getexif().get(0x0112))  # not ImageOps.exif_transpose: it fails where it cannot rewrite the EXIF
         image = image if turn is None else image.transpose(turn)
-    if image.mode == "F":
-        raise ValueError("a float image has no defined white; convert it to 8 bits")
+    if deep:
+        raise ValueError("an image of 32 bits a pixel has no defined white; convert it to 8 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -96,7 +96,7 @@ class Config:
             if kind is float and type(value) is int:
                 value = float(value)
                 setattr(self, f.name, value)
-            if type(value) is not kind:
+            if type(value) is not kind or kind is str and "\0" in value:
                 raise ConfigError(f"--{f.name.replace('_', '-')} expects {kind.__name__}, got {value!r}")
             low, high = rules.get("low"), rules.get("high", 2**31 if kind is int else None)
             if "choices" in rules and value not in rules["choices"]:

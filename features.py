@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 import augment as transforms
 from data import DataError, Images
-from files import locked
+from files import locked, uninterrupted
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")         # more --workers than cores: the user's choice
 
@@ -105,7 +104,7 @@ class Features:
                 f, x = self._encode(images, self.whole)
                 yield part.to(self.device, non_blocking=self.cuda), f.to(dtype), x
             if not shuffle:
-                self.loader = None                                                 # scored now and then: its processes need not wait for that
+                self._end_workers()                                                # scored now and then: its processes need not wait for that
 
     def _pin(self, t):
         return t.pin_memory() if self.cuda else t                 # a copy from pinned memory need not wait
@@ -116,14 +115,12 @@ class Features:
         if self.loader is None:                                                    # not `or`: that would ask for its length
             self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.cuda,
                                      persistent_workers=self.workers > 0, generator=torch.Generator())      # leaves the run's state alone
-        if not hasattr(signal, "pthread_sigmask"):                                 # Windows
+        with uninterrupted():
             return iter(self.loader)
-        # A Ctrl-C that meets the start of the processes would be lost in one of Python's hooks; they leave it to this process.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return iter(self.loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @uninterrupted()
+    def _end_workers(self):
+        self.loader = None
 
     def _timed(self, iterator):
         self.waited = 0.0
@@ -189,8 +186,8 @@ class Features:
                 there.clear()
 
             try:
-                batches = tqdm(self._timed(self._load(places)), f"features of {self.split.name}", len(places), leave=False,
-                               disable=not places or self.rank > 0 or not sys.stderr.isatty())
+                batches = places and tqdm(self._timed(self._load(places)), f"features of {self.split.name}", len(places), leave=False,
+                                          disable=self.rank > 0 or not sys.stderr.isatty())
                 for chunk, (view, index), (images, _) in zip(missing, places, batches):
                     f, x = self._encode(images)
                     stored[view, index] = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16).cpu()
@@ -200,7 +197,8 @@ class Features:
                         last = time.monotonic()
             finally:
                 record()
-                self.loader = None                                                 # nothing is decoded from now on: let its processes go
+                batches = None
+                self._end_workers()                                                # nothing is decoded from now on
             self._barrier()
         return stored
 

@@ -3,6 +3,7 @@
 `train.py`, `eval.py` and `reproduce.py` share it. Nothing here knows the method.
 """
 import argparse
+import contextlib
 import difflib
 import io
 import json
@@ -58,8 +59,10 @@ def guarded(work, stopped="stopped"):
 
     def interrupt(*_):
         nonlocal last
-        if time.monotonic() - last > 2:
-            last = time.monotonic()
+        again, last = time.monotonic() - last < 2, max(last, time.monotonic())
+        if uninterrupted.depth:
+            uninterrupted.pending = True
+        elif not again:
             raise KeyboardInterrupt
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                                             # closed by whoever started this (>&-)
@@ -99,6 +102,21 @@ def guarded(work, stopped="stopped"):
     return 2
 
 
+class uninterrupted(contextlib.ContextDecorator):
+    """A Ctrl-C that comes meanwhile counts at the end: while processes begin or end, Python's hooks would drop it. Processes forked
+    meanwhile leave it to this one."""
+    depth, pending = 0, False
+
+    def __enter__(self):
+        uninterrupted.depth += 1
+
+    def __exit__(self, *_):
+        uninterrupted.depth -= 1
+        if uninterrupted.pending and not uninterrupted.depth:
+            uninterrupted.pending = False
+            raise KeyboardInterrupt
+
+
 def write_atomically(file, content):
     """bytes or text into `file`: written beside it, flushed to disk, renamed. A kill leaves the old file or the new one."""
     try:
@@ -106,7 +124,8 @@ def write_atomically(file, content):
             raise OSError("not a regular file")
         temporary = file.with_name(f".{file.name}.tmp")
         try:
-            with open(temporary, "wb") as handle:
+            temporary.unlink(missing_ok=True)                                      # of a process that was killed
+            with open(temporary, "xb") as handle:
                 handle.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -137,8 +156,8 @@ def read_checkpoint(file, device="cpu"):
         state = torch.load(file, map_location=device, weights_only=True)
         missing = {"config", "names", "clip_sha256", "model", "g_pos", "g_neg", "threshold", "epoch"} - set(state)
         if not missing:
-            dict(json.loads(state["config"]))
-            dict(state["model"])
+            if not isinstance(json.loads(state["config"]), dict) or not isinstance(state["model"], dict):
+                raise ValueError("its settings or its model are no dictionary")
             if not len(set(state["names"])) == len(state["g_pos"]) == len(state["g_neg"]) == len(state["threshold"]):
                 raise ValueError("its parts speak of different numbers of categories")
             numbers = (*state["model"].values(), state["g_pos"], state["g_neg"], torch.tensor(state["threshold"]))

@@ -31,9 +31,9 @@ from metrics import metrics
 from config import NOT_THE_RESULT, Config, load_config
 
 
-def key(cfg, clip_sha256, test_info):
-    """What a run is known by: its settings, CLIP's weights, and the counts and the hash of the test split."""
-    return json.dumps([[clip_sha256, test_info], {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
+def key(cfg, clip_sha256, data_sha256):
+    """What a run is known by: its settings, CLIP's weights, and the data ({split: sha256 of its names, labels and truth})."""
+    return json.dumps([clip_sha256, data_sha256, {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_THE_RESULT}], sort_keys=True)
 
 
 class Runs:
@@ -42,16 +42,16 @@ class Runs:
 
     def __init__(self, base, out, jobs):
         self.base, self.out, self.jobs = base, out, jobs
-        test = splits_of(base)[2]
-        if test is None:
+        if splits_of(base)[2] is None:
             raise data.DataError(f"{base.data} has no test split: nothing can be compared")
         self.device = best_device()
         self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
-        self.clip_and_test, self.folders = (self.encoder.sha256, test.info), {}
+        self.folders = {}
         for file in sorted(self.out.glob(f"{self.FOLDER}/*/config.json")):
             with contextlib.suppress(Exception):                                   # a folder of another version, or nothing of ours
                 about = json.loads(file.read_text())
-                self.folders[key(load_config(file.parent), about.get("clip_sha256"), about["data"].get(test.name))] = file.parent
+                hashes = {name: info["sha256"] for name, info in about["data"].items()}
+                self.folders[key(load_config(file.parent), about["clip_sha256"], hashes)] = file.parent
 
     def config(self, settings, seed):
         """Settings of a row -> its Config with its folder in `out`, and the Configs that it needs first."""
@@ -60,7 +60,7 @@ class Runs:
             before = self.config(settings["carl_from"], seed)
             settings["carl_from"] = before[-1].out
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
-        identity = key(cfg, *self.clip_and_test)
+        identity = key(cfg, self.encoder.sha256, {split.name: split.info["sha256"] for split in splits_of(cfg) if split})
         if identity not in self.folders:
             name = [Path(cfg.data).stem, cfg.single_positive or f"{cfg.ratio:g}", "captions" if cfg.images == "captions" else "", cfg.matching,
                     cfg.without and "no-" + cfg.without.replace(",", "-"), f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
@@ -123,7 +123,7 @@ class Runs:
         with contextlib.suppress(OSError, ValueError, EOFError):                   # absent, or cut by a kill: measured anew
             if kept.stat().st_mtime >= file.stat().st_mtime:
                 scores = np.load(kept)
-                if scores.shape == self.test.split.truth.shape and np.isfinite(scores.astype(float)).all():
+                if scores.dtype.kind == "f" and scores.shape == self.test.split.truth.shape and np.isfinite(scores).all():
                     return scores
         scores = evaluation.Predictor(run, checkpoint, self.device, self.encoder).scores_of(self.test)
         save_atomically(lambda buffer: np.save(buffer, scores), kept)
@@ -166,7 +166,8 @@ def chosen(run, checkpoint):
     lines = [line for line in history(run) if "test" in line]
     judge = "val" if lines and "val" in lines[-1] else "test"
     try:
-        return max(lines, key=lambda line: line[judge]["mAP"] + 0 * line["test"]["mAP"]) if checkpoint == "best" else lines[-1]
+        best = max(lines, key=lambda line: line[judge]["mAP"] + 0 * line["test"]["mAP"])
+        return best if checkpoint == "best" else lines[-1]
     except (ValueError, IndexError, KeyError, TypeError):
         raise ConfigError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew "
                           "from last.pt") from None

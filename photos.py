@@ -88,8 +88,9 @@ def suggest(predictor, args):
     threshold, most probable first; then label 0, the least probable unknown cells, as many. The first --pictures
     rows come with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
     """
-    file, splits = new(args.suggest, "--suggest"), predictor.splits()
-    parts, folder = [s for s in (splits["train"], splits["val"]) if s], file.with_name(file.stem + "-regions")
+    file = new(args.suggest, "--suggest")
+    folder, splits = new(file.with_name(f"{file.stem}-regions"), "--suggest"), predictor.splits()
+    parts = [s for s in (splits["train"], splits["val"]) if s]
     paths = [path for part in parts for path in part.paths]
     labels, truth = (np.concatenate([getattr(part, which) for part in parts]) for which in ("labels", "truth"))      # (n, C)
     p = np.empty(labels.shape, np.float32)

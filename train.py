@@ -56,7 +56,7 @@ def run_folder(cfg):
 
 
 def taken(run):
-    return any((run / name).exists() for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl"))
+    return any((run / name).exists() for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "curves.png", "regions.png"))
 
 
 def refuse(run):
@@ -312,6 +312,8 @@ class Run:
             best = self.best or dict(epoch=0, mAP=0.0)
             if [line["epoch"] for line in self.history] != [*range(1, self.epoch + 1)] or not 0 <= best["epoch"] <= self.epoch \
                     or not 0 <= best["mAP"] <= 100 or self.scheduler.last_epoch != self.epoch * self.steps \
+                    or self.scheduler.total_steps != self.cfg.epochs * self.steps or not float(self.optimizer.param_groups[0]["lr"]) > 0 \
+                    or any(kept[k].shape != p.shape for p, kept in self.optimizer.state.items() for k in ("exp_avg", "exp_avg_sq")) \
                     or state["names"] != self.train_split.names or state["clip_sha256"] != self.clip.sha256:
                 raise ValueError
         except Exception:                                                          # whatever an edited file makes them raise

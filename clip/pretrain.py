@@ -177,7 +177,7 @@ def main(argv=None):
             raise ConfigError("expected --epochs and --seed as whole numbers, --lr above 0, --batch up to --canvases and that up to 10 million; got "
                               + ", ".join(f"--{k} {options[k]}" for k in ("epochs", "seed", "lr", "batch", "canvases")))
         out = Path(options["out"])
-        if not os.access(out.parent, os.W_OK) or out.is_dir():                     # told now, not after the first epoch
+        if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():                     # told now, not after the first epoch
             raise ConfigError(f"--out {out} cannot be written: give a file in a folder that is there")
         given = " ".join("--no-amp" if k == "amp" else f"--{k} {v}" for k, v in options.items()
                          if v != parser.get_default(k) and k != "out")

@@ -22,6 +22,7 @@ import clip
 import data
 import eval as evaluation
 import features
+import grid
 import ranks
 import reproduce
 import scenes
@@ -29,7 +30,7 @@ import train
 from clip import pretrain
 from config import Config
 from data import DataError
-from files import ConfigError, guarded, write_atomically
+from files import ConfigError, guarded, uninterrupted, write_atomically
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and signals are POSIX's")
 
@@ -75,6 +76,8 @@ def test_nothing_that_is_there_is_overwritten(sheet, tmp_path, capfd):
     for _ in range(2):                                                             # RUN/regions is the run's own
         assert command(evaluation.main, [folder, "--image", photo], capfd)[0] == 0
     assert command(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd)[0] == 0
+    (tmp_path / "s.csv").unlink()                                                  # its pictures are still there
+    one_line(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd, "s-regions is there already")
 
 
 def test_a_run_finds_its_data_from_any_folder(sheet, tmp_path, capfd, monkeypatch):
@@ -315,7 +318,7 @@ def spoil(file, **changes):
 @pytest.mark.parametrize("part, value", [("model", {}), ("model", 7), ("memory", {}), ("optimizer", {}), ("scheduler", None),
                                          ("history", "{"), ("history", "[]"), ("history", "[1, 2]"), ("epoch", "two"), ("best", {"epoch": 77}),
                                          ("best", 5), ("best", {"epoch": 1}), ("best", {"epoch": 1, "mAP": "9"}), ("scheduler", {}),
-                                         ("scheduler", {"last_epoch": 5000}), ("clip_sha256", "0" * 64), ("names", ["x", *"abcdefghijklmnopqrstuvwxyz1"])])
+                                         ("scheduler", {"last_epoch": 5000}), ("scheduler", {"total_steps": 3}), ("config", "[]"), ("clip_sha256", "0" * 64), ("names", ["x", *"abcdefghijklmnopqrstuvwxyz1"])])
 def test_parts_of_a_checkpoint_that_do_not_fit_are_not_resumed(world, trained, tmp_path, capfd, part, value):    # noqa: F811
     shutil.copytree(trained, tmp_path / "run")
     if part == "scheduler" and value:
@@ -326,7 +329,7 @@ def test_parts_of_a_checkpoint_that_do_not_fit_are_not_resumed(world, trained, t
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("part, value", [("model", 7), ("g_pos", [1] * 28), ("g_neg", torch.zeros(28, 3)), ("threshold", ["a"] * 28),
+@pytest.mark.parametrize("part, value", [("model", 7), ("g_pos", [1] * 28), ("g_neg", torch.zeros(28, 3)), ("threshold", ["a"] * 28), ("threshold", [[0.5, 0.5]] * 28), ("config", "[]"),
                                          ("threshold", [float("nan")] * 28), ("g_pos", torch.full((28, 24), torch.nan)), ("clip_sha256", None),
                                          ("names", list(range(28))), ("names", ["a"] * 28),
                                          ("names", 5), ("config", 5), ("g_pos", torch.zeros(28, 24, dtype=torch.int64))])
@@ -572,6 +575,55 @@ def test_ctrl_c_counts_even_if_the_first_one_is_lost():
         time.sleep(5)
     assert guarded(work) == 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@posix
+def test_ctrl_c_waits_for_the_end_of_what_must_not_be_cut():
+    reached = []
+
+    def work():
+        with uninterrupted(), uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            reached.append("inside")
+        reached.append("behind")
+    assert guarded(work) == 130 and reached == ["inside"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@posix
+@pytest.mark.parametrize("delay", (0.02, 0.06, 0.1, 0.15, 0.22))
+def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):                                            # noqa: F811
+    arguments = options(world, tmp_path / "run", workers=2, cache_features=0, epochs=500)
+    at_work = start("train.py", *arguments, start_new_session=True)
+    assert at_work.stdout.readline()                                               # the line before the first epoch
+    time.sleep(delay)
+    os.killpg(at_work.pid, signal.SIGINT)
+    out, err = at_work.communicate(timeout=60)
+    assert at_work.returncode == 130 and [line for line in err.splitlines() if line and "drawing" not in line] == [
+        "stopped; what was finished is in last.pt of the run folder: go on with --resume"], err
+
+
+def test_training_data_that_changed_are_trained_anew_by_a_table(world, tmp_path, capfd, monkeypatch):            # noqa: F811
+    monkeypatch.setattr(train, "curves", lambda *_: None)
+    shutil.copytree(world / "scenes", tmp_path / "scenes")
+    arguments = ["--table", 3, "--ratios", 0.5, "--rows", "average", "--seeds", 1,
+                 *options(world, tmp_path / "out", ratio=None, epochs=1, root=tmp_path / "scenes")]
+    for count in (1, 1):                                                           # the second reads the run of the first
+        assert command(reproduce.main, arguments, capfd)[0] == 0 and len(list(tmp_path.glob("out/runs/*"))) == count
+    file = tmp_path / "scenes/annotations/instances_train2014.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = content["annotations"][::2]
+    file.write_text(json.dumps(content))
+    grid._splits.cache_clear()                                                     # as a new process
+    assert command(reproduce.main, arguments, capfd)[0] == 0 and len(list(tmp_path.glob("out/runs/*"))) == 2
+
+
+@pytest.mark.parametrize("name", ("curves.png", "regions.png"))
+def test_pictures_in_a_new_run_folder_are_not_overwritten(world, tmp_path, capfd, name):                         # noqa: F811
+    (tmp_path / name).write_text("by hand")
+    one_line(train.main, options(world, tmp_path), capfd, "holds a run already")
+    assert (tmp_path / name).read_text() == "by hand"
 
 
 @posix
