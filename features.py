@@ -62,6 +62,11 @@ def ahead(function, items):
             yield coming.result()
 
 
+def quiet(_):
+    """In a loader's process: its errors come by the queue; what its threads say once the main process has ended is no news."""
+    sys.excepthook = lambda *_: None
+
+
 class Features:
     """split: data.Split;  clip: clip.CLIP;  size: side of the input in pixels;  augment, seed: see data.Images
     batch: images over all ranks;  views: 0 computes on the fly, V > 0 caches V augmented views;  rank of world: this process
@@ -114,7 +119,8 @@ class Features:
         self.keys[:] = [[(epoch, i) for i in part.tolist()] for epoch, part in batches]
         if self.loader is None:                                                    # not `or`: that would ask for its length
             self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.cuda,
-                                     persistent_workers=self.workers > 0, generator=torch.Generator())      # leaves the run's state alone
+                                     persistent_workers=self.workers > 0, worker_init_fn=quiet,
+                                     generator=torch.Generator())                  # leaves the run's state alone
         with uninterrupted():
             return iter(self.loader)
 
