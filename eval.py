@@ -63,10 +63,10 @@ class Predictor:
         if self.clip.sha256 != state["clip_sha256"]:
             raise clip.ClipError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {self.cfg.clip} is now "
                                  f"{self.clip.sha256[:12]}...: put the same weights back, or train again")
-        self.grid = self.clip.grid(self.cfg.size, self.cfg.size)       # (h, w)
+        self.grid = self.clip.grid(self.cfg.size, self.cfg.size)                 # (h, w)
         try:
             self.g_pos, self.g_neg = (state[name].view(len(self.names), self.clip.D).to(self.device) for name in ("g_pos", "g_neg"))
-            self.threshold = np.asarray(state["threshold"], float).reshape(len(self.names))                 # (C,) chosen on validation, else 0.5
+            self.threshold = np.asarray(state["threshold"], float).reshape(len(self.names))      # (C,) chosen on validation, else 0.5
             self.model = TRM(*self.g_pos.shape, matching=self.cfg.matching, contrastive=False).to(self.device).eval()
             self.model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith(("prompts.", "heads."))})
         except (RuntimeError, TypeError, ValueError, AttributeError):

@@ -60,7 +60,7 @@ class Runs:
             before = self.config(settings["carl_from"], seed)
             settings["carl_from"] = before[-1].out
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
-        identity = key(cfg, self.encoder.sha256, {split.name: split.info["sha256"] for split in splits_of(cfg) if split})
+        identity = key(cfg, self.encoder.sha256, _hashes(of_the_data(cfg)))
         if identity not in self.folders:
             name = [Path(cfg.data).stem, cfg.single_positive or f"{cfg.ratio:g}", "captions" if cfg.images == "captions" else "", cfg.matching,
                     cfg.without and "no-" + cfg.without.replace(",", "-"), f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
@@ -182,8 +182,17 @@ def _splits(settings):
     return train.load_data(Config(**dict(settings)))
 
 
+@functools.lru_cache(maxsize=None)
+def _hashes(settings):
+    return {split.name: split.info["sha256"] for split in _splits(settings) if split}
+
+
+def of_the_data(cfg):
+    return tuple((name, getattr(cfg, name)) for name in OF_THE_DATA)
+
+
 def splits_of(cfg):
-    return _splits(tuple((name, getattr(cfg, name)) for name in OF_THE_DATA))
+    return _splits(of_the_data(cfg))
 
 
 encoder_of = functools.lru_cache(maxsize=1)(clip.load)

@@ -616,6 +616,7 @@ def test_training_data_that_changed_are_trained_anew_by_a_table(world, tmp_path,
     content["annotations"] = content["annotations"][::2]
     file.write_text(json.dumps(content))
     grid._splits.cache_clear()                                                     # as a new process
+    grid._hashes.cache_clear()
     assert command(reproduce.main, arguments, capfd)[0] == 0 and len(list(tmp_path.glob("out/runs/*"))) == 2
 
 
