@@ -98,7 +98,8 @@ def guarded(work, stopped="stopped"):
     finally:
         if ours and signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, earlier)
-    print("error: " + " ".join(line.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):                                             # nobody listens there either
+        print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 
 

@@ -437,6 +437,9 @@ def test_a_reader_that_goes_away_and_a_closed_stderr(trained, tmp_path):
     assert first.stdout.readline().startswith("probabilities")
     first.stdout.close()                                                           # as `| head -1`
     assert first.stderr.read() == "" and first.wait() == 141
+    deaf = start("eval.py", tmp_path / "none")
+    deaf.stderr.close()
+    assert deaf.wait() == 2
     for command_line in ([trained, "--image", photos, "--out", pictures, "--pictures", "0"], [tmp_path / "none"]):
         done = subprocess.run([sys.executable, "-c", "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
                                "eval.py", *map(str, command_line)], cwd=ROOT, stdout=subprocess.PIPE)
