@@ -139,7 +139,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 def parse(argv, about=""):
     """Command line -> (Config, run to resume or None). Order: command line, preset of the data set, the paper's defaults."""
     parser = Parser("train.py", about, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run; its own settings are used")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; --root, --cache-dir and --workers may be given anew")
     for f in dataclasses.fields(Config):
         kind = f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
         choices = f.metadata.get("choices")

@@ -1,7 +1,6 @@
-"""Trains the small CLIP that ships, from nothing: pairs of a drawn scene and a caption, CLIP's contrastive loss, about 20
-minutes on two CPU cores.
+"""Trains the small CLIP that ships, from nothing: pairs of a drawn scene and a caption, CLIP's contrastive loss.
 
-    python -m clip.pretrain        # writes clip/tiny.safetensors: the weights, how they were made, how well they do
+    python -m clip.pretrain        # writes clip/tiny.safetensors: the weights, how they were made, how well they do; 20 minutes on two cores
 
 The pictures are small canvases (128 px, 1 to 3 objects of the same pixel size as on the 256 px scenes it will see later),
 so an image costs a quarter and the features still fit; the global feature's positions are interpolated. Their seeds hold the
