@@ -13,6 +13,7 @@ VISIBLE of the drawn pixels, or fewer than MIN_AREA pixels, remain is not labell
 import signal
 if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while packages are loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+import contextlib
 import json
 import math
 import os
@@ -218,8 +219,8 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
         (part / "annotations").mkdir(parents=True)
         for split, count in counts.items():
             (part / split).mkdir()
-            drawn = draw_all(split, count, size, seed=seed, workers=workers, folder=part / split)
-            annotate(part / "annotations", split, drawn, size)
+            with contextlib.closing(draw_all(split, count, size, seed=seed, workers=workers, folder=part / split)) as drawn:
+                annotate(part / "annotations", split, drawn, size)
         (part / "scenes.json").write_text(json.dumps(marker))
         try:
             if root.exists():

@@ -158,3 +158,17 @@ def test_two_processes_that_draw_the_same_root_both_succeed(tmp_path, monkeypatc
     monkeypatch.setattr(scenes, "annotate", overtaken)
     scenes.write(tmp_path / "root", **few)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root"]
+
+
+def test_processes_that_draw_have_ended_before_what_they_drew_is_removed(tmp_path, monkeypatch):
+    def interrupted(folder, split, drawn, size):
+        next(drawn)
+        raise KeyboardInterrupt
+
+    ended, end, remove = [], scenes.ProcessPoolExecutor.shutdown, scenes.shutil.rmtree
+    monkeypatch.setattr(scenes, "annotate", interrupted)
+    monkeypatch.setattr(scenes.ProcessPoolExecutor, "shutdown", lambda *a, **k: (end(*a, **k), ended.append("processes")))
+    monkeypatch.setattr(scenes.shutil, "rmtree", lambda *a, **k: (ended.append("files"), remove(*a, **k)))
+    with pytest.raises(KeyboardInterrupt):
+        scenes.write(tmp_path / "s", 400, 1, 1, 64, workers=2)
+    assert ended == ["processes", "files"] and not list(tmp_path.iterdir())
