@@ -112,7 +112,7 @@ class Features:
                 self._end_workers()                                                # scored now and then: its processes need not wait for that
 
     def _pin(self, t):
-        return t.pin_memory() if self.cuda else t                 # a copy from pinned memory need not wait
+        return t.pin_memory() if self.cuda else t                                  # a copy from pinned memory need not wait
 
     def _load(self, batches):
         """An iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next call."""

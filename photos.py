@@ -4,6 +4,7 @@ C categories, N = h*w locations.
 """
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -48,8 +49,8 @@ def picture_names(paths):
     taken, names = set(), []
     for path in paths:
         stem = Path(path).stem[:60]                                                # with up to 4 bytes each, 255 are the limit
-        names.append(next(name for name in (f"{stem}{n}.png" for n in ["", *(f"-{k}" for k in range(2, len(paths) + 2))])
-                          if name.lower() not in taken))
+        free = (name for k in itertools.count(1) if (name := f"{stem}-{k}.png" if k > 1 else f"{stem}.png").lower() not in taken)
+        names.append(next(free))
         taken.add(names[-1].lower())
     return names
 
@@ -58,8 +59,8 @@ def predict(predictor, paths, args):
     """--image: a line an image as soon as its batch is done, its picture, and a row of --csv. Returns the unreadable files."""
     folder, unreadable, sheet = Path(args.out or predictor.run / "regions"), [], io.StringIO()
     pictures = [folder / name for name in picture_names(paths)][: args.pictures]
-    for file in pictures if args.out else ():
-        new(file, "--out") if folder.is_dir() else None
+    for file in pictures if args.out and folder.is_dir() else ():
+        new(file, "--out")
     if args.csv:
         new(args.csv, "--csv")
     writer = csv.writer(sheet, lineterminator="\n")
@@ -113,7 +114,7 @@ def suggest(predictor, args):
             save_atomically(lambda buffer: picture([tiles]).save(buffer, "PNG"), folder / name)
             regions[shown[rank]] = f"{folder.name}/{name}"
 
-    root = predictor.cfg.root or data.SCENES                                 # images are named as the sheet names them, or below the root
+    root = predictor.cfg.root or data.SCENES                                       # images are named as the sheet names them, or below the root
     listed = [name for part in parts for name in part.listed or [os.path.relpath(path, root) for path in part.paths]]
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")

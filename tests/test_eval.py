@@ -278,3 +278,9 @@ def test_without_triton_matplotlib_and_fcntl_a_run_trains_and_predicts(world, tm
     assert done.returncode == 0, done.stderr
     assert "triton is not installed" in done.stdout and "curves.png needs matplotlib" in done.stdout
     assert not (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "last.pt").exists()
+
+
+def test_names_of_pictures_are_distinct_and_cost_no_more_for_more_photos():
+    from photos import picture_names
+    assert picture_names(["d/a.jpg", "e/A.png", "a.bmp", "b.jpg"]) == ["a.png", "A-2.png", "a-3.png", "b.png"]
+    assert len(set(picture_names([f"{i:06d}.jpg" for i in range(50000)]))) == 50000            # once quadratic: minutes
