@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Optional
 
 from clip.weights import FILES
-from files import ConfigError, Parser
-from sheets import is_sheet
+from support import UserError
+from support.cli import make_parser
+from datasets.csv_sheet import is_sheet
 from trm import TRM
 
 
@@ -97,27 +98,27 @@ class Config:
                 value = float(value)
                 setattr(self, f.name, value)
             if type(value) is not kind or kind is str and "\0" in value:
-                raise ConfigError(f"--{f.name.replace('_', '-')} expects {kind.__name__}, got {value!r}")
+                raise UserError(f"--{f.name.replace('_', '-')} expects {kind.__name__}, got {value!r}")
             low, high = rules.get("low"), rules.get("high", 2**31 if kind is int else None)
             if "choices" in rules and value not in rules["choices"]:
-                raise ConfigError(f"--{f.name.replace('_', '-')} expects one of {' '.join(rules['choices'])}, got {value!r}")
+                raise UserError(f"--{f.name.replace('_', '-')} expects one of {' '.join(rules['choices'])}, got {value!r}")
             if not ((low is None or value > low or (value == low and not rules.get("open")))
                     and (high is None or value <= high) and (kind is not float or math.isfinite(value))):
-                raise ConfigError(f"--{f.name.replace('_', '-')} expects a number {'above' if rules.get('open') else 'from'} {low}"
+                raise UserError(f"--{f.name.replace('_', '-')} expects a number {'above' if rules.get('open') else 'from'} {low}"
                                   f"{f' up to {high}' if high is not None else ''}, got {value}")
         unknown = self.parts_left_out - {"kd", "mmcp", "mmcl", "visual", "text"}
         if unknown:
-            raise ConfigError(f"--without expects any of kd,mmcp,mmcl,visual,text, got {','.join(sorted(unknown))}")
+            raise UserError(f"--without expects any of kd,mmcp,mmcl,visual,text, got {','.join(sorted(unknown))}")
         if {"visual", "text"} <= self.parts_left_out:
-            raise ConfigError("--without visual,text leaves no prototype: say --without mmcp")
+            raise UserError("--without visual,text leaves no prototype: say --without mmcp")
         if self.carl_from and self.matching != "carl":
-            raise ConfigError(f"--carl-from needs --matching carl, got {self.matching}")
+            raise UserError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
-            raise ConfigError("--images captions takes its labels from the words of the captions: drop --ratio, --single-positive and --mask")
+            raise UserError("--images captions takes its labels from the words of the captions: drop --ratio, --single-positive and --mask")
         if self.captions and self.images != "captions":
-            raise ConfigError("--captions belongs to --images captions: add it, or drop --captions")
+            raise UserError("--captions belongs to --images captions: add it, or drop --captions")
         if self.lists and self.single_positive != "splc":
-            raise ConfigError("--lists belongs to --single-positive splc: add it, or drop --lists")
+            raise UserError("--lists belongs to --single-positive splc: add it, or drop --lists")
         if self.assume_negative is None:
             self.assume_negative = 0.3 if self.single_positive else 0.0
 
@@ -138,7 +139,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 def parse(argv, about=""):
     """Command line -> (Config, run to resume or None). Order: command line, preset of the data set, the paper's defaults."""
-    parser = Parser("train.py", about, argument_default=argparse.SUPPRESS)
+    parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; --root, --cache-dir and --workers may be given anew")
     for f in dataclasses.fields(Config):
         kind = f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
@@ -151,7 +152,7 @@ def parse(argv, about=""):
     if resume:
         kept = given.keys() - {"root", "cache_dir", "workers"}                     # these three may change: the data moved
         if kept:
-            raise ConfigError(f"--resume takes its settings from the run, drop {' '.join('--' + k.replace('_', '-') for k in sorted(kept))}")
+            raise UserError(f"--resume takes its settings from the run, drop {' '.join('--' + k.replace('_', '-') for k in sorted(kept))}")
         return dataclasses.replace(load_config(Path(resume)), **given), Path(resume)
     return Config(**PRESETS.get(given.get("data", "scenes"), {}) | given), None
 
@@ -166,13 +167,13 @@ def is_path(name, value):
 def load_config(run):
     file = run / "config.json"
     if not file.is_file():
-        raise ConfigError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
+        raise UserError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))["config"]
         if not stored or not isinstance(stored, dict):
             raise ValueError                                                       # it would be a run of defaults
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ConfigError(f"{file} is no config.json of train.py: restore it, or train into another --out") from None
+        raise UserError(f"{file} is no config.json of train.py: restore it, or train into another --out") from None
     return checked(stored, file)
 
 
@@ -180,5 +181,5 @@ def checked(stored, file):
     """The settings (dict) that `file` holds -> Config; one that is missing takes its default."""
     unknown = set(stored) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
-        raise ConfigError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: it was written by another version")
+        raise UserError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: it was written by another version")
     return Config(**stored)

@@ -9,9 +9,6 @@ are in datasets.py, your own CSV in sheets.py, the augmentation in augment.py.
 
 N images, C categories.
 """
-import signal
-if __name__ == "__main__":                                                          # Ctrl-C while torch is loading: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import hashlib, inspect, json, os, random, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-import augment as transforms
-import datasets
-from datasets import NEGATIVE, POSITIVE, UNKNOWN, DataError
-from sheets import is_sheet, second_sheet, sheet
+from datasets import augment as transforms
+from datasets import base as datasets
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN
+from datasets.csv_sheet import is_sheet, second_sheet, sheet
+from support import UserError
+from support.cli import make_parser, run_main
 
 NAMES = ("scenes", "coco", "voc2007", "voc2012", "vg200", "nuswide", "cub")
 SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
@@ -63,11 +62,11 @@ def cub_prompt(name):
 def prompts_for(data, names, style="peers", file=None):
     """What the classes `names` are called in prompts: what `file` says, one a line, or else `style`, see PROMPTS."""
     if style not in ("peers", "official", "words"):
-        raise DataError(f"prompt_names is one of peers, official, words; got {style!r}")
+        raise UserError(f"prompt_names is one of peers, official, words; got {style!r}")
     if file and data != "vg200":  # which read it as its own names
         prompts = datasets.read_lines(file)
         if len(prompts) != len(names):
-            raise DataError(f"{file}: expected {len(names)} names, one a line, got {len(prompts)}")
+            raise UserError(f"{file}: expected {len(names)} names, one a line, got {len(prompts)}")
         return prompts
     if data == "cub" and style != "official":
         names = [cub_prompt(name) for name in names]
@@ -110,16 +109,16 @@ def read_mask(path, table):
         try:
             array = np.array([line.replace(",", " ").split() for line in lines]).astype(int)
         except (ValueError, OverflowError) as error:
-            raise DataError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
+            raise UserError(f"{path}: not a mask file (.npy, .npz, or one line of {table.labels.shape[1]} numbers a row): "
                             f"{error}") from None
     if array.shape != table.labels.shape or array.dtype.kind not in "biuf":
-        raise DataError(f"{path}: expected a mask for {table.labels.shape} images x classes, got {array.shape} of type {array.dtype}")
+        raise UserError(f"{path}: expected a mask for {table.labels.shape} images x classes, got {array.shape} of type {array.dtype}")
     if not np.isin(array, (-1, 0, 1)).all():
-        raise DataError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
+        raise UserError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
     wrong = (array != table.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise DataError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first row {row + 1}, "
+        raise UserError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first row {row + 1}, "
                         f"class {table.names[column]!r}: {array[row, column]}; codes are 1 present, -1 absent, 0 unknown")
     return array != UNKNOWN
 
@@ -129,7 +128,7 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
     """{"train", "val", "test"} -> datasets.Table with all that is known; some of the three may be absent."""
     if data == "scenes":
         if root is None:
-            import scenes
+            from datasets import scenes
             scenes.write(SCENES)  # leaves them alone when they are there
         parts = {key: datasets.coco(root or SCENES, folder)
                  for key, folder in (("train", "train2014"), ("val", "tune2014"), ("test", "val2014"))}
@@ -138,9 +137,9 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
         if val is not None and not isinstance(val, float):
             parts["val"] = second_sheet(val, root, parts["train"], data)
     elif data not in NAMES:
-        raise DataError(f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
+        raise UserError(f"unknown data set {data!r}: expected one of {', '.join(NAMES)}, or a path that ends in .csv")
     elif root is None:
-        raise DataError(f"{data}: say where the data set lies with --root")
+        raise UserError(f"{data}: say where the data set lies with --root")
     elif data == "coco":
         parts = {key: datasets.coco(root, f"{folder}2014", cole and key == "train", keep_unannotated)
                  for key, folder in (("train", "train"), ("test", "val"))}
@@ -158,7 +157,7 @@ def tables(data, root=None, cole=False, splc=False, names=None, keep_unannotated
     else:
         parts = {split: getattr(datasets, data)(root, split) for split in ("train", "test")}
     if len({tuple(table.names) for table in parts.values()}) > 1:
-        raise DataError(f"{root}: its splits name different classes")
+        raise UserError(f"{root}: its splits name different classes")
     return parts
 
 
@@ -178,12 +177,12 @@ def splc_lists(data, root, lists, parts):
     row = {Path(file).name: i for i, file in enumerate(parts["train"].files)}
     absent = [name for name in names if Path(name).name not in row]
     if absent:
-        raise DataError(f"{paths[0]}: {len(absent)} of its images are not in {data}'s training set, first {absent[0]}")
+        raise UserError(f"{paths[0]}: {len(absent)} of its images are not in {data}'s training set, first {absent[0]}")
     train = parts["train"].take([row[Path(name).name] for name in names])
     datasets.once(train.files, paths[0])
     if (observed & (train.labels != POSITIVE)).any():
         i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
-        raise DataError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which its annotation denies")
+        raise UserError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which its annotation denies")
     train.drop[:] = False  # what the list holds counts
     return train, observed, parts["test"]
 
@@ -207,21 +206,21 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
     keep_unannotated  keep COCO's 702 / 367 images without any annotation (the paper's counts leave them out)
     """
     if single_positive not in (None, "largeloss", "splc"):
-        raise DataError(f"single_positive is largeloss or splc, got {single_positive!r}")
+        raise UserError(f"single_positive is largeloss or splc, got {single_positive!r}")
     if not (isinstance(ratio, Real) and 0 < ratio <= 1):
-        raise DataError(f"ratio is a share in (0, 1], got {ratio!r}")
+        raise UserError(f"ratio is a share in (0, 1], got {ratio!r}")
     if (single_positive is not None) + (mask is not None) + (ratio != 1) > 1:
-        raise DataError("single_positive, mask and ratio < 1 exclude each other: choose one of them")
+        raise UserError("single_positive, mask and ratio < 1 exclude each other: choose one of them")
     if single_positive == "splc" and data not in LISTS:
-        raise DataError(f"single_positive='splc' has lists for {', '.join(LISTS)}; for {data} use 'largeloss'")
+        raise UserError(f"single_positive='splc' has lists for {', '.join(LISTS)}; for {data} use 'largeloss'")
     if not all(isinstance(n, Integral) and low <= n <= 2**31 for n, low in ((seed, 0), (1 if train_images is None else train_images, 1))):
-        raise DataError(f"seed is 0 or more and train_images 1 or more, whole and up to 2**31, got {seed!r} and {train_images!r}")
+        raise UserError(f"seed is 0 or more and train_images 1 or more, whole and up to 2**31, got {seed!r} and {train_images!r}")
     try:
         val = float(val)  # a share may come from the command line as text
     except (TypeError, ValueError, OverflowError):
         pass
     if val is not None and not (0 <= val < 1 if isinstance(val, float) else is_sheet(data) and isinstance(val, (str, Path))):
-        raise DataError(f"val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {val}")
+        raise UserError(f"val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {val}")
     cole, splc = single_positive == "largeloss", single_positive == "splc"
     parts = tables(data, root, cole, splc, names, keep_unannotated, val)
     if splc:
@@ -242,14 +241,14 @@ def load(data, root=None, ratio=1.0, single_positive=None, seed=0, train_images=
         rows, held_rows = hold_out(len(labels), share)
         held_rows = held_rows[~train.drop[held_rows]]
         if val and not len(held_rows):
-            raise DataError(f"val {val} of {len(labels)} training images holds none out: raise it, or give 0 for no validation")
+            raise UserError(f"val {val} of {len(labels)} training images holds none out: raise it, or give 0 for no validation")
         held = train.take(held_rows) if len(held_rows) else None
     rows = rows[~train.drop[rows]][:train_images]
     label = Path(data).stem if is_sheet(data) else data
     first = as_split(f"{label}/train", train.take(rows), prompts, labels[rows])
     first.info["mask_sha256"] = digest
     if not first.info["positives"]:
-        raise DataError(f"{data}: no positive label is left in {len(rows)} training images; raise ratio or train_images"
+        raise UserError(f"{data}: no positive label is left in {len(rows)} training images; raise ratio or train_images"
                         + (", or lower val" if val and isinstance(val, float) else ""))
     return first, *(table and as_split(f"{label}/{name}", table.used(), prompts)
                     for name, table in (("val", held), ("test", parts.get("test"))))
@@ -288,7 +287,7 @@ class Images:
 
     def __init__(self, split, size, augment="none", seed=0):
         if augment not in ("none", "flip", "taidpt"):
-            raise DataError(f"augment is none, flip or taidpt, got {augment!r}")
+            raise UserError(f"augment is none, flip or taidpt, got {augment!r}")
         self.paths, self.size, self.augment, self.seed = split.paths, size, augment, seed
         self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5  # of the area; TaI-DPT's rn101_nus.yaml
 
@@ -301,7 +300,7 @@ class Images:
         try:
             image = transforms.read(self.paths[index])
         except Exception as error:  # decoders raise whatever a broken file makes them: one message for all of it
-            raise DataError(f"{self.paths[index]}: not a readable image ({error}); "
+            raise UserError(f"{self.paths[index]}: not a readable image ({error}); "
                             "replace it or take it off the list") from None
         if self.augment == "taidpt":
             image = transforms.taidpt(image, self.size, rng, self.smallest_crop)
@@ -317,7 +316,7 @@ def check(data, root=None, names=None, decode=True):
     try:
         parts = tables(data, root, names=names)
         prompts_for(data, parts["train"].names, file=names)
-    except DataError as error:
+    except UserError as error:
         return getattr(error, "problems", [str(error)])
     problems = []
     for name, table in parts.items():
@@ -353,8 +352,7 @@ def check(data, root=None, names=None, decode=True):
 
 
 def main(argv=None):
-    from files import ConfigError, Parser, guarded                                 # here: files.py needs this module
-    parser = Parser("data.py", __doc__)
+    parser = make_parser("data.py", __doc__)
     parser.add_argument("data", help=f"{', '.join(NAMES)}, or a .csv: image,<class>,... with cells 1, 0 or empty")
     parser.add_argument("--root", help="folder of the download; for a sheet, where relative image names start")
     parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")
@@ -365,7 +363,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if args.objects:
             if not args.root or args.data != "vg200":
-                raise ConfigError("--objects needs vg200 and --root, the folder of Visual Genome")
+                raise UserError("--objects needs vg200 and --root, the folder of Visual Genome")
             return print("\n".join(datasets.vg_match(args.root, args.objects)))
         problems = check(args.data, args.root, args.names, not args.no_decode)
         for line in problems:
@@ -373,7 +371,7 @@ def main(argv=None):
         if problems:
             return 2
         print("\nno problems found")
-    return guarded(work)
+    return run_main(work)
 
 
 if __name__ == "__main__":

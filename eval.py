@@ -14,9 +14,6 @@ From Python, three lines; only the run folder and CLIP's image encoder are neede
 A probability is the sigmoid of Eq. 5's logit. The asymmetric loss (Eq. 14) and the few known labels leave it uncalibrated:
 it ranks, it is no frequency. What is called present passes the category's threshold, the one of best F1 on validation.
 """
-import signal
-if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while torch is loading: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import sys
 from pathlib import Path
@@ -25,15 +22,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import augment
+from datasets import augment
 import clip
 import data
 from config import checked
-from features import Features, for_evaluation, precision
-from files import ConfigError, Parser, best_device, guarded, read_checkpoint
+from clip.features import Features, for_evaluation, precision
+from support import UserError
+from support.checkpoint import read_checkpoint
+from support.cli import best_device, make_parser, run_main
 from metrics import localisation, metrics
-from photos import images_in, predict, suggest
-from pictures import fit, heat
+from tools.predict import images_in, predict, suggest
+from tools.plots import fit, heat
 from trm import TRM
 
 
@@ -44,7 +43,7 @@ class Photos(data.Images):
     def __getitem__(self, key):
         try:
             return super().__getitem__(key)
-        except data.DataError:
+        except UserError:
             return torch.zeros(3, self.size, self.size), -1 - key[1]
 
 
@@ -61,7 +60,7 @@ class Predictor:
         same = encoder is not None and encoder.sha256 == state["clip_sha256"]
         self.clip = (encoder if same else clip.load(self.cfg.clip, activation=self.cfg.activation)).to(self.device)
         if self.clip.sha256 != state["clip_sha256"]:
-            raise clip.ClipError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {self.cfg.clip} is now "
+            raise UserError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {self.cfg.clip} is now "
                                  f"{self.clip.sha256[:12]}...: put the same weights back, or train again")
         self.grid = self.clip.grid(self.cfg.size, self.cfg.size)                 # (h, w)
         try:
@@ -70,7 +69,7 @@ class Predictor:
             self.model = TRM(*self.g_pos.shape, matching=self.cfg.matching, contrastive=False).to(self.device).eval()
             self.model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith(("prompts.", "heads."))})
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            raise ConfigError(f"{file} holds another model than its settings tell: restore it, or train again") from None
+            raise UserError(f"{file} holds another model than its settings tell: restore it, or train again") from None
 
     @torch.no_grad()
     def score(self, f, x):
@@ -85,13 +84,13 @@ class Predictor:
 
     def predict(self, paths, batch=32, workers=0):
         """paths: image files -> list of {"image", "scores": {category: probability}, "present": [category]}, most
-        probable first. DataError for a file that is no image."""
+        probable first. UserError for a file that is no image."""
         if isinstance(paths, (str, Path)):
-            raise data.DataError(f"expected a list of image files, got {str(paths)!r}: put it in brackets")
+            raise UserError(f"expected a list of image files, got {str(paths)!r}: put it in brackets")
         unreadable = []
         rows = [self.row(paths[i], p) for i, p, _ in self.over(paths, batch, workers, unreadable)]
         if unreadable:
-            raise data.DataError(f"{unreadable[0]}: not a readable image; take it off the list")
+            raise UserError(f"{unreadable[0]}: not a readable image; take it off the list")
         return rows
 
     def row(self, path, p):
@@ -103,7 +102,7 @@ class Predictor:
     def over(self, paths, batch=32, workers=0, unreadable=None, progress=False):
         """Yields (index, probabilities (C,), region maps (C, N)) of each image file, numpy; one pass of the network.
 
-        Files that cannot be decoded are appended to the list `unreadable`; without one they raise DataError.
+        Files that cannot be decoded are appended to the list `unreadable`; without one they raise UserError.
         """
         nothing = np.zeros((len(paths), len(self.names)), np.int8)
         split = data.Split("images", [str(p) for p in paths], self.names, self.names, nothing, nothing)
@@ -133,14 +132,14 @@ class Predictor:
         parts = data.load_for(self.cfg)
         if parts[0].names != self.names:
             changed = sorted(set(parts[0].names) ^ set(self.names))
-            raise ConfigError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run} was trained on "
+            raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run} was trained on "
                               f"({', '.join(changed[:5]) or 'in another order'}): put the data back, or train anew")
         return dict(zip(("train", "val", "test"), parts))
 
     def split(self, name):
         split = self.splits()[name]
         if split is None:
-            raise data.DataError(f"{self.cfg.data} has no {name} split: choose another --split")
+            raise UserError(f"{self.cfg.data} has no {name} split: choose another --split")
         return split
 
     def features(self, split):
@@ -201,7 +200,7 @@ def load_runs(runs, checkpoint, root=None):
     for run in runs[1:]:
         predictors.append(Predictor(run, checkpoint, encoder=predictors[0].clip))
         if predictors[-1].names != predictors[0].names:
-            raise ConfigError(f"{run} has other categories than {runs[0]}: they cannot be compared or averaged")
+            raise UserError(f"{run} has other categories than {runs[0]}: they cannot be compared or averaged")
     for predictor in predictors if root else ():
         predictor.cfg.root = root
     return predictors
@@ -246,7 +245,7 @@ BELONGS = {"top": (5, "--image"), "out": (None, "--image"), "csv": (None, "--ima
 
 
 def main(argv=None):
-    parser = Parser("eval.py", __doc__)
+    parser = make_parser("eval.py", __doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="best: the epoch chosen on validation (default, where there was one)")
     parser.add_argument("--split", choices=("train", "val", "test"), help="of the table and of --compare (default: test)")
@@ -267,21 +266,21 @@ def main(argv=None):
         args = parser.parse_args(argv)
         given = [name for name in ("image", "suggest", "ensemble", "compare") if getattr(args, name)]
         if len(given) > 1:
-            raise ConfigError("--image, --suggest, --ensemble and --compare are four commands: give one of them")
+            raise UserError("--image, --suggest, --ensemble and --compare are four commands: give one of them")
         command = f"--{given[0]}" if given else "table"
         for name, (default, commands) in BELONGS.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
             elif command not in commands.split():
-                raise ConfigError(f"--{name} has no effect on the command {command}, it belongs to {commands}: drop it, or add what is missing")
+                raise UserError(f"--{name} has no effect on the command {command}, it belongs to {commands}: drop it, or add what is missing")
         for name, low, high in (("top", 1, 2**31), ("batch", 1, 2**31), ("workers", 0, 1000), ("pictures", 0, 2**31)):
             if (value := getattr(args, name)) is not None and not low <= value <= high:
-                raise ConfigError(f"--{name} expects a number from {low} up to {high}, got {value}")
+                raise UserError(f"--{name} expects a number from {low} up to {high}, got {value}")
         predictors = load_runs([args.run, *(args.ensemble or args.compare or ())], args.checkpoint, args.root)
         if args.image:
             unreadable = predict(predictors[0], images_in(args.image), args)
             if unreadable:
-                raise data.DataError(f"{len(unreadable)} files are no readable images and were skipped: {', '.join(unreadable[:5])}"
+                raise UserError(f"{len(unreadable)} files are no readable images and were skipped: {', '.join(unreadable[:5])}"
                                      f"{' ...' if len(unreadable) > 5 else ''}")
         elif args.suggest:
             suggest(predictors[0], args)
@@ -291,7 +290,7 @@ def main(argv=None):
             split, numbers = table(predictors, args.split)
             print(json.dumps(numbers) if args.json else f"{split.name}, {len(split.paths)} images, epoch {predictors[0].epoch}: "
                   + "  ".join(f"{name} {value}" for name, value in numbers.items()))
-    return guarded(work)
+    return run_main(work)
 
 
 if __name__ == "__main__":

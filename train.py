@@ -7,9 +7,6 @@
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png, regions.png.
 """
-import signal
-if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while torch is loading: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import dataclasses
 import json
 import os
@@ -22,19 +19,21 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import captions
+from paper import captions
 import clip
 import data
 import eval as evaluation
 import kernels
 import losses
 from config import NOT_THE_RESULT, parse
-from features import Features, for_evaluation, precision
-from files import (ConfigError, best_device, guarded, locked, peak_memory, read_checkpoint, save_atomically, write_atomically)
+from clip.features import Features, for_evaluation, precision
+from support import UserError
+from support.checkpoint import lock, read_checkpoint, save_atomically, save_checkpoint, write_atomically
+from support.cli import best_device, peak_memory, run_main
 from memory import MemoryBank
 from metrics import best_thresholds, metrics
-from pictures import curves, picture
-from ranks import average_gradients, gather, in_order
+from tools.plots import curves, picture
+from support.distributed import average_gradients, gather, in_order
 from step import PseudoCount, step_terms
 from trm import TRM, Output, Prompts
 
@@ -48,7 +47,7 @@ def run_folder(cfg):
         if not taken(run):
             above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
             if not above.is_dir() or not os.access(above, os.W_OK):                # told now, not after an hour of decoding
-                raise ConfigError(f"{above} cannot be written into: choose another --out")
+                raise UserError(f"{above} cannot be written into: choose another --out")
             return run
         if cfg.out:
             refuse(run)
@@ -60,7 +59,7 @@ def taken(run):
 
 
 def refuse(run):
-    raise ConfigError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
+    raise UserError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
 
 
 def load_data(cfg):
@@ -68,7 +67,7 @@ def load_data(cfg):
     if cfg.images == "photos":
         return splits
     if not cfg.captions and cfg.data not in ("scenes", "coco"):
-        raise ConfigError(f"--images captions: {cfg.data} brings none, give the file with --captions")
+        raise UserError(f"--images captions: {cfg.data} brings none, give the file with --captions")
     file = cfg.captions or Path(cfg.root or data.SCENES) / "annotations" / "captions_train2014.json"
     return captions.load(file, splits[0].names, splits[0].prompts, cfg.train_images), *splits[1:]
 
@@ -82,11 +81,11 @@ class Run:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = best_device(int(os.environ.get("LOCAL_RANK", 0)) if self.world > 1 else 0, self.world)
         if self.world > 1 and cfg.batch % self.world:
-            raise ConfigError(f"--batch {cfg.batch} does not divide among {self.world} processes")
+            raise UserError(f"--batch {cfg.batch} does not divide among {self.world} processes")
         try:
             kernels.use(cfg.kernels)
         except ValueError as error:
-            raise ConfigError(error) from None
+            raise UserError(error) from None
         self.folder = resume or run_folder(cfg)
         if self.world > 1:
             dist.barrier()                                                         # before rank 0 writes what makes a folder taken
@@ -116,7 +115,7 @@ class Run:
         self.epoch, self.best, self.history = 0, None, []
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = locked(self.folder / ".lock")
+            self.lock = lock(self.folder / ".lock")
             if not resume and taken(self.folder):                                  # by a run that began and ended while this one decoded
                 refuse(self.folder)
         # Through JSON, so that what a later run reads back compares equal.
@@ -135,20 +134,20 @@ class Run:
         try:
             prompts = Prompts(self.clip, split.prompts, cfg.context)
         except ValueError as error:                                                # a name too long for CLIP
-            raise ConfigError(error) from None
+            raise UserError(error) from None
         model = TRM(len(split.names), self.clip.D, prompts, cfg.matching, queries,
                     contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
         if cfg.carl_from and not (self.folder / "last.pt").is_file():              # else it is in there
             state = read_checkpoint(Path(cfg.carl_from) / "last.pt")
             if state["names"] != split.names or state["clip_sha256"] != self.clip.sha256:
-                raise ConfigError(f"--carl-from {cfg.carl_from} was trained on other categories than {cfg.data}, or on another CLIP")
+                raise UserError(f"--carl-from {cfg.carl_from} was trained on other categories than {cfg.data}, or on another CLIP")
             carl = {k[5:]: v for k, v in state["model"].items() if k.startswith("carl.")}
             if not carl:
-                raise ConfigError(f"--carl-from {cfg.carl_from} is a run without regions: give one with --matching carl")
+                raise UserError(f"--carl-from {cfg.carl_from} is a run without regions: give one with --matching carl")
             try:
                 model.carl.load_state_dict(carl)
             except RuntimeError:
-                raise ConfigError(f"--carl-from {cfg.carl_from} holds a region module of another size: restore it, or train it anew") from None
+                raise UserError(f"--carl-from {cfg.carl_from} holds a region module of another size: restore it, or train it anew") from None
         if cfg.carl_from:
             model.carl.requires_grad_(False)
         return model
@@ -276,10 +275,10 @@ class Run:
             threshold=threshold.tolist(),
             epoch=self.epoch)
         if improved:
-            save_atomically(lambda buffer: torch.save(inference, buffer), self.folder / "best.pt")
+            save_checkpoint(inference, self.folder / "best.pt")
         parts = {name: getattr(self, name).state_dict() for name in ("memory", "optimizer", "scheduler", "scaler")}
         state = inference | parts | dict(best=self.best, history=json.dumps(self.history))
-        save_atomically(lambda buffer: torch.save(state, buffer), self.folder / "last.pt")
+        save_checkpoint(state, self.folder / "last.pt")
         self._write_history()
 
     def _write_history(self):
@@ -289,18 +288,18 @@ class Run:
         file, begun = self.folder / "last.pt", json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         for what, now in about.items():
             if begun.get(what, now) != now and what != "config":
-                raise ConfigError(f"{self.folder} was begun on other {'data' if what == 'data' else 'CLIP weights'} than are there now "
+                raise UserError(f"{self.folder} was begun on other {'data' if what == 'data' else 'CLIP weights'} than are there now "
                                   f"(config.json tells which): put them back, or train anew")
         if not file.is_file():
             return                                                                 # stopped before its first epoch ended: start anew
         state = read_checkpoint(file, self.device)
         lacking = {"memory", "optimizer", "scheduler", "scaler", "best", "history"} - set(state)
         if lacking:
-            raise ConfigError(f"{file} lacks {', '.join(sorted(lacking))}: it is no last.pt; put that back, or train anew")
+            raise UserError(f"{file} lacks {', '.join(sorted(lacking))}: it is no last.pt; put that back, or train anew")
         trained = json.loads(state["config"])
         changed = [k for k, v in about["config"].items() if trained.get(k, v) != v and k not in NOT_THE_RESULT | {"root", "eval_every"}]
         if changed:
-            raise ConfigError(f"{self.folder / 'config.json'} has another {', '.join(changed)} than {file}, which was trained with "
+            raise UserError(f"{self.folder / 'config.json'} has another {', '.join(changed)} than {file}, which was trained with "
                               f"{', '.join(str(trained[k]) for k in changed)}: restore it, or train anew into another --out")
         try:
             self.model.load_state_dict(state["model"])
@@ -317,7 +316,7 @@ class Run:
                     or state["names"] != self.train_split.names or state["clip_sha256"] != self.clip.sha256:
                 raise ValueError
         except Exception:                                                          # whatever an edited file makes them raise
-            raise ConfigError(f"{file} does not hold what its settings tell: restore it, or train anew into another --out") from None
+            raise UserError(f"{file} does not hold what its settings tell: restore it, or train anew into another --out") from None
         if self.rank == 0:
             self._write_history()                                                  # a kill may have come between the two files
 
@@ -354,7 +353,7 @@ def main(argv=None):
         world, *others = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
         if world not in ("", "1"):
             if not all(number.isdecimal() for number in (world, *others)) or "MASTER_ADDR" not in os.environ:
-                raise ConfigError(f"WORLD_SIZE is {world!r} without torchrun's other variables as numbers: start with torchrun, or unset it")
+                raise UserError(f"WORLD_SIZE is {world!r} without torchrun's other variables as numbers: start with torchrun, or unset it")
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -363,7 +362,7 @@ def main(argv=None):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-    return guarded(work, "stopped; what was finished is in last.pt of the run folder: go on with --resume")
+    return run_main(work, "stopped; what was finished is in last.pt of the run folder: go on with --resume")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A minimal CLIP: model.py, tokenizer.py, weights.py; pretrain.py makes the small one that ships, `load("tiny")`."""
-from .model import CLIP, build
-from .tokenizer import ClipError, Tokenizer, tokenize
-from .weights import load
+"""A minimal CLIP: model.py, tokenizer.py, weights.py; features.py gives its dense features, batch by batch."""
+from clip.model import CLIP, build
+from clip.tokenizer import Tokenizer, tokenize
+from clip.weights import load

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .tokenizer import ClipError, tokenize
+from clip.tokenizer import tokenize
+from support import UserError
 
 ACTIVATIONS = {"quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu}  # silu(x) = x sigmoid(x)
 
@@ -225,7 +226,7 @@ class CLIP(nn.Module):
                  text_heads=None, text_layers=12, activation="quickgelu"):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ClipError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+            raise UserError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.D, self.W = embed_dim, text_width
         self.context_length, self.vocab_size, self.resolution = context_length, vocab_size, resolution
         self.sha256, self.name = "", ""
@@ -247,7 +248,7 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp["c_proj"].weight, std=text_width ** -0.5 * (2 * text_layers) ** -0.5)
 
     def tokenize(self, texts):
-        """list of T strings -> (T, context_length) int64. A text that is too long raises ClipError."""
+        """list of T strings -> (T, context_length) int64. A text that is too long raises UserError."""
         return tokenize(texts, self.context_length, self.vocab_size).to(self.positional_embedding.device)
 
     def embed(self, tokens):
@@ -277,7 +278,7 @@ class CLIP(nn.Module):
     def trunk(self, x):
         H, W = x.shape[-2:]
         if 0 in self.grid(H, W):
-            raise ClipError(f"images of {H} x {W} pixels are too small for a single feature: "
+            raise UserError(f"images of {H} x {W} pixels are too small for a single feature: "
                             f"enlarge them, best to {self.resolution} x {self.resolution} or more")
         return self.visual.trunk(x)
 
@@ -333,16 +334,16 @@ def dimensions(sd):
 
 def build(state_dict, fold=False, activation="quickgelu"):
     """state_dict: OpenAI's names -> CLIP in evaluation mode, float32, with its own copy of the tensors.
-    Tensors missing, left over or of the wrong shape raise ClipError."""
+    Tensors missing, left over or of the wrong shape raise UserError."""
     skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # archives carry these, no weights
     sd = {k: v.detach() for k, v in state_dict.items() if k not in skipped and not k.endswith("num_batches_tracked")}
     try:
         shape = dimensions(sd)
     except (KeyError, ValueError, TypeError) as e:  # a tensor missing, or one without the axes it should have
-        raise ClipError(f"not a CLIP with OpenAI's parameter names, {e} is missing or odd among {len(sd)} tensors "
+        raise UserError(f"not a CLIP with OpenAI's parameter names, {e} is missing or odd among {len(sd)} tensors "
                         f"({', '.join(list(sd)[:3])}, ...)") from None
     if empty := [k for k, v in sd.items() if not v.numel()]:
-        raise ClipError(f"{empty[0]} has no elements: expected the tensors of a trained CLIP")
+        raise UserError(f"{empty[0]} has no elements: expected the tensors of a trained CLIP")
     with torch.device("meta"):  # shapes alone: nothing is initialised only to be overwritten
         model = CLIP(**shape, activation=activation).eval()
     want = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -353,14 +354,14 @@ def build(state_dict, fold=False, activation="quickgelu"):
         sd[k].is_floating_point() and sd[k].layout == torch.strided and sd[k].device.type != "meta" and not sd[k].is_quantized)]
     wrong += [] if wrong else [f"{k} is not finite everywhere" for k in want if not sd[k].float().isfinite().all()]
     if wrong:
-        raise ClipError(f"{len(wrong)} tensors do not fit the architecture that the others show: {'; '.join(wrong[:4])}"
+        raise UserError(f"{len(wrong)} tensors do not fit the architecture that the others show: {'; '.join(wrong[:4])}"
                         + ("; ..." if len(wrong) > 4 else ""))
     try:  # layers that are missing altogether, widths that no number of heads divides
         with torch.device("meta"), torch.no_grad():
             model.encode(torch.empty(1, 3, model.resolution, model.resolution))
             model.encode_prompts(torch.empty(1, 3, model.W), torch.zeros(1, dtype=torch.long))
     except Exception as e:
-        raise ClipError(f"no CLIP has tensors of these sizes ({shape}): {e}") from None
+        raise UserError(f"no CLIP has tensors of these sizes ({shape}): {e}") from None
     counters = {k: torch.tensor(0) for k in model.state_dict() if k.endswith("num_batches_tracked")}
     model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in sd.items()} | counters, assign=True)
     return model.fold() if fold else model

@@ -15,18 +15,12 @@ import pathlib
 import ftfy
 import regex
 import torch
+from support import UserError
 
 MERGES = pathlib.Path(__file__).with_name("bpe_merges.txt.gz")
 FULL = 512 + 48894 + 2  # the vocabulary of OpenAI's models
 # English contractions, runs of letters, single digits, runs of anything else that is not white space.
 WORDS = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-
-
-class ClipError(ValueError):
-    """What the user gave to `clip` cannot be used; the message is one line with the remedy."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).split()))
 
 
 def byte_symbols():
@@ -47,7 +41,7 @@ class Tokenizer:
 
     def __init__(self, vocab_size=FULL):
         if not 514 <= vocab_size <= FULL:
-            raise ClipError(f"the vocabulary has to hold 514 to {FULL} tokens, not {vocab_size}: "
+            raise UserError(f"the vocabulary has to hold 514 to {FULL} tokens, not {vocab_size}: "
                             "the weights do not belong to CLIP's tokenizer")
         lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()[:vocab_size - 514]
         merges = [tuple(line.split()) for line in lines]
@@ -91,7 +85,7 @@ class Tokenizer:
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > context_length:
-                raise ClipError(f"a text may have {context_length} tokens (start and end included), "
+                raise UserError(f"a text may have {context_length} tokens (start and end included), "
                                 f"this one has {len(ids)}: {text[:60]!r}; shorten it")
             row[:len(ids)] = torch.tensor(ids)
         return tokens

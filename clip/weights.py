@@ -23,8 +23,8 @@ import safetensors
 import torch
 from tqdm import tqdm
 
-from .model import ACTIVATIONS, build
-from .tokenizer import ClipError
+from clip.model import ACTIVATIONS, build
+from support import UserError
 
 TINY = pathlib.Path(__file__).with_name("tiny.safetensors")
 BASE = "https://openaipublic.azureedge.net/clip/models"  # BASE/sha256/file
@@ -55,7 +55,7 @@ def cache():
     try:
         return pathlib.Path.home() / ".cache" / "clip"
     except RuntimeError:
-        raise ClipError("this user has no home folder to keep the weights in: set HOME, or give the path of a weights file") from None
+        raise UserError("this user has no home folder to keep the weights in: set HOME, or give the path of a weights file") from None
 
 
 def download(name):
@@ -83,7 +83,7 @@ def download(name):
         os.replace(part, path)
         return path
     except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: a header or an address that is none
-        raise ClipError(f"{there}could not get CLIP {name} from {url} ({getattr(e, 'reason', None) or e}): try again online, "
+        raise UserError(f"{there}could not get CLIP {name} from {url} ({getattr(e, 'reason', None) or e}): try again online, "
                         f"put the file at {path}, or give the path of a weights file") from None
     finally:
         if part is not None:
@@ -109,12 +109,12 @@ def read(path):
     except Exception as e:  # whatever a damaged or foreign file makes a reader raise
         reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
         reason = "more than tensors, or no tensors at all" if isinstance(e, pickle.UnpicklingError) else reason
-        raise ClipError(f"{path} is no readable weights file (TorchScript archive, state dict or safetensors), "
+        raise UserError(f"{path} is no readable weights file (TorchScript archive, state dict or safetensors), "
                         f"or it is incomplete: {reason}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # a training checkpoint
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise ClipError(f"{path} holds a {type(state).__name__}, expected a state dict of CLIP")
+        raise UserError(f"{path} holds a {type(state).__name__}, expected a state dict of CLIP")
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}, {}
 
 
@@ -130,7 +130,7 @@ def find_activation(path, digest, state, metadata):
         try:
             return "quickgelu" if json.loads(config.read_bytes())["model_cfg"].get("quick_gelu") in (True, "true") else "gelu"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ClipError(f"{config} is no configuration of open_clip: expected JSON with a model_cfg") from None
+            raise UserError(f"{config} is no configuration of open_clip: expected JSON with a model_cfg") from None
     told = (path.name + "".join(metadata.values())).lower().replace("_", "")
     return "quickgelu" if "quickgelu" in told or "openai" in told else None
 
@@ -141,18 +141,18 @@ def load(name_or_path="tiny", fold=True, activation=None):
     name = str(name_or_path)
     path = TINY if name == "tiny" else download(name) if name in FILES else pathlib.Path(name)
     if not path.is_file():
-        raise ClipError(f"{name!r} is neither a weights file nor one of tiny, {', '.join(FILES)}" if name != "tiny" else
+        raise UserError(f"{name!r} is neither a weights file nor one of tiny, {', '.join(FILES)}" if name != "tiny" else
                         f"{path} is missing: get it from the repository or train it with python -m clip.pretrain")
     state, metadata = read(path)
     digest = FILES[name][1] if name in FILES else sha256(path)
     told = find_activation(path, digest, state, metadata)
     activation = activation or told
     if activation is None:
-        raise ClipError(f"{path} does not tell its activation, QuickGELU (OpenAI's models, open_clip's '-quickgelu') or "
+        raise UserError(f"{path} does not tell its activation, QuickGELU (OpenAI's models, open_clip's '-quickgelu') or "
                         "GELU (open_clip's others): pass activation='quickgelu' or activation='gelu'")
     try:  # data-parallel and compiled models prefix their names
         model = build({re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items()}, fold, activation)
-    except ClipError as e:
-        raise ClipError(f"{path}: {e}") from None
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     model.name, model.sha256 = name, digest if activation == told else hashlib.sha256((digest + activation).encode()).hexdigest()
     return model.requires_grad_(False)

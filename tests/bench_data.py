@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import augment
+from datasets import augment
 import clip
 import data
 import fake_datasets as fake
@@ -50,7 +50,7 @@ def full_annotations(path, images=82783, notes=604907):
 
 PARSE = """import sys, time, resource
 sys.path.insert(0, {root!r})
-import datasets
+from datasets import base as datasets
 datasets.require = lambda paths, where: None          # the photos of this benchmark do not exist
 start, cpu = time.perf_counter(), time.process_time()
 table = datasets.coco({folder!r}, "train2014")

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import features
+from clip import features
 from bench_step import DEVICE, Version, interleaved, peak, random_clip, stages, write_rows
 from memory import MemoryBank
 from trm import TRM, Prompts

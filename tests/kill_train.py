@@ -23,7 +23,7 @@ import torch                                                                    
 from small_world import make, options, rows                                        # noqa: E402
 
 import train                                                                       # noqa: E402
-from files import read_checkpoint                                                  # noqa: E402
+from support.checkpoint import read_checkpoint  # noqa: E402
 
 EPOCHS = 6
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import clip
-import scenes
+from datasets import scenes
 import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 
-import augment
+from datasets import augment
 import data
 import fake_datasets as fake
 

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import augment
-import captions
+from datasets import augment
+from paper import captions
 import data
-import datasets
+from datasets import base as datasets
 import fake_datasets as fake
-import scenes
-from data import DataError
+from datasets import scenes
+from support import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def refused(match, *arguments, call=data.load, **options):
-    with pytest.raises(DataError, match=match) as error, warnings.catch_warnings():
+    with pytest.raises(UserError, match=match) as error, warnings.catch_warnings():
         warnings.simplefilter("error")
         call(*arguments, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
@@ -85,7 +85,7 @@ REFUSED = {"missing": "no such file", "folder": "not a regular file", "zero byte
 def test_unreadable_images(tmp_path, case, workers):
     path, none = image_file(tmp_path, case), np.zeros((1, 1), np.int8)
     images = data.Images(data.Split("x/train", [str(path)], ["a"], ["a"], none, none), 32, "taidpt")
-    with pytest.raises(DataError, match=REFUSED[case]) as error:
+    with pytest.raises(UserError, match=REFUSED[case]) as error:
         next(iter(DataLoader(images, num_workers=workers)))
     message = str(error.value)
     assert message.startswith(str(path)) and "\n" not in message and "Traceback" not in message
@@ -255,7 +255,7 @@ def test_folders_and_arguments(coco, tmp_path):
     refused("say where", "coco")
     refused("unknown data set 'imagenet'", "imagenet", tmp_path)
     for options in (dict(root="x" * 5000), dict(root=coco[0], lists="x" * 5000, single_positive="splc")):
-        pytest.raises(DataError, data.load, "coco", **options).match("x: no such folder")       # a name that no system takes
+        pytest.raises(UserError, data.load, "coco", **options).match("x: no such folder")       # a name that no system takes
     (tmp_path / "file").write_text("")
     refused("no such folder", "voc2007", tmp_path / "file")
     (tmp_path / "annotations").mkdir()
@@ -272,7 +272,7 @@ def test_folders_and_arguments(coco, tmp_path):
                            "ratio is a share .* got 'x'": dict(ratio="x"), "seed is 0 or more": dict(seed=2**32), "got 0.5 and None": dict(seed=0.5),
                            "got 0 and '3'": dict(train_images="3"), r"val is a share in .* got \[1\]": dict(val=[1])}.items():
         refused(match, "coco", root, **options)
-    with pytest.raises(DataError, match="augment is none"):
+    with pytest.raises(UserError, match="augment is none"):
         data.Images(data.load("coco", root)[0], 32, "autoaugment")
 
 
@@ -542,7 +542,7 @@ def test_sheet_encodings_and_shapes(folder):
 
 def test_every_problem_of_a_sheet_is_kept(folder):
     fake.write(folder / "s.csv", HEAD + "0.jpg,1\n1.jpg,x,0\nnone.jpg,1,1\n2.jpg,1,1\n")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         data.load(folder / "s.csv")
     assert [p.split(":")[1] for p in error.value.problems] == ["2", "3", "4"] and "and 2 more" in str(error.value)
 

@@ -17,20 +17,21 @@ import torch
 from PIL import Image
 from small_world import ROOT, command, one_line, options, rows, run, start, weights, world       # noqa: F401
 
-import captions
+from paper import captions
 import clip
 import data
 import eval as evaluation
-import features
-import grid
-import ranks
-import reproduce
-import scenes
+from clip import features
+from paper import run_table as grid
+from support import distributed as ranks
+from paper import reproduce
+from datasets import scenes
 import train
-from clip import pretrain
+from tools import pretrain
 from config import Config
-from data import DataError
-from files import ConfigError, guarded, uninterrupted, write_atomically
+from support import UserError
+from support.checkpoint import write_atomically
+from support.cli import run_main
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and signals are POSIX's")
 
@@ -108,7 +109,7 @@ def test_a_place_for_no_file_is_told_before_the_work(trained, tmp_path, capfd, m
 def test_what_is_no_regular_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(ConfigError, match="not a regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             write_atomically(place, "text")
     assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
@@ -207,14 +208,14 @@ def test_rows_that_forget_the_header_or_the_image(tmp_path):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{name}.png")
     file = tmp_path / "x.csv"
     file.write_text("a.png,1,0\nb.png,0,1\n")
-    with pytest.raises(DataError, match="x.csv:1: expected a header"):
+    with pytest.raises(UserError, match="x.csv:1: expected a header"):
         data.load(file)
     file.write_text("image,cup,sun\n,1,0\nb.png,0,1\n")                            # once read as the row of prompts
-    with pytest.raises(DataError, match="x.csv:2: no image name"):
+    with pytest.raises(UserError, match="x.csv:2: no image name"):
         data.load(file)
     for row in (",yes,1", ",1.0,0.0", ",a cup,the sun"):
         file.write_text(f"image,cup,sun\n{row}\nb.png,0,1\na.png,1,0\n")
-        with pytest.raises(DataError, match="x.csv:2: a cell is 1"):
+        with pytest.raises(UserError, match="x.csv:2: a cell is 1"):
             data.load(file)
     file.write_text("image,cup,sun\n#prompt,a cup,the sun\nb.png,0,1\na.png,1,0\n")
     assert data.load(file, val=0.0)[0].prompts == ["a cup", "the sun"]
@@ -228,16 +229,16 @@ def test_one_image_under_two_paths_is_one_image(tmp_path, monkeypatch):
     (tmp_path / "x.csv").write_text(f"image,cup\na.png,1\n{tmp_path / 'real' / 'a.png'},0\n")
     monkeypatch.chdir(tmp_path)
     for root in ("real", "linked", tmp_path / "linked"):
-        with pytest.raises(DataError, match="x.csv:3: .* already on line 2"):
+        with pytest.raises(UserError, match="x.csv:3: .* already on line 2"):
             data.load("x.csv", root)
     (tmp_path / "real" / "link.png").symlink_to("a.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "real" / "b.png")
     (tmp_path / "x.csv").write_text("image,cup\na.png,1\nlink.png,0\n")
-    with pytest.raises(DataError, match="x.csv:3: link.png is already on line 2"):
+    with pytest.raises(UserError, match="x.csv:3: link.png is already on line 2"):
         data.load("x.csv", "real")
     (tmp_path / "x.csv").write_text("image,cup\na.png,1\nb.png,0\n")
     (tmp_path / "val.csv").write_text("image,cup\nlink.png,1\n")
-    with pytest.raises(DataError, match="keep them apart"):
+    with pytest.raises(UserError, match="keep them apart"):
         data.load("x.csv", "real", val="val.csv")
 
 
@@ -270,7 +271,7 @@ def test_odd_mask_files(world, tmp_path, content):                              
         np.savez(file, a=np.ones((24, 28)), b=np.ones((24, 28)))
     else:
         np.save(file, np.array([["a", "b"]]) if content == "text" else np.array([{}]), allow_pickle=True)
-    with pytest.raises(DataError, match="mask") as error:
+    with pytest.raises(UserError, match="mask") as error:
         data.load("scenes", world / "scenes", mask=file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
@@ -282,10 +283,10 @@ def test_captions_are_asked_for_where_a_data_set_brings_none(sheet, world, tmp_p
 def test_captions_that_cannot_be_searched(world, tmp_path):                        # noqa: F811
     file = tmp_path / "captions.json"
     file.write_text("[" * 100000)
-    with pytest.raises(DataError, match="captions in COCO's format"):
+    with pytest.raises(UserError, match="captions in COCO's format"):
         captions.load(file, ["cup"], ["cup"])
     shutil.copy(world / "scenes" / "annotations" / "captions_train2014.json", file)
-    with pytest.raises(DataError, match="猫.*rename"):
+    with pytest.raises(UserError, match="猫.*rename"):
         captions.load(file, ["cup", "猫"], ["cup", "猫"])
 
 
@@ -297,7 +298,7 @@ def test_weights_that_are_no_numbers(tmp_path, change, word):
     value = state.pop(name)
     state[7 if change == "key" else name] = {"integers": value.long(), "sparse": value.to_sparse(), "nan": value * float("nan"), "key": value}[change]
     torch.save(state, tmp_path / "clip-quickgelu.pt")
-    with pytest.raises(clip.ClipError, match=word) as error:
+    with pytest.raises(UserError, match=word) as error:
         clip.load(tmp_path / "clip-quickgelu.pt")
     assert name in str(error.value)
 
@@ -576,7 +577,7 @@ def test_ctrl_c_counts_even_if_the_first_one_is_lost():
         time.sleep(2.1)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
-    assert guarded(work) == 130
+    assert run_main(work) == 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -590,7 +591,7 @@ def test_ctrl_c_waits_for_the_end_of_what_must_not_be_cut():
             time.sleep(0.1)
             reached.append("inside")
         reached.append("behind")
-    assert guarded(work) == 130 and reached == ["inside"]
+    assert run_main(work) == 130 and reached == ["inside"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -642,5 +643,5 @@ def test_a_user_without_a_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data.load("coco", "coco")[0].paths
     assert sorted(p.name for p in tmp_path.iterdir()) == ["coco", "tmp"]           # no folder named ~
-    with pytest.raises(clip.ClipError, match="set HOME"):
+    with pytest.raises(UserError, match="set HOME"):
         clip.load("RN50")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from small_world import run, world                                                 # noqa: F401
 
-import captions
+from paper import captions
 import clip
-import datasets
-from captions import Captions, forms, load, mentioned, vocabulary
+from datasets import base as datasets
+from paper.captions import Captions, forms, load, mentioned, vocabulary
+from support import UserError
 
 COCO = ["person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant", "stop sign",
         "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
@@ -93,9 +94,9 @@ def test_captions_become_a_split(tmp_path):
     assert load(file, ["cat", "dog"], ["cat", "dog"], images=1).paths == ["a dog"]                       # of the first image only
     for text, words in (("{", "captions"), ('{"images": []}', "annotations"), (file.read_text().replace("cats", "mats").replace("dog", "fog"), "none of its 3")):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(datasets.DataError, match=words):
+        with pytest.raises(UserError, match=words):
             load(tmp_path / "bad.json", ["cat", "dog"], ["cat", "dog"])
-    with pytest.raises(datasets.DataError, match="nowhere.json"):
+    with pytest.raises(UserError, match="nowhere.json"):
         load(tmp_path / "nowhere.json", ["cat"], ["cat"])
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import data
-import datasets
+from datasets import base as datasets
 import fake_datasets as fake
-from data import NEGATIVE, POSITIVE, UNKNOWN, DataError
+from data import NEGATIVE, POSITIVE, UNKNOWN
+from support import UserError
 
 ROOT = Path(data.__file__).resolve().parent
 SAMPLES = Path(os.environ.get("TRM_SAMPLES", ROOT.parent / "shared" / "data"))
@@ -87,7 +88,7 @@ def test_single_positive_splc(trees, name, last):
     if name == "voc2012":  # objects that are all difficult count here, and only here
         plain = data.load(name, trees / name)[2]
         assert (test.truth == POSITIVE).sum() > (plain.truth == POSITIVE).sum()
-    with pytest.raises(DataError, match="use 'largeloss'"):
+    with pytest.raises(UserError, match="use 'largeloss'"):
         data.load("voc2007", trees / "voc2007", single_positive="splc")
 
 
@@ -223,7 +224,7 @@ def test_checker_in_its_own_process(tmp_path):
 @pytest.fixture(scope="module")
 def small_clip(tmp_path_factory):
     """The CLIP that ships, or one of the same shape with random weights while it is not there."""
-    from clip import pretrain
+    from tools import pretrain
     from clip.model import CLIP
     if pretrain.TINY.is_file():
         return "tiny"

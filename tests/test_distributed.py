@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import features
+from clip import features
 import train
-from files import ConfigError
+from support import UserError
 from small_world import make, options, start, world                                # noqa: F401   (world is a fixture)
 
 # 4 steps an epoch, the last of a single image. Dropout draws other numbers on every rank, so equality is asked without it.
@@ -131,7 +131,7 @@ def test_one_rank_writes(results):
 def test_a_batch_that_does_not_divide_is_refused(world, tmp_path):                 # noqa: F811
     cfg, _ = train.parse(options(world, tmp_path / "run", batch=5))
     with mock.patch.multiple(dist, is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2):
-        with pytest.raises(ConfigError, match="--batch 5 does not divide among 2"):
+        with pytest.raises(UserError, match="--batch 5 does not divide among 2"):
             train.Run(cfg)
 
 

@@ -17,6 +17,7 @@ import eval as evaluation
 import train
 from eval import Predictor
 from metrics import best_thresholds
+from support import UserError
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd
     assert status == 2 and len(out) == 13
     assert len(err) == 1 and err[0].startswith("error: 2 files are no readable images and were skipped: ")
     assert "broken.jpg" in err[0] and "empty.png" in err[0]
-    with pytest.raises(data.DataError, match="broken.jpg"):
+    with pytest.raises(UserError, match="broken.jpg"):
         Predictor(trained).predict([photos / "grey.png", photos / "broken.jpg"])
 
 
@@ -257,7 +258,7 @@ def test_another_clip_is_refused(trained, world, tmp_path, capfd):              
 
 # ------------------------------------------------------------------------------------------------------------ platforms
 def test_the_device_is_chosen_and_every_module_works_without_optional_packages(world, trained, monkeypatch):      # noqa: F811
-    from files import best_device
+    from support.cli import best_device
     if not torch.cuda.is_available():
         assert best_device().type == ("mps" if torch.backends.mps.is_available() else "cpu")
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -281,6 +282,6 @@ def test_without_triton_matplotlib_and_fcntl_a_run_trains_and_predicts(world, tm
 
 
 def test_names_of_pictures_are_distinct_and_cost_no_more_for_more_photos():
-    from photos import picture_names
+    from tools.predict import picture_names
     assert picture_names(["d/a.jpg", "e/A.png", "a.bmp", "b.jpg"]) == ["a.png", "A-2.png", "a-3.png", "b.png"]
     assert len(set(picture_names([f"{i:06d}.jpg" for i in range(50000)]))) == 50000            # once quadratic: minutes

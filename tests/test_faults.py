@@ -14,9 +14,11 @@ from kill_train import same_run
 from small_world import ROOT, command, one_line, options, run, start, world        # noqa: F401
 
 import eval as evaluation
-import files
+from support import checkpoint, cli
 import train
-from files import ConfigError, guarded, read_checkpoint, write_atomically
+from support import UserError
+from support.checkpoint import read_checkpoint, write_atomically
+from support.cli import run_main
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="fork, mount and /proc are Linux's")
 
@@ -36,8 +38,8 @@ def test_a_write_is_all_or_nothing(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             def full(*_):
                 raise OSError(28, "No space left on device")
-            patch.setattr(files.os, name, full)
-            with pytest.raises(ConfigError, match="No space left on device.*free some space"):
+            patch.setattr(checkpoint.os, name, full)
+            with pytest.raises(UserError, match="No space left on device.*free some space"):
                 write_atomically(file, "new")
         assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and file.read_text() == "old"
     write_atomically(file, b"new")
@@ -78,7 +80,7 @@ def test_more_ctrl_c_on_the_way_out_say_nothing(capfd):
             left.append(signal.getsignal(signal.SIGINT))
     earlier = signal.getsignal(signal.SIGINT)
     try:
-        assert guarded(work, "stopped here") == 130
+        assert run_main(work, "stopped here") == 130
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN                   # until the process has ended
     finally:
         signal.signal(signal.SIGINT, earlier)
@@ -193,7 +195,7 @@ def test_two_writers_of_one_folder(world, tmp_path, capfd):                     
     assert command(evaluation.main, [tmp_path / "run", "--checkpoint", "last"], capfd)[0] == 0
     first.kill()
     first.communicate()
-    files.locked(tmp_path / "run" / ".lock").close()                               # the lock went with the process
+    checkpoint.lock(tmp_path / "run" / ".lock").close()                               # the lock went with the process
 
 
 def test_a_reader_sees_whole_checkpoints_while_they_are_written(world, tmp_path):  # noqa: F811

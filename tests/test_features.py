@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import data
-import features
+from clip import features
 from conftest import gpu
-from features import Features, order
+from clip.features import Features, order
 from fake_datasets import photo
 from small_world import start
 from test_clip import small
 
 import clip
+from support import UserError
 
 SIZE = 64
 
@@ -123,7 +124,7 @@ def test_key(made):
 
 def test_disk_need_is_told_before_and_a_full_disk_refused(made, capsys, monkeypatch):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(data.DataError, match="the feature cache needs .* GiB, .* has 0.0 GiB free: choose fewer"):
+    with pytest.raises(UserError, match="the feature cache needs .* GiB, .* has 0.0 GiB free: choose fewer"):
         cached(made)
     monkeypatch.undo()
     cached(made)
@@ -195,11 +196,11 @@ def test_workers_stay_and_change_nothing(made):
 def test_a_broken_image_is_one_line_from_workers_too(made):
     Path(made.split.paths[7]).write_bytes(b"no image")
     for workers in (0, 1):
-        with pytest.raises(data.DataError) as error:
+        with pytest.raises(UserError) as error:
             list(cached(made, views=0, workers=workers).batches(0))
         assert "\n" not in str(error.value) and str(error.value).startswith(made.split.paths[7])
     os.remove(made.split.paths[7])
-    with pytest.raises(data.DataError, match="7.png: .*; put the image back or take it off the list"):
+    with pytest.raises(UserError, match="7.png: .*; put the image back or take it off the list"):
         cached(made)
 
 

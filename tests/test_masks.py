@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import data
-from data import NEGATIVE, POSITIVE, UNKNOWN, DataError
-from datasets import Table
+from data import NEGATIVE, POSITIVE, UNKNOWN
+from datasets.base import Table
+from support import UserError
 
 
 def test_partial_mask_is_sarbs():
@@ -81,14 +82,14 @@ def test_mask_files(tmp_path, table, form):
 def test_mask_files_refused(tmp_path, table):
     def refused(array, match):
         np.save(tmp_path / "m.npy", array)
-        with pytest.raises(DataError, match=match):
+        with pytest.raises(UserError, match=match):
             data.read_mask(tmp_path / "m.npy", table)
     refused(table.labels[:-1], r"expected a mask for \(30, 5\)")
     refused(table.labels * 2, "a cell is 1, 0 or -1, got")
     refused(-table.labels, "disagree with the data set, first row 1")     # DualCoOp's coding: -1 means unknown there
     refused(np.array([{"a": 1}], object), "not a plain array file")       # would need pickle: never loaded
     (tmp_path / "m.txt").write_text("1,0,1\n1,0\n")
-    with pytest.raises(DataError, match="not a mask file"):
+    with pytest.raises(UserError, match="not a mask file"):
         data.read_mask(tmp_path / "m.txt", table)
 
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from sklearn.metrics import average_precision_score
 
-import scenes
-from clip import CLIP, build, pretrain
+from datasets import scenes
+from clip import CLIP, build
+from tools import pretrain
 
 LITTLE = dict(embed_dim=16, resolution=64, layers=(1, 1, 1, 1), vision_width=8, patch=None, context_length=77, vocab_size=1514,
               text_width=32, text_layers=1)

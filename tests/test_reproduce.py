@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from small_world import command, one_line, options, world                          # noqa: F401
 
-import grid
-import reproduce
+from paper import run_table as grid
+from paper import reproduce
 import train
 from config import Config
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scenes
+from datasets import scenes
+from support import UserError
 
 SMALL = dict(train=110, val=60, test=60, size=256, seed=3)
 
@@ -131,13 +132,13 @@ def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
     before = digests(root)
     scenes.write(root, **SMALL)                                     # the very same: left alone
     assert digests(root) == before
-    with pytest.raises(scenes.DataError, match="delete it or name another root"):
+    with pytest.raises(scenes.UserError, match="delete it or name another root"):
         scenes.write(root, **{**SMALL, "seed": 4})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
-    with pytest.raises(scenes.DataError, match="no scenes.json"):
+    with pytest.raises(scenes.UserError, match="no scenes.json"):
         scenes.write(tmp_path / "mine", **SMALL)
-    with pytest.raises(scenes.DataError, match="64 to 512"):
+    with pytest.raises(scenes.UserError, match="64 to 512"):
         scenes.write(tmp_path / "huge", **{**SMALL, "size": 2000})
     monkeypatch.setattr(scenes, "annotate", lambda *a: 1 / 0)       # dies on the way
     with pytest.raises(ZeroDivisionError):

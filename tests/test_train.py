@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_world import ROOT, command, one_line, options, rows, run, start, timeless, world     # noqa: F401
 
 import train
-from files import read_checkpoint
+from support.checkpoint import read_checkpoint
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Trains the small CLIP that ships, from nothing: pairs of a drawn scene and a caption, CLIP's contrastive loss.
 
-    python -m clip.pretrain        # writes clip/tiny.safetensors: the weights, how they were made, how well they do; 20 minutes on two cores
+    python -m tools.pretrain        # writes clip/tiny.safetensors: the weights, how they were made, how well they do; 20 minutes on two cores
 
 The pictures are small canvases (128 px, 1 to 3 objects of the same pixel size as on the 256 px scenes it will see later),
 so an image costs a quarter and the features still fit; the global feature's positions are interpolated. Their seeds hold the
@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from safetensors.torch import save as as_bytes
 from tqdm import tqdm
 
-import scenes
-from files import ConfigError, Parser, guarded, write_atomically
-from .model import CLIP, build
+from datasets import scenes
+from support import UserError
+from support.checkpoint import write_atomically
+from support.cli import make_parser, run_main
+from clip.model import CLIP, build
 
-TINY = Path(__file__).with_name("tiny.safetensors")
+TINY = Path(__file__).resolve().parents[1] / "clip" / "tiny.safetensors"
 DIMENSIONS = dict(embed_dim=128, resolution=128, layers=(1, 1, 1, 1), vision_width=16, patch=None, context_length=77,
                   vocab_size=512 + 4000 + 2, text_width=128, text_layers=2)
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -159,7 +161,7 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
 
 
 def main(argv=None):
-    parser = Parser("clip.pretrain", __doc__)
+    parser = make_parser("tools.pretrain", __doc__)
     parser.add_argument("--out", default=str(TINY), help="the file to write")
     parser.add_argument("--canvases", type=int, default=50000, help="drawn pictures, kept in memory: 49 KB each")
     parser.add_argument("--epochs", type=int, default=6, help="passes over them; more raises zero-shot slowly")
@@ -173,15 +175,15 @@ def main(argv=None):
         options = vars(parser.parse_args(argv))
         if not (1 <= options["batch"] <= options["canvases"] <= 10**7 and 1 <= options["epochs"] <= 10**6
                 and 0 < options["lr"] < math.inf and 0 <= options["seed"] < 2**31):
-            raise ConfigError("expected --epochs and --seed as whole numbers, --lr above 0, --batch up to --canvases and that up to 10 million; got "
+            raise UserError("expected --epochs and --seed as whole numbers, --lr above 0, --batch up to --canvases and that up to 10 million; got "
                               + ", ".join(f"--{k} {options[k]}" for k in ("epochs", "seed", "lr", "batch", "canvases")))
         out = Path(options["out"])
         if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():                     # told now, not after the first epoch
-            raise ConfigError(f"--out {out} cannot be written: give a file in a folder that is there")
+            raise UserError(f"--out {out} cannot be written: give a file in a folder that is there")
         given = " ".join("--no-amp" if k == "amp" else f"--{k} {v}" for k, v in options.items()
                          if v != parser.get_default(k) and k != "out")
-        pretrain(**options, command=f"python -m clip.pretrain {given}".strip())
-    return guarded(work)
+        pretrain(**options, command=f"python -m tools.pretrain {given}".strip())
+    return run_main(work)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import augment as transforms
-from data import DataError, Images
-from files import locked, uninterrupted
+from datasets import augment as transforms
+from data import Images
+from support.checkpoint import lock
+from support import UserError
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")         # more --workers than cores: the user's choice
 
@@ -121,10 +122,8 @@ class Features:
             self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.cuda,
                                      persistent_workers=self.workers > 0, worker_init_fn=quiet,
                                      generator=torch.Generator())                  # leaves the run's state alone
-        with uninterrupted():
-            return iter(self.loader)
+        return iter(self.loader)
 
-    @uninterrupted()
     def _end_workers(self):
         self.loader = None
 
@@ -137,7 +136,7 @@ class Features:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                raise DataError("a process that decodes images was ended from outside, mostly because memory ran out: use fewer "
+                raise UserError("a process that decodes images was ended from outside, mostly because memory ran out: use fewer "
                                 "--workers, or 0") from None
             self.waited += time.perf_counter() - start
             if item is None:
@@ -156,7 +155,7 @@ class Features:
         try:
             files = [[path, stat.st_size, stat.st_mtime_ns] for path in self.split.paths for stat in (os.stat(path),)]
         except OSError as error:
-            raise DataError(f"{error.filename}: {error.strerror}; put the image back or take it off the list") from None
+            raise UserError(f"{error.filename}: {error.strerror}; put the image back or take it off the list") from None
         weights = self.clip.sha256 or digest(*(t.cpu().numpy().tobytes() for t in self.clip.visual.state_dict().values()))
         transform = [size, augment, self.images.smallest_crop, self.seed if augment != "none" else 0, digest(Path(transforms.__file__).read_bytes())]
         folder = cache / digest(json.dumps([files, weights, transform, str(self.amp)]).encode())[:16]
@@ -167,7 +166,7 @@ class Features:
         """(V, n, 1+N, D) bf16, memory-mapped, complete. The ranks share the work in chunks; a byte of `done` says that a chunk is there."""
         views, n, rows, D = self.shape
         chunks, file, needed = -(-n // CHUNK), folder / "features.bf16", views * n * rows * D * 2
-        with locked(folder / "lock", wait=True) if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
+        with lock(folder / "lock") if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
             if self.rank == 0:
                 # Bytes up to the end of the last chunk that `done` calls finished: the file must reach that far.
                 last = (folder / "done").read_bytes().rfind(1) if (folder / "done").exists() else -1
@@ -243,5 +242,5 @@ def reserve(file, needed, about=""):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):               # others: a file system that cannot reserve
             free = shutil.disk_usage(file.parent).free / 2**30
-            raise DataError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free:.1f} GiB free: "
+            raise UserError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free:.1f} GiB free: "
                             "choose fewer --cache-features or another --cache-dir") from None

@@ -8,7 +8,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw
 
-from files import save_atomically
+from support.checkpoint import save_atomically
 
 
 def heat(image, mask, grid, peak=None):

@@ -11,7 +11,8 @@ import csv, io, os
 
 import numpy as np
 
-from datasets import NEGATIVE, POSITIVE, UNKNOWN, DataError, Table, inside, read_bytes, read_lines
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Table, inside, read_bytes, read_lines
+from support import UserError
 
 CODES = {"1": POSITIVE, "0": NEGATIVE, "": UNKNOWN}
 
@@ -22,7 +23,7 @@ def is_sheet(data):
 
 def sheet(path, root=None):
     """-> Table. root: where relative image names start (default: the sheet's folder), and what they must not leave.
-    DataError for the first problem; its attribute `problems` lists them all."""
+    UserError for the first problem; its attribute `problems` lists them all."""
     root, problems = os.path.realpath(root or os.path.dirname(os.path.realpath(path))), []
 
     def problem(line, text):
@@ -33,12 +34,12 @@ def sheet(path, root=None):
         reader = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(c.strip() for c in row)]
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not a CSV row ({error})") from None
+        raise UserError(f"{path}:{reader.line_num}: not a CSV row ({error})") from None
     if not rows:
-        raise DataError(f"{path}: the sheet is empty; expected a header 'image,<class>,<class>,...'")
+        raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,<class>,...'")
     names = rows[0][1][1:]
     if not names:
-        raise DataError(f"{path}:1: expected a header 'image,<class>,...' with commas, got {rows[0][1][0][:80]!r}")
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...' with commas, got {rows[0][1][0][:80]!r}")
     if set(names) <= set(CODES) and "" not in names:
         problem(1, f"expected a header 'image,<class>,...', got what looks like a row of labels ({rows[0][1][0]}): put the header above it")
     for c, name in enumerate(names):
@@ -62,7 +63,7 @@ def sheet(path, root=None):
             try:
                 absolute = os.path.isabs(row[0]) and "\0" not in row[0]
                 file = os.path.realpath(row[0] if absolute else inside(root, row[0], f"{path}:{line}"))
-            except DataError as error:
+            except UserError as error:
                 problems.append(str(error))
                 continue
             if file in first:                                                      # links followed: one image, one row
@@ -79,7 +80,7 @@ def sheet(path, root=None):
         problem(1, f"no cell is 1 in {len(labels)} rows: there is nothing to learn; mark what is present")
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)" if len(problems) > 1 else ""
-        error = DataError(problems[0] + more)
+        error = UserError(problems[0] + more)
         error.problems = problems
         raise error
     return Table(files, labels, names, prompts=prompts, where=[f"{path}:{line}" for line in lines], listed=listed)
@@ -89,10 +90,10 @@ def second_sheet(path, root, first, first_path):
     """A sheet for validation: the classes of the first one in any order, and none of its images."""
     table = sheet(path, root)
     if sorted(table.names) != sorted(first.names):
-        raise DataError(f"{path}: its classes differ from those of {first_path}: "
+        raise UserError(f"{path}: its classes differ from those of {first_path}: "
                         f"{sorted(set(table.names) ^ set(first.names))}")
     both = set(table.files) & set(first.files)
     if both:
-        raise DataError(f"{path}: {len(both)} images are in {first_path} too, first {min(both)}; keep them apart")
+        raise UserError(f"{path}: {len(both)} images are in {first_path} too, first {min(both)}; keep them apart")
     table.labels, table.names = table.labels[:, [table.names.index(name) for name in first.names]], first.names
     return table

@@ -14,10 +14,10 @@ import re
 import numpy as np
 import torch
 
-from clip import ClipError
-from data import NEGATIVE, POSITIVE, DataError, as_split
-from datasets import Table, read_bytes
-from features import order
+from data import NEGATIVE, POSITIVE, as_split
+from datasets.base import Table, read_bytes
+from clip.features import order
+from support import UserError
 
 # Words that mean the same, a group a line; a category is named by every word of the groups that hold its own name, and by their
 # plurals. Plural names are those of NUS-WIDE. Words that mostly mean something else in captions ("glass", "bat") are left out.
@@ -72,7 +72,7 @@ def vocabulary(names):
     for c, name in enumerate(names):
         own = " ".join(words_of(name))
         if not own:
-            raise DataError(f"captions are searched for words of the letters a to z, and the category {name!r} has none: rename it in the data")
+            raise UserError(f"captions are searched for words of the letters a to z, and the category {name!r} has none: rename it in the data")
         for phrase in {own}.union(*(group for group in groups if own in group)):
             for words in forms(phrase):
                 found.setdefault(words, set()).add(c)
@@ -99,11 +99,11 @@ def load(file, names, prompts, images=None):
         wanted = {image["id"] for image in raw["images"][:images]}
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file}: captions in COCO's format are needed (captions_train2014.json): {type(error).__name__} {error}") from None
+        raise UserError(f"{file}: captions in COCO's format are needed (captions_train2014.json): {type(error).__name__} {error}") from None
     phrases = vocabulary(names)
     named = [(text, found) for text in texts if (found := mentioned(text, phrases))]
     if not named:
-        raise DataError(f"{file}: none of its {len(texts)} captions names one of the categories: {', '.join(names[:5])}, ...")
+        raise UserError(f"{file}: none of its {len(texts)} captions names one of the categories: {', '.join(names[:5])}, ...")
     labels = np.full((len(named), len(names)), NEGATIVE, np.int8)                  # what a caption does not name counts as absent
     for row, (_, found) in zip(labels, named):
         row[list(found)] = POSITIVE
@@ -124,7 +124,7 @@ class Captions:
                 try:
                     rows.append(clip.tokenize([" ".join(words)])[0].int().cpu())
                     break
-                except ClipError:
+                except UserError:
                     words = words[: len(words) * 3 // 4]
         self.tokens = torch.stack(rows)                                            # (n, S)
 

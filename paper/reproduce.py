@@ -10,9 +10,6 @@ Every option of train.py is accepted too and holds for all rows (--epochs 10, --
 train.py with some settings changed. Its folder is recognised by its settings: what is finished is read, what was stopped goes
 on, and a run that two tables share is trained once. Tables go to --out as Markdown, with the numbers of every seed as JSON.
 """
-import signal
-if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while torch is loading: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import shlex
 import sys
@@ -27,11 +24,13 @@ import clip
 import data
 import eval as evaluation
 import train
-from files import ConfigError, Parser, guarded, save_atomically, write_atomically
-from grid import Runs, splits_of
+from support import UserError
+from support.checkpoint import save_atomically, write_atomically
+from support.cli import make_parser, run_main
+from paper.run_table import Runs, splits_of
 from metrics import localisation
-from photos import images_in
-from pictures import picture, two_axes
+from tools.predict import images_in
+from tools.plots import picture, two_axes
 
 # ---------------------------------------------------------------------------------------------------------- the paper's numbers
 # Table 1, known labels 10 % ... 90 %. "DualCoOp" is the authors' own rerun (their star), the stronger of the two they print.
@@ -264,7 +263,7 @@ def figure_4(folders, images, runs, file, checkpoint="best", top=3):
     for name, predictor in predictors.items():
         same = (predictor.names, predictor.clip.sha256, predictor.cfg.size) == (runs.test.split.names, runs.encoder.sha256, runs.base.size)
         if not same or (predictor.cfg.matching == "carl") != (name == "TRM-ML"):
-            raise ConfigError(f"{predictor.run} is no {name} run on {runs.base.data} with CLIP {runs.base.clip} at {runs.base.size} pixels: "
+            raise UserError(f"{predictor.run} is no {name} run on {runs.base.data} with CLIP {runs.base.clip} at {runs.base.size} pixels: "
                               "give the options that it was trained with, DualCoOp's run first")
     rows = []
     for path in images:
@@ -288,7 +287,7 @@ def figure_4(folders, images, runs, file, checkpoint="best", top=3):
 
 # -------------------------------------------------------------------------------------------------------------- command line
 def parse(argv):
-    parser = Parser("reproduce.py", __doc__)
+    parser = make_parser("reproduce.py", __doc__)
     parser.add_argument("--table", type=int, choices=(1, 2, 3, 4, 5, 6))
     parser.add_argument("--figure", type=int, choices=(4,))
     parser.add_argument("--study", choices=sorted(STUDIES), help="alternatives where the paper is silent")
@@ -301,19 +300,19 @@ def parse(argv):
     parser.add_argument("--out", default="runs/tables", help="folder of tables and runs (default: runs/tables)")
     own, rest = parser.parse_known_args(argv)
     if (own.table is not None) + (own.figure is not None) + (own.study is not None) != 1:
-        raise ConfigError("expects one of --table 1..6, --figure 4, --study NAME")
+        raise UserError("expects one of --table 1..6, --figure 4, --study NAME")
     if not (1 <= own.seeds <= 1000 and 1 <= own.jobs <= 1000):
-        raise ConfigError(f"--seeds and --jobs expect a number from 1 up to 1000, got {own.seeds} and {own.jobs}")
+        raise UserError(f"--seeds and --jobs expect a number from 1 up to 1000, got {own.seeds} and {own.jobs}")
     if own.ratios and len(percent(own.ratios)) < len(own.ratios):
-        raise ConfigError(f"--ratios expects shares that differ by a whole percent, got {' '.join(map(str, own.ratios))}")
+        raise UserError(f"--ratios expects shares that differ by a whole percent, got {' '.join(map(str, own.ratios))}")
     names = {word.split("=")[0] for word in rest}                                  # --clip RN101 and --clip=RN101
     if "--resume" in names:
-        raise ConfigError("a table goes on by itself, drop --resume: give the command that was stopped")
+        raise UserError("a table goes on by itself, drop --resume: give the command that was stopped")
     if rows := names & {"--ratio", "--matching", "--without", "--carl-from", "--images"}:
-        raise ConfigError(f"{' '.join(sorted(rows))}: the rows differ in that, drop it (--ratios and --rows choose among them)")
+        raise UserError(f"{' '.join(sorted(rows))}: the rows differ in that, drop it (--ratios and --rows choose among them)")
     for name, fits in (("runs", own.figure), ("image", own.figure), ("rows", not own.figure), ("ratios", own.table not in (2, 5))):
         if getattr(own, name) and not fits:
-            raise ConfigError(f"--{name} has no effect on this table, figure or study: drop it")
+            raise UserError(f"--{name} has no effect on this table, figure or study: drop it")
     base, _ = train.parse(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
@@ -337,7 +336,7 @@ def reproduce(argv):
             rows, printed, average = (study, None, "") if own.study else TABLES[own.table]
             cells = [cell for cell in rows(own.study or base, own.ratios) if not own.rows or any(part in cell.row for part in own.rows)]
             if not cells:
-                raise ConfigError(f"no row of this table holds {' or '.join(own.rows)}")
+                raise UserError(f"no row of this table holds {' or '.join(own.rows)}")
         runs = Runs(base, out, own.jobs)
         chosen_on = "validation" if splits_of(base)[1] else "test"                  # where the best epoch was chosen
         shown = chosen_on if own.study else "test"
@@ -367,7 +366,7 @@ def reproduce(argv):
 
 
 def main(argv=None):
-    return guarded(lambda: reproduce(sys.argv[1:] if argv is None else argv), "stopped; the same command goes on from here")
+    return run_main(lambda: reproduce(sys.argv[1:] if argv is None else argv), "stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ Every image has its own seed (seed, split, index): splits share no scene, and th
 What is labelled: the box and the area are those of the pixels that are visible in the end; an object of which less than
 VISIBLE of the drawn pixels, or fewer than MIN_AREA pixels, remain is not labelled. Captions name only labelled objects.
 """
-import signal
-if __name__ in ("__main__", "__mp_main__"):                                         # Ctrl-C while packages are loading: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import contextlib
+import signal
 import json
 import math
 import os
@@ -29,8 +27,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets import DataError
-from shapes import COLOURS, DISTRACTORS, IDS, KINDS, NAMES, PAINT, Kind, stamp
+from datasets.shapes import COLOURS, DISTRACTORS, IDS, KINDS, NAMES, PAINT, Kind, stamp
+from support import UserError
 
 VERSION = 4                         # part of the marker: raised whenever a change here changes the pictures
 SPLITS = ("train2014", "tune2014", "val2014")   # val2014 is the held-out test, as for COCO's peers; tune2014 is for tuning
@@ -197,13 +195,13 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
 
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
     """Draws train2014 (`train` images), tune2014 (`val`) and val2014 (`test`) under `root` in COCO's layout.
-    A root that holds these very scenes is left as it is; DataError for one that holds anything else.
+    A root that holds these very scenes is left as it is; UserError for one that holds anything else.
     Everything is written beside `root`, links followed, and renamed at the end: a root is complete or absent."""
     root, counts = Path(os.path.realpath(root)), dict(zip(SPLITS, (train, val, test)))
     if workers is not None and not 1 <= workers <= 1000:
-        raise DataError(f"expected 1 to 1000 workers, got {workers}")
+        raise UserError(f"expected 1 to 1000 workers, got {workers}")
     if not (64 <= size <= 512 and 1 <= min(counts.values()) and max(counts.values()) <= 10**7 and 0 <= seed < 2**31):
-        raise DataError(f"expected 1 to 10 million images a split, 64 to 512 pixels and a seed from 0, got {counts} at {size} pixels, seed {seed}")
+        raise UserError(f"expected 1 to 10 million images a split, 64 to 512 pixels and a seed from 0, got {counts} at {size} pixels, seed {seed}")
     marker, note = {"version": VERSION, "size": size, "seed": seed, **counts}, root / "scenes.json"
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
         try:
@@ -212,7 +210,7 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             found = "something else (no scenes.json, or a broken one)"
         if found == marker:
             return
-        raise DataError(f"{root} should hold scenes drawn with {marker}, but holds {found}: "
+        raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found}: "
                          "delete it or name another root")
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     try:
@@ -249,8 +247,8 @@ def annotate(folder, split, drawn, size):
 
 
 def main(argv=None):
-    from files import Parser, guarded                                 # here: drawing itself needs no torch
-    parser = Parser("scenes.py", __doc__)
+    from support.cli import make_parser, run_main
+    parser = make_parser("scenes.py", __doc__)
     parser.add_argument("--root", default="generated/scenes", help="folder to make; it must not hold anything else")
     parser.add_argument("--train", type=int, default=3000, help="training scenes (train2014)")
     parser.add_argument("--val", type=int, default=1000, help="validation scenes (tune2014)")
@@ -259,7 +257,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="another seed draws entirely other scenes")
     parser.add_argument("--workers", type=int, help="processes (all cores if absent); changes nothing but the time")
 
-    return guarded(lambda: write(**vars(parser.parse_args(argv))))
+    return run_main(lambda: write(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

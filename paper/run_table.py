@@ -25,8 +25,10 @@ import clip
 import data
 import eval as evaluation
 import train
-from features import for_evaluation
-from files import ConfigError, best_device, save_atomically
+from clip.features import for_evaluation
+from support import UserError
+from support.checkpoint import save_atomically
+from support.cli import best_device
 from metrics import metrics
 from config import NOT_THE_RESULT, Config, load_config
 
@@ -43,7 +45,7 @@ class Runs:
     def __init__(self, base, out, jobs):
         self.base, self.out, self.jobs = base, out, jobs
         if splits_of(base)[2] is None:
-            raise data.DataError(f"{base.data} has no test split: nothing can be compared")
+            raise UserError(f"{base.data} has no test split: nothing can be compared")
         self.device = best_device()
         self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
         self.folders = {}
@@ -158,7 +160,7 @@ def history(run):
     try:
         return [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     except (ValueError, TypeError):
-        raise ConfigError(f"{file} is damaged: delete it, python train.py --resume {run} writes it anew from last.pt") from None
+        raise UserError(f"{file} is damaged: delete it, python train.py --resume {run} writes it anew from last.pt") from None
 
 
 def chosen(run, checkpoint):
@@ -169,7 +171,7 @@ def chosen(run, checkpoint):
         best = max(lines, key=lambda line: line[judge]["mAP"] + 0 * line["test"]["mAP"])
         return best if checkpoint == "best" else lines[-1]
     except (ValueError, IndexError, KeyError, TypeError):
-        raise ConfigError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew "
+        raise UserError(f"{run}/metrics.jsonl holds no epoch with a test score: python train.py --resume {run} writes it anew "
                           "from last.pt") from None
 
 

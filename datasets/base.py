@@ -1,7 +1,7 @@
 """Where the data sets keep images and labels: one function per layout, each returning a `Table` of complete labels.
 
 Nothing here knows of masks, settings or training (data.py does). Every function takes the folder that the official
-download unpacks to, tries the variants found in the wild, and raises DataError with one line when something is off.
+download unpacks to, tries the variants found in the wild, and raises UserError with one line when something is off.
 Rows come in the order of the field's published code, because the published random masks are drawn in that order.
 
 N images, C categories.
@@ -12,16 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from support import UserError
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project; every other coding is converted here
-
-
-class DataError(ValueError):
-    """One line: what was expected, what came, what to do. Also when it was raised in a loader's worker process:
-    torch rebuilds the exception there from a text that holds the whole traceback, of which the last line is kept."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).rsplit("DataError: ", 1)[-1].split()))
 
 
 @dataclass
@@ -54,11 +47,11 @@ class Table:
 def find(root, *choices, what):
     """The first of `choices` (paths below root) that exists."""
     if not os.path.isdir(root):  # Path's own would raise for a name that is too long
-        raise DataError(f"{root}: no such folder (expected the data set there; pass its folder as --root)")
+        raise UserError(f"{root}: no such folder (expected the data set there; pass its folder as --root)")
     for choice in choices:
         if os.path.exists(Path(root, choice)):
             return Path(root, choice)
-    raise DataError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))}); is --root right?")
+    raise UserError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))}); is --root right?")
 
 
 def read_bytes(path):
@@ -67,7 +60,7 @@ def read_bytes(path):
             raise OSError("not a regular file")  # a pipe would be waited for without end
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_array(path):
@@ -78,7 +71,7 @@ def read_array(path):
         array, = [found] if isinstance(found, np.ndarray) else found.values()  # of two, which is meant?
         return np.asarray(array)
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise DataError(f"{path}: not a plain array file, .npy or .npz of one array ({str(error)[:150]}); save it again") from None
+        raise UserError(f"{path}: not a plain array file, .npy or .npz of one array ({str(error)[:150]}); save it again") from None
 
 
 def read_lines(path, names=None):
@@ -89,12 +82,12 @@ def read_lines(path, names=None):
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise DataError(f"{path}: the file is empty; expected a line for each entry: write it, or complete the download")
+        raise UserError(f"{path}: the file is empty; expected a line for each entry: write it, or complete the download")
     if names and not len(set(lines)) == len(lines) == names:
-        raise DataError(f"{path}: expected {names} distinct names, one a line; got {len(lines)} ({len(set(lines))} distinct)")
+        raise UserError(f"{path}: expected {names} distinct names, one a line; got {len(lines)} ({len(set(lines))} distinct)")
     return lines
 
 
@@ -103,7 +96,7 @@ def inside(folder, name, where):
     name = str(name).replace("\\", "/")
     path = os.path.normpath(os.path.join(folder, name))
     if os.path.isabs(name) or "\0" in name or not path.startswith(os.path.join(os.path.normpath(folder), "")):
-        raise DataError(f"{where}: the file name {name!r} leads out of {folder}; names must stay below that folder")
+        raise UserError(f"{where}: the file name {name!r} leads out of {folder}; names must stay below that folder")
     return path
 
 
@@ -119,7 +112,7 @@ def present(paths):
             except FileNotFoundError:
                 listed[folder] = set()
             except OSError as error:
-                raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+                raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
         found[i] = name in listed[folder]
     return found
 
@@ -129,7 +122,7 @@ def once(entries, where):
     seen = set()
     twice = [entry for entry in entries if entry in seen or seen.add(entry)]
     if twice:
-        raise DataError(f"{where}: {twice[0]} is listed twice; keep one of the two rows")
+        raise UserError(f"{where}: {twice[0]} is listed twice; keep one of the two rows")
 
 
 def require(paths, where):
@@ -137,7 +130,7 @@ def require(paths, where):
     once(paths, where)
     missing = np.flatnonzero(~present(paths))
     if len(missing):
-        raise DataError(f"{where}: {len(missing)} of {len(paths)} images are missing, first {paths[missing[0]]}; "
+        raise UserError(f"{where}: {len(missing)} of {len(paths)} images are missing, first {paths[missing[0]]}; "
                         "complete the download or correct --root")
 
 
@@ -182,17 +175,17 @@ def parse_coco(path):
     try:
         content = json.loads(read_bytes(path), object_hook=light)
     except (ValueError, RecursionError) as error:  # broken JSON and broken UTF-8 are both ValueErrors
-        raise DataError(f"{path}: not valid JSON ({error}); the download is probably incomplete") from None
+        raise UserError(f"{path}: not valid JSON ({error}); the download is probably incomplete") from None
     try:
         images, notes = list(content["images"]), list(content["annotations"])
         names = {category["id"]: category["name"] for category in content["categories"]}
         if len(names) < len(content["categories"]) or len(set(names.values())) < len(names):
-            raise DataError(f"{path}: a category's id or name comes twice")
+            raise UserError(f"{path}: a category's id or name comes twice")
         if not images or not names or not all(isinstance(n, str) and n.strip() for n in names.values()):
-            raise DataError(f"{path}: no images, no categories, or a category without a name: {str(names)[:200]}")
+            raise UserError(f"{path}: no images, no categories, or a category without a name: {str(names)[:200]}")
         column = {key: c for c, key in enumerate(sorted(names))}  # ids run 1..90 with holes: the index is the rank
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected COCO's images, annotations, categories with id and name; {error!r}") from None
+        raise UserError(f"{path}: expected COCO's images, annotations, categories with id and name; {error!r}") from None
     row, sizes = {}, []
     for i, image in enumerate(images):
         try:
@@ -202,7 +195,7 @@ def parse_coco(path):
                 raise ValueError
             row[image["id"]] = i
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise DataError(f"{path}: images[{i}] needs a unique id, a file_name, a width and a height; it is {str(image)[:120]}") from None
+            raise UserError(f"{path}: images[{i}] needs a unique id, a file_name, a width and a height; it is {str(image)[:120]}") from None
     rows, columns, boxes, crowd = [], [], [], {None: False, 0: False, 1: True}
     for i, note in enumerate(notes):
         try:
@@ -216,7 +209,7 @@ def parse_coco(path):
                     raise ValueError
                 boxes.append((r, c, x0, y0, x1, y1))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            raise DataError(f"{path}: annotations[{i}] needs the image_id of a listed image, the category_id of a listed category, an "
+            raise UserError(f"{path}: annotations[{i}] needs the image_id of a listed image, the category_id of a listed category, an "
                             f"iscrowd of 0 or 1 and a bbox of 4 numbers within the image; it is {str(note)[:120]}") from None
     labels = np.full((len(images), len(names)), NEGATIVE, np.int8)
     labels[rows, columns] = POSITIVE
@@ -270,9 +263,9 @@ def voc(root, year, split, difficult=NEGATIVE):
                     key, value = line.split()
                     labels[left.pop(key), c] = code[value]
                 except (ValueError, KeyError):
-                    raise DataError(f"{path}:{number}: expected an id of {split}.txt, once, and 1, 0 or -1, got {line[:80]!r}") from None
+                    raise UserError(f"{path}:{number}: expected an id of {split}.txt, once, and 1, 0 or -1, got {line[:80]!r}") from None
             if left:
-                raise DataError(f"{path}: {len(ids) - len(left)} lines, but {split}.txt lists {len(ids)} images; complete the download")
+                raise UserError(f"{path}: {len(ids) - len(left)} lines, but {split}.txt lists {len(ids)} images; complete the download")
     else:
         for i, name in enumerate(ids):
             path = base / "Annotations" / f"{name}.xml"
@@ -284,7 +277,7 @@ def voc(root, year, split, difficult=NEGATIVE):
                     if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
                         labels[i, VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
             except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:  # LookupError: an unknown encoding
-                raise DataError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
+                raise UserError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
     drop = ~(labels == POSITIVE).any(1)  # none in 2007; in 2012 the few whose objects are all difficult
     return Table(files, labels, list(VOC), None, drop, noted("without a positive", drop))
 
@@ -309,7 +302,7 @@ def vg_labels(root, split):
                     raise ValueError(f"{image}: {known[image]}"[:120])
                 labels[i, [c for c in known[image] if c < 200]] = POSITIVE
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise DataError(f"{index}: expected {{'<id>.jpg': [class indices below {count}]}} for every image of {path.name}; "
+            raise UserError(f"{index}: expected {{'<id>.jpg': [class indices below {count}]}} for every image of {path.name}; "
                             f"{error!r}") from None
         return {"files": np.array("\n".join(images)), "labels": labels}
     raw = cached("vg200", [path, index], parse, "files labels")
@@ -321,15 +314,15 @@ def vg200(root, split, names=None):
     path, images, labels = vg_labels(root, split)
     try:
         names = names or find(root, *(f"{h}vg_category_200.txt" for h in VG_FOLDERS), what="the category names")
-    except DataError:
-        raise DataError(f"{root}: VG-200's category names are not part of the public files: put them, one a line, into "
+    except UserError:
+        raise UserError(f"{root}: VG-200's category names are not part of the public files: put them, one a line, into "
                         "vg_category_200.txt there or pass --names FILE (python data.py vg200 --root DIR --objects "
                         "objects.json finds them from Visual Genome's objects.json)") from None
     names = read_lines(names, 200)
     folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
     folders = [folder for folder in folders if folder.is_dir()]
     if not folders:
-        raise DataError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's two image archives")
+        raise UserError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's two image archives")
     files = np.array([inside(folders[0], name, path) for name in images], object)
     for folder in folders[1:]:
         missing = np.flatnonzero(~present(files))
@@ -355,9 +348,9 @@ def vg_match(root, objects):
                 if i is not None:
                     seen.setdefault(name, []).append(i)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{objects}: not Visual Genome's objects.json ({error!r})") from None
+        raise UserError(f"{objects}: not Visual Genome's objects.json ({error!r})") from None
     if not seen:
-        raise DataError(f"{objects}: none of its images with objects is in the lists of {root}; is it Visual Genome's?")
+        raise UserError(f"{objects}: none of its images with objects is in the lists of {root}; is it Visual Genome's?")
     words = sorted(seen, key=lambda name: -len(seen[name]))[:3000]
     both = np.stack([positive[seen[name]].sum(0) for name in words])                          # (words, 200)
     total = np.array([len(seen[name]) for name in words])[:, None] + positive.sum(0) - both
@@ -378,7 +371,7 @@ def photos(root, names, labels, concepts, where):
         if not lost.all():
             once(files, where)
             return Table(files, labels, concepts, None, lost, noted("photo missing", lost))
-    raise DataError(f"{where}: none of its {len(names)} photos is in {root}/Flickr or {root}/images, e.g. {names[:1]}")
+    raise UserError(f"{where}: none of its {len(names)} photos is in {root}/Flickr or {root}/images, e.g. {names[:1]}")
 
 
 def nuswide(root, split):
@@ -396,7 +389,7 @@ def nuswide(root, split):
         for column in columns:
             tokens = read_bytes(column).split()
             if len(tokens) * len(columns) != len(images) * len(concepts) or set(tokens) - {b"0", b"1"}:
-                raise DataError(f"{column}: expected {len(images)} lines of 0 or 1 as in {path.name}, "
+                raise UserError(f"{column}: expected {len(images)} lines of 0 or 1 as in {path.name}, "
                                 f"got {len(tokens)} values of {sorted(set(tokens))[:5]}")
             values.append(np.array(tokens) == b"1")
         present_ = values[0].reshape(len(images), -1) if merged.exists() else np.stack(values, 1)
@@ -412,7 +405,7 @@ def nus_arrays(root, split):
     images, labels = map(read_array, paths)
     images = [str(name) for name in images.ravel()]
     if labels.shape != (len(images), 81) or labels.dtype.kind not in "biuf" or not np.isin(labels, (0, 1)).all():
-        raise DataError(f"{paths[1]}: expected 0/1 for {len(images)} images x 81 concepts, got {labels.shape} with the values "
+        raise UserError(f"{paths[1]}: expected 0/1 for {len(images)} images x 81 concepts, got {labels.shape} with the values "
                         f"{np.unique(labels)[:5].tolist()}")
     labels = np.where(labels == 1, POSITIVE, NEGATIVE).astype(np.int8)
     return photos(root, images, labels, nus_names(root), paths[0])
@@ -433,13 +426,13 @@ def cub(root, split):
         for path in (index, attributes, files[0]):
             pairs = [line.split() for line in read_lines(path)]
             if any(len(pair) != 2 or pair[0] != str(i) for i, pair in enumerate(pairs, 1)):
-                raise DataError(f"{path}: expected lines 'id value' with ids 1, 2, 3, ...")
+                raise UserError(f"{path}: expected lines 'id value' with ids 1, 2, 3, ...")
             tables.append([pair[1] for pair in pairs])
         images, names, sides = tables
         once(images, index)
         once(names, attributes)
         if len(sides) != len(images) or set(sides) - {"0", "1"}:
-            raise DataError(f"{files[0]}: expected 0 or 1 for all {len(images)} images, got {len(sides)} lines of {sorted(set(sides))[:5]}")
+            raise UserError(f"{files[0]}: expected 0 or 1 for all {len(images)} images, got {len(sides)} lines of {sorted(set(sides))[:5]}")
         row, column = ({b"%d" % i: i - 1 for i in range(1, count + 1)} for count in (len(images), len(names)))
         labels = np.full((len(images), len(names)), UNKNOWN, np.int8)
         code = {b"0": NEGATIVE, b"1": POSITIVE}
@@ -452,9 +445,9 @@ def cub(root, split):
                 labels[cell] = code[value]
             except (ValueError, KeyError):
                 if line.strip():
-                    raise DataError(f"{files[1]}:{number}: expected 'image attribute 0|1 ...', each pair once, got {line[:80]!r}") from None
+                    raise UserError(f"{files[1]}:{number}: expected 'image attribute 0|1 ...', each pair once, got {line[:80]!r}") from None
         if (labels == UNKNOWN).any():
-            raise DataError(f"{files[1]}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line; is it complete?")
+            raise UserError(f"{files[1]}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line; is it complete?")
         return {"files": np.array("\n".join(images)), "names": np.array(names), "labels": labels,
                 "train": np.array(sides) == "1"}
     raw = cached("cub", [index, attributes, *files], parse, "files names labels train")
@@ -479,6 +472,6 @@ def single_list(path, classes, single=False):
                 raise ValueError
             labels[i, columns] = POSITIVE
         except (ValueError, KeyError):
-            raise DataError(f"{path}:{i + 1}: expected 'name.jpg,' and {'one idx' if single else 'idx idx ...'} below {classes}, "
+            raise UserError(f"{path}:{i + 1}: expected 'name.jpg,' and {'one idx' if single else 'idx idx ...'} below {classes}, "
                             f"got {line[:80]!r}") from None
     return names, labels

@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from files import ConfigError, save_atomically, write_atomically
-from pictures import picture
+from support import UserError
+from support.checkpoint import save_atomically, write_atomically
+from tools.plots import picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -26,9 +27,9 @@ def images_in(paths):
     for path in map(Path, paths):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()) if path.is_dir() else [path]
         if not inside:
-            raise data.DataError(f"expected images in {path}, found no {' '.join(SUFFIXES)}")
+            raise UserError(f"expected images in {path}, found no {' '.join(SUFFIXES)}")
         if not os.path.lexists(inside[0]):
-            raise data.DataError(f"expected an image file, found nothing at {path}: check the path")
+            raise UserError(f"expected an image file, found nothing at {path}: check the path")
         found += inside
     return [str(p) for p in found]
 
@@ -39,9 +40,9 @@ def new(file, option):
         os.lstat(file)
     except (FileNotFoundError, NotADirectoryError):
         if not Path(file).parent.is_dir():
-            raise ConfigError(f"{option} {file} cannot be written, its folder is missing: make it, or give another path") from None
+            raise UserError(f"{option} {file} cannot be written, its folder is missing: make it, or give another path") from None
         return Path(file)
-    raise ConfigError(f"{option} {file} is there already and would be lost: choose another name, or delete it")
+    raise UserError(f"{option} {file} is there already and would be lost: choose another name, or delete it")
 
 
 def picture_names(paths):

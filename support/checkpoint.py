@@ -1,0 +1,92 @@
+"""Files that survive a kill: written beside, flushed, renamed. Checkpoints carry a checksum of what they hold."""
+import hashlib
+import io
+import os
+
+from support import UserError
+
+
+def write_atomically(file, content):
+    """bytes or text into `file` (a Path): a kill leaves the old file or the new one, never a part."""
+    try:
+        if file.exists() and not file.is_file():                # a folder; a device, which a rename would replace
+            raise OSError("not a regular file")
+        temporary = file.with_name(f".{file.name}.tmp")
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror or error}): free some space or choose another "
+                        "place; what the file held before is untouched") from None
+
+
+def save_atomically(save, file):
+    """save(buffer) writes into memory, as np.save, PIL and matplotlib do; `file` gets all of it or nothing."""
+    buffer = io.BytesIO()
+    save(buffer)
+    write_atomically(file, buffer.getvalue())
+
+
+def checksum(state):
+    """sha256 of a checkpoint's content: nested dicts and lists of tensors and plain values."""
+    import torch
+    sha = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous()
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            sha.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+        elif isinstance(value, dict):
+            for key in sorted(value, key=repr):
+                sha.update(repr(key).encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            sha.update(b"[%d" % len(value))
+            for part in value:
+                add(part)
+        else:
+            sha.update(repr(value).encode())
+    add(state)
+    return sha.hexdigest()
+
+
+def save_checkpoint(state, file):
+    """state: dict of tensors, numbers, strings, lists and dicts of these -> `file`, whole or not at all."""
+    import torch
+    save_atomically(lambda buffer: torch.save(state | {"checksum": checksum(state)}, buffer), file)
+
+
+def read_checkpoint(file, device="cpu"):
+    """A last.pt or best.pt of train.py -> dict, its tensors on `device`. Runs no code from the file."""
+    import torch
+    if not file.is_file() and (file.parent / "last.pt").is_file():
+        raise UserError(f"{file.parent} has no {file.name} (without validation there is none): "
+                        "drop --checkpoint, or say last")
+    if not file.is_file():
+        raise UserError(f"expected a run folder with {file.name}, found none in {file.parent}: "
+                        "give the folder of a run that finished an epoch")
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        whole = state.pop("checksum") == checksum(state)
+    except Exception:                                           # whatever a damaged file makes the reader raise
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is damaged, or no checkpoint of train.py: restore it, or train again")
+    return state
+
+
+def lock(file):
+    """Holds the lock `file` until the process ends; UserError where another process keeps it for 10 seconds."""
+    from filelock import FileLock, Timeout
+    held = FileLock(file)
+    try:
+        held.acquire(timeout=10)                                # a killed run's loader processes end within that
+    except Timeout:
+        raise UserError(f"another process is writing {file.parent}: wait for it, or choose another --out") from None
+    return held
