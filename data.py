@@ -22,7 +22,7 @@ from datasets import base as datasets
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN
 from datasets.csv_sheet import is_sheet, second_sheet, sheet
 from support import UserError
-from support.cli import make_parser, run_main
+from support.cli import make_parser, run_main, words
 
 NAMES = ("scenes", "coco", "voc2007", "voc2012", "vg200", "nuswide", "cub")
 SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
@@ -360,7 +360,7 @@ def main(argv=None):
     parser.add_argument("--objects", help="vg200: Visual Genome's objects.json; prints the 200 names found by matching")
 
     def work():
-        args = parser.parse_args(argv)
+        args = parser.parse_args(words(argv))
         if args.objects:
             if not args.root or args.data != "vg200":
                 raise UserError("--objects needs vg200 and --root, the folder of Visual Genome")

@@ -25,11 +25,12 @@ from tqdm import tqdm
 from datasets import augment
 import clip
 import data
-from config import checked
+from config import restored
 from clip.features import Features, for_evaluation, precision
 from support import UserError
 from support.checkpoint import read_checkpoint
-from support.cli import best_device, make_parser, run_main
+from support.cli import best_device, make_parser, run_main, words
+from support.distributed import gather_scores
 from metrics import localisation, metrics
 from tools.predict import images_in, predict, suggest
 from tools.plots import fit, heat
@@ -54,7 +55,7 @@ class Predictor:
     def __init__(self, run, checkpoint=None, device=None, encoder=None):
         file = Path(run) / f"{checkpoint or ('best' if (Path(run) / 'best.pt').exists() else 'last')}.pt"
         state = read_checkpoint(file)
-        self.run, self.cfg = Path(run), checked(json.loads(state["config"]), file)
+        self.run, self.cfg = Path(run), restored(json.loads(state["config"]), file)
         self.names, self.epoch = state["names"], state["epoch"]
         self.device = torch.device(device) if device else best_device()
         same = encoder is not None and encoder.sha256 == state["clip_sha256"]
@@ -179,6 +180,57 @@ def sweep(model, g_pos, g_neg, features, maps=False):
             {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
 
+def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
+    """Features of a split that is scored: no augmentation; one cached view where the run caches at all."""
+    return for_evaluation(cfg, split, encoder, device, rank=rank, world=world, whole=cfg.matching == "global")
+
+
+@torch.no_grad()
+def evaluate(model, g_pos, g_neg, loaders, score):
+    """{split: metrics of the score "region", "query" or "mean", and mAP of all three}, {split: scores (n, C)}."""
+    numbers, chosen = {}, {}
+    for name, loader in loaders.items():
+        scores, _ = sweep(model, g_pos, g_neg, loader)
+        scores = gather_scores(scores, len(loader), loader.batch)
+        truth = loader.split.truth
+        chosen[name] = scores.get(score, scores["region"])
+        numbers[name] = metrics(chosen[name], truth)
+        numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
+    return numbers, chosen
+
+
+class PseudoCount:
+    """Pseudo-labels of an epoch against the truth that training may not see, in percent.
+
+    pseudo_pos, pseudo_neg   how many were given;  ..._precision: how many of them are right
+    ..._coverage             the share of the hidden positives (negatives) that got the right one
+    pseudo_coverage          the share of all unknown cells that got any
+    """
+
+    def __init__(self, device):
+        self.count = torch.zeros(6, dtype=torch.int64, device=device)  # hidden, given, right; of 1, then of -1
+
+    def add(self, pseudo, labels, truth):
+        """pseudo, labels, truth (B, C) int8 of a batch."""
+        unknown = (labels == 0) & (truth != 0)
+        self.count += torch.stack([
+            (unknown & cell).sum() for sign in (1, -1)
+            for cell in (truth == sign, pseudo == sign, (pseudo == sign) & (truth == sign))])
+
+    def report(self):
+        def share(a, b):
+            return round(100 * a / b, 2) if b else None
+
+        line, counts = {}, self.count.view(2, 3).tolist()
+        if not counts[0][0] + counts[1][0]:
+            return {}  # nothing was hidden, or there was no estimate
+        for name, (hidden, given, right) in zip(("pos", "neg"), counts):
+            line |= {f"pseudo_{name}": given, f"pseudo_{name}_precision": share(right, given),
+                     f"pseudo_{name}_coverage": share(right, hidden)}
+        (hidden_pos, given_pos, _), (hidden_neg, given_neg, _) = counts
+        return line | dict(pseudo_coverage=share(given_pos + given_neg, hidden_pos + hidden_neg))
+
+
 # Of the zero-shot rows of all tables. clip/pretrain.py scores its model with the templates that its captions were made of.
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}", "there is a {} in the scene")
 
@@ -263,7 +315,7 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, help="processes that decode them; a GPU wants some (default: 0)")
 
     def work():
-        args = parser.parse_args(argv)
+        args = parser.parse_args(words(argv))
         given = [name for name in ("image", "suggest", "ensemble", "compare") if getattr(args, name)]
         if len(given) > 1:
             raise UserError("--image, --suggest, --ensemble and --compare are four commands: give one of them")

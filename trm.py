@@ -1,20 +1,20 @@
-r"""Text-region matching: dual prompts, category-aware regions, and the matching of the two (paper, Sec. 3.1-3.2, Eq. 1-5).
+r"""Text-region matching: prompts, category-aware regions, and the matching of the two (Sec. 3.1-3.2, Eq. 1-5).
 
-    frozen CLIP image --> f (B, N, D) --CARL--> energy (B, C, N) --sigmoid, pool--> regions F^r (B, C, D) --\
-                                          \---> queries F^q (B, C, D) ---------------------------------------match--> logits
-    learned prompts  --frozen CLIP text--> g_pos, g_neg (C, D) ---------------------------------------------/
+    frozen CLIP image -> f (B, N, D) --CARL--> energy (B, C, N) --sigmoid, pool--> regions F^r --\
+                                         \--> queries F^q ---------------------------------------match--> logits
+    learned prompts -> frozen CLIP text -> g_pos, g_neg (C, D) ---------------------------------/
 
-B images, C categories, N = h*w locations, D joint dimension of CLIP, M context tokens (the paper's L), W width of CLIP's text transformer.
-This file knows nothing of files, arguments or devices. It is trained by `python train.py`.
+B images, C categories, N = h*w locations, D joint dimension of CLIP, W width of CLIP's text transformer,
+M context tokens (the paper's L). This file knows nothing of files, arguments or devices; train.py trains it.
 """
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels import region_pool
+from support.recompute import checkpointed
 
 
 def match(x, g_pos, g_neg, scale):
@@ -23,153 +23,166 @@ def match(x, g_pos, g_neg, scale):
     x       (..., C, D)  visual feature of each category, any length
     g_pos   (C, D)       text features of "category present";  g_neg (C, D) of "category absent"
     scale   scalar       1 / tau
-    returns (..., C)     logits; the probability is sigmoid(logit), which is the two-way softmax over (present, absent)
+    returns (..., C)     logits; the probability is sigmoid(logit), the two-way softmax over (present, absent)
     """
-    difference = F.normalize(g_pos, dim=-1) - F.normalize(g_neg, dim=-1)           # cos(x, g+) - cos(x, g-) = x.(g+ - g-) / |x|
+    # cos(x, g+) - cos(x, g-) = x.(g+ - g-) / |x| for unit g
+    difference = F.normalize(g_pos, dim=-1) - F.normalize(g_neg, dim=-1)  # (C, D)
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=difference.dtype)
-    return scale * (x * difference).sum(-1) / norm.clamp(min=1e-12)                # (..., C)
+    return scale * (x * difference).sum(-1) / norm.clamp(min=1e-12)  # (..., C)
 
 
 class Prompts(nn.Module):
-    """Learned context of every category, once for "present" and once for "absent": [SOT] w_1 ... w_M [name] [EOT].
+    """Learned context of each category, for "present" and for "absent": [SOT] w_1 ... w_M [name] [EOT].
 
-    clip    a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category names
-    context (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1.
-    at_once  most prompts whose activations are kept for the backward pass (some 10 MB each in CLIP's text transformer)
+    clip     a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category names
+    context  (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1
+    at_once  most prompts whose activations are kept for the backward pass (some 10 MB each in CLIP)
     """
     at_once = 512
 
     def __init__(self, clip, texts, M=16):
         super().__init__()
         self.context = nn.Parameter(0.02 * torch.randn(2, len(texts), M, clip.W))
-        tokens = clip.tokenize(texts)                                              # (C, S) SOT, name, EOT, zeros
-        eot = tokens.argmax(-1)                                                    # EOT has the largest id
-        if M + int(eot.max()) + 1 > clip.context_length:
+        tokens = clip.tokenize(texts)  # (C, S) SOT, name, EOT, zeros
+        eot = tokens.argmax(-1)  # EOT has the largest id
+        longest = int(eot.max()) + 1
+        if M + longest > clip.context_length:
             raise ValueError(f"{M} context tokens and the longest name ({texts[int(eot.argmax())]!r}) need "
-                             f"{M + int(eot.max()) + 1} tokens, CLIP reads {clip.context_length}: use fewer or a shorter name")
-        # Nothing after EOT can reach it under the causal mask, so the longest name decides the length (about 22 of 77).
-        embedded = clip.embed(tokens[:, : int(eot.max()) + 1]).detach()            # (C, S, W)
+                             f"{M + longest} tokens, CLIP reads {clip.context_length}: "
+                             "use fewer or a shorter name")
+        # Nothing after EOT can reach it under the causal mask, so the longest name decides the length.
+        embedded = clip.embed(tokens[:, :longest]).detach()  # (C, S, W)
         self.register_buffer("sot", embedded[:, :1].clone(), persistent=False)
         self.register_buffer("name_eot", embedded[:, 1:].clone(), persistent=False)
         self.register_buffer("eot", eot + M, persistent=False)
 
     def forward(self, clip):
-        """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context through the frozen encoder."""
-        sot, name = self.sot.expand(2, -1, -1, -1), self.name_eot.expand(2, -1, -1, -1)
-        prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)        # (2C, 1+M+S, W)
-        eot, step = self.eot.repeat(2), self.at_once
-        if len(eot) <= step:
-            g = clip.encode_prompts(prompts, eot)                                  # (2C, D)
-        else:                                                                      # too much to keep: recomputed in the backward pass
-            g = torch.cat([checkpoint(clip.encode_prompts, *part, use_reentrant=False, preserve_rng_state=False)
-                           for part in zip(prompts.split(step), eot.split(step))])
+        """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context through the encoder."""
+        sot = self.sot.expand(2, -1, -1, -1)
+        name = self.name_eot.expand(2, -1, -1, -1)
+        prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)  # (2C, 1+M+S, W)
+        eot = self.eot.repeat(2)  # (2C,)
+        parts = list(zip(prompts.split(self.at_once), eot.split(self.at_once)))
+        g = torch.cat(checkpointed(clip.encode_prompts, parts))  # (2C, D)
         return F.normalize(g.float(), dim=-1).chunk(2)
 
 
 class CARL(nn.Module):
     """Category-aware region learning: one post-norm decoder layer with one head (Eq. 2-4).
 
-    The cross-attention's scaled scores before its softmax are the energies e_c; their sigmoid is the soft region (Eq. 2),
-    which pools the *raw* CLIP features (Eq. 4), so the regions stay in CLIP's joint space. The layer's output is F^q (Eq. 3).
-    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes a number); beyond it, decoded in parts
+    The cross-attention's scaled scores before its softmax are the energies e_c; their sigmoid is the soft
+    region (Eq. 2), which pools the *raw* CLIP features (Eq. 4), so that the regions stay in CLIP's joint
+    space. The layer's output is F^q (Eq. 3).
+
+    queries  (C, D) start of the category queries Q, or None: random
+    dropout  of the attention's weights, the three residuals and the feed-forward
+    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes a number)
     """
     at_once = 2**25
 
     def __init__(self, C, D, queries: Optional[Tensor] = None, dropout=0.0):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)                                         # of the attention's weights, the residuals and the feed-forward
+        self.dropout = nn.Dropout(dropout)
         self.Q = nn.Parameter(torch.randn(C, D) if queries is None else queries.clone())
         self.self_att = nn.MultiheadAttention(D, 1, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * D, D))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(D) for _ in range(3))
-        for linear in (self.q, self.k):                                            # ours: with queries from the text encoder, the
-            nn.init.eye_(linear.weight)                                            # energies start as CLIP's own similarity map
+        # Ours: with queries from the text encoder the energies start as CLIP's own similarity map.
+        nn.init.eye_(self.q.weight)
+        nn.init.eye_(self.k.weight)
         nn.init.xavier_uniform_(self.v.weight)
         for linear in (self.q, self.k, self.v, self.out):
             nn.init.zeros_(linear.bias)
 
     def forward(self, f):
         """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions F^r (B, C, D), queries F^q (B, C, D)."""
-        # The queries meet no image before the cross-attention: their self-attention is computed once for the whole batch.
+        # The queries meet no image before the cross-attention: one self-attention serves the whole batch.
         Q = self.Q[None]
-        Q = self.norm1(Q + self.dropout(self.self_att(Q, Q, Q, need_weights=False)[0]))[0]           # (C, D)
+        attended = self.self_att(Q, Q, Q, need_weights=False)[0]
+        Q = self.norm1(Q + self.dropout(attended))[0]  # (C, D)
 
-        if len(f) * Q.numel() <= self.at_once:
-            energy, queries = self.decode(Q, f)
-        else:                                                                      # too much to keep: recomputed in the backward pass
-            parts = f.split(max(1, self.at_once // Q.numel()))
-            parts = [checkpoint(self.decode, Q, part, use_reentrant=False) for part in parts]
-            energy, queries = (torch.cat(whole) for whole in zip(*parts))
-        regions = region_pool(energy, f)                                           # (B, C, D)   F^r of Eq. 4
+        parts = [(Q, part) for part in f.split(max(1, self.at_once // Q.numel()))]
+        energy, queries = (torch.cat(whole) for whole in zip(*checkpointed(self.decode, parts)))
+        regions = region_pool(energy, f)  # (B, C, D)   F^r of Eq. 4
         return energy, regions, queries
 
     def decode(self, Q, f):
-        """Cross-attention and feed-forward: Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), queries (B, C, D)."""
+        """Cross-attention and feed-forward.
+
+        Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), queries (B, C, D).
+        """
         D = f.shape[-1]
-        # Not in the paper: keys and values see LayerNorm(f). CLIP's features have a large common part that drowns the rest.
-        x = F.layer_norm(f, (D,))                                                  # (B, N, D)
-        # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: projecting the C queries is cheaper than projecting the B*N keys.
-        q = self.q(Q)                                                              # (C, D)
-        energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5         # (B, C, N)   R of Eq. 3
-        # Softmax weights sum to one, so W_v may follow the sum over locations as well.
-        attended = self.out(self.v(self.dropout(energy.softmax(-1)) @ x))          # (B, C, D)   Cross_Att(Q, f)
+        # Not in the paper: keys and values see LayerNorm(f). CLIP's features have a large common part.
+        x = F.layer_norm(f, (D,))  # (B, N, D)
+        # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: C queries are cheaper to project than B*N keys.
+        q = self.q(Q)  # (C, D)
+        energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5  # (B, C, N)   R of Eq. 3
+        # Softmax weights sum to one, so W_v may follow the sum over the locations as well.
+        mixed = self.dropout(energy.softmax(-1)) @ x  # (B, C, D)
+        attended = self.out(self.v(mixed))  # (B, C, D)   Cross_Att(Q, f)
         h = self.norm2(Q + self.dropout(attended))
-        return energy, self.norm3(h + self.dropout(self.mlp(h)))                                 # (B, C, D)   F^q of Eq. 3
+        return energy, self.norm3(h + self.dropout(self.mlp(h)))  # (B, C, D)   F^q of Eq. 3
 
 
 def spatial_aggregation(f, g_pos, g_neg, scale, spatial_scale):
-    """DualCoOp's matching: every location is matched, the locations are weighted by a softmax of their positive similarity.
+    """DualCoOp's matching: each location is matched, and weighted by a softmax of its positive similarity.
 
     f (B, N, D), g_pos and g_neg (C, D) unit, scale = 1 / tau, spatial_scale = 1 / spatial temperature
-    returns logits (B, C) and the positive similarities (B, C, N), the map that this method shows as its region.
+    returns logits (B, C) and the positive similarities (B, C, N), the map that this method shows.
     """
     f = F.normalize(f, dim=-1)
-    pos, neg = (f @ g_pos.T).mT, (f @ g_neg.T).mT                                  # (B, C, N)
+    pos = (f @ g_pos.T).mT  # (B, C, N)
+    neg = (f @ g_neg.T).mT  # (B, C, N)
     weights = (spatial_scale * pos).softmax(-1)
     return scale * (weights * (pos - neg)).sum(-1), pos
 
 
 class Output(NamedTuple):
-    logits_r: Tensor                    # (B, C)     text-region matching, the prediction; of a baseline its only score
-    logits_q: Optional[Tensor] = None   # (B, C)     text-query matching; None for the baselines
-    energy: Optional[Tensor] = None     # (B, C, N)  before the sigmoid; a similarity map for DualCoOp's aggregation
-    regions: Optional[Tensor] = None    # (B, C, D)  F^r
+    logits_r: Tensor  # (B, C)  text-region matching, the prediction; of a baseline its only score
+    logits_q: Optional[Tensor] = None  # (B, C)  text-query matching; None for the baselines
+    energy: Optional[Tensor] = None  # (B, C, N)  before the sigmoid; of a baseline a similarity map
+    regions: Optional[Tensor] = None  # (B, C, D)  F^r
 
 
 class TRM(nn.Module):
-    """What is learned: prompts, regions, temperature, contrastive heads.
+    """All that is trained: prompts, regions, temperature, contrastive heads.
 
     matching  "carl"            text-region matching, the paper's method
-              "dualcoop"        DualCoOp's spatial aggregation, learnable spatial temperature;  "dualcoop-fixed": fixed at 1/20
-              "average"         the mean dense feature ("omitting the attention module": first row of Table 3)
+              "dualcoop"        DualCoOp's spatial aggregation, its temperature learned
+              "dualcoop-fixed"  the same with the temperature fixed at 1/20
+              "average"         the mean dense feature ("omitting the attention module", Table 3)
               "global"          CLIP's global image feature
     """
     MATCHING = ("carl", "dualcoop", "dualcoop-fixed", "average", "global")
 
-    def __init__(self, C, D, prompts: Optional[Prompts] = None, matching="carl", queries=None, contrastive=True,
-                 dropout=0.0):
+    def __init__(self, C, D, prompts: Optional[Prompts] = None, matching="carl", queries=None,
+                 contrastive=True, dropout=0.0):
         super().__init__()
-        self.prompts, self.matching = prompts, matching
-        self.log_scale = nn.Parameter(torch.tensor(3.91))                          # 1 / tau = exp(3.91) = 50
+        self.prompts = prompts
+        self.matching = matching
+        self.log_scale = nn.Parameter(torch.tensor(3.91))  # 1 / tau = exp(3.91) = 50
         if matching == "carl":
             self.carl = CARL(C, D, queries, dropout)
-            if contrastive:
-                self.heads = nn.ModuleDict({                                       # the "additional MLP" of Sec. 3.5
-                    name: nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)) for name in ("text", "region", "pixel")})
+            if contrastive:  # the "additional MLP" of Sec. 3.5
+                self.heads = nn.ModuleDict({
+                    name: nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+                    for name in ("text", "region", "pixel")})
         elif matching.startswith("dualcoop"):
-            self.log_spatial_scale = nn.Parameter(torch.tensor(20.0).log(), requires_grad=matching == "dualcoop")
+            learned = matching == "dualcoop"
+            self.log_spatial_scale = nn.Parameter(torch.tensor(20.0).log(), requires_grad=learned)
 
     def forward(self, f, x, g_pos, g_neg) -> Output:
         """f (B, N, D) dense features, x (B, D) global feature, g_pos and g_neg (C, D) unit text features."""
         scale = self.log_scale.exp()
         if self.matching == "carl":
             energy, regions, queries = self.carl(f)
-            return Output(match(regions, g_pos, g_neg, scale),                     # p^r of Eq. 5
-                          match(queries, g_pos, g_neg, scale),                     # p^q of Eq. 5
+            return Output(match(regions, g_pos, g_neg, scale),  # p^r of Eq. 5
+                          match(queries, g_pos, g_neg, scale),  # p^q of Eq. 5
                           energy, regions)
         if self.matching.startswith("dualcoop"):
             logits, similarity = spatial_aggregation(f, g_pos, g_neg, scale, self.log_spatial_scale.exp())
             return Output(logits, energy=similarity)
-        whole = x if self.matching == "global" else f.mean(1)                      # (B, D)
-        return Output(match(whole[:, None], g_pos, g_neg, scale), energy=(F.normalize(f, dim=-1) @ g_pos.T).mT)
+        whole = x if self.matching == "global" else f.mean(1)  # (B, D)
+        similarity = None if self.training else (F.normalize(f, dim=-1) @ g_pos.T).mT  # only for pictures
+        return Output(match(whole[:, None], g_pos, g_neg, scale), energy=similarity)

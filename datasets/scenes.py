@@ -247,7 +247,7 @@ def annotate(folder, split, drawn, size):
 
 
 def main(argv=None):
-    from support.cli import make_parser, run_main
+    from support.cli import make_parser, run_main, words
     parser = make_parser("scenes.py", __doc__)
     parser.add_argument("--root", default="generated/scenes", help="folder to make; it must not hold anything else")
     parser.add_argument("--train", type=int, default=3000, help="training scenes (train2014)")
@@ -257,7 +257,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="another seed draws entirely other scenes")
     parser.add_argument("--workers", type=int, help="processes (all cores if absent); changes nothing but the time")
 
-    return run_main(lambda: write(**vars(parser.parse_args(argv))))
+    return run_main(lambda: write(**vars(parser.parse_args(words(argv)))))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import eval as evaluation
 import train
 from support import UserError
 from support.checkpoint import save_atomically, write_atomically
-from support.cli import make_parser, run_main
+from support.cli import make_parser, run_main, words
 from paper.run_table import Runs, splits_of
 from metrics import localisation
 from tools.predict import images_in
@@ -298,7 +298,7 @@ def parse(argv):
     parser.add_argument("--image", nargs="+", metavar="PATH", help="--figure 4: photos or folders (default: test images)")
     parser.add_argument("--runs", nargs=2, metavar=("DUALCOOP", "TRM"), help="--figure 4: two runs (default: Table 1's at 10 %%)")
     parser.add_argument("--out", default="runs/tables", help="folder of tables and runs (default: runs/tables)")
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(words(argv))
     if (own.table is not None) + (own.figure is not None) + (own.study is not None) != 1:
         raise UserError("expects one of --table 1..6, --figure 4, --study NAME")
     if not (1 <= own.seeds <= 1000 and 1 <= own.jobs <= 1000):

@@ -220,7 +220,7 @@ def train_one(cfg):
     resume = folder if (folder / "config.json").exists() else None
     with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            train.Run(cfg, resume, splits_of(cfg), encoder_of(cfg.clip, activation=cfg.activation)).train()
+            train.train(cfg, resume, splits_of(cfg), encoder_of(cfg.clip, activation=cfg.activation))
         except FloatingPointError as error:
             print(error)
     return time.perf_counter() - start

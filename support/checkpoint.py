@@ -1,7 +1,10 @@
 """Files that survive a kill: written beside, flushed, renamed. Checkpoints carry a checksum of what they hold."""
 import hashlib
 import io
+import json
 import os
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 from support import UserError
 
@@ -90,3 +93,28 @@ def lock(file):
     except Timeout:
         raise UserError(f"another process is writing {file.parent}: wait for it, or choose another --out") from None
     return held
+
+
+@dataclass
+class State:
+    """What training changes, and so what last.pt keeps. Parts with a state_dict: model to scaler."""
+    model: Any
+    memory: Any
+    optimizer: Any
+    scheduler: Any
+    scaler: Any
+    epoch: int = 0                                              # finished epochs
+    best: Optional[dict] = None                                 # {"epoch", "chosen_on", "mAP"} of the best epoch
+    history: list = field(default_factory=list)                 # a line of metrics.jsonl an epoch
+    PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
+
+    def state_dict(self):
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | dict(epoch=self.epoch, best=self.best, history=json.dumps(self.history))
+
+    def load_state_dict(self, saved):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(saved[name])
+        self.epoch = saved["epoch"]
+        self.best = saved["best"]
+        self.history = json.loads(saved["history"])

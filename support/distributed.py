@@ -1,45 +1,85 @@
-"""Several GPUs that train one model: every rank sees the whole batch, so the bank and Eq. 9-13 are those of one process.
+"""Several GPUs that train one model: each rank sees the whole batch, so the bank and Eq. 9-13 are those of one process.
 
     torchrun --nproc-per-node 4 train.py --data coco --root /data/coco --ratio 0.3
 
-Rank r of W encodes rows r, r + W, ... of a batch; what the losses need is gathered on all of them, with gradients, and each rank
-computes the loss of the whole batch. In one process all of this does nothing. B images of a batch over all ranks, n of a split.
+Rank r of W encodes rows r, r + W, ... of a batch; what the losses need is gathered on all of them, with
+gradients, and each rank computes the loss of the whole batch. In one process all of this does nothing.
+B images of a batch over all ranks, b of this rank's, n of a split.
 """
+import os
+
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
+
+from support import UserError
+
+
+def start():
+    """Joins the processes that torchrun started; alone, nothing happens. -> (rank, number of processes)."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError("WORLD_SIZE is set without torchrun's other variables: start with torchrun, or unset it")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class AllGather(torch.autograd.Function):
+    """x (b, ...) of each rank -> (W, b, ...) on all of them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)                                   # each rank's loss reaches each rank's rows
+        return grad[dist.get_rank()]
 
 
 def gather(x, B):
-    """Equal shares x (b, ...) of every rank -> the B rows of the batch in its own order; gradients flow back."""
-    if not dist.is_initialized():
+    """Equal shares x (b, ...) of all ranks -> the B rows of the batch in its own order; gradients flow back."""
+    if x is None or not dist.is_initialized():
         return x
-    if x.requires_grad:
-        parts = dist_nn.all_gather(x.contiguous())
-    else:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-    return torch.stack(tuple(parts), 1).flatten(0, 1)[:B]                          # behind row B: padding
+    return AllGather.apply(x).transpose(0, 1).flatten(0, 1)[:B]  # behind row B: padding
 
 
 def average_gradients(parameters):
-    """Every rank computed the loss of the whole batch from gathered parts, so the mean over the ranks is its exact gradient."""
-    if dist.is_initialized():
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g) / dist.get_world_size())
+    """Each rank computed the loss of the whole batch, so the mean over the ranks is its exact gradient."""
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g) / dist.get_world_size())
 
 
-def in_order(scores, n, batch):
-    """{name: (b, C) scores of this rank's images} -> {name: (n, C)}: every image of the split once, in its own order."""
+def gather_scores(scores, n, batch):
+    """{name: (b, C) scores of this rank's images} -> {name: (n, C)}: every image once, in the split's order."""
     if not dist.is_initialized():
         return scores
     world = dist.get_world_size()
     parts = [None] * world
     dist.all_gather_object(parts, scores)
-    place = [np.concatenate([rows[r::world] for rows in np.split(np.arange(n), range(batch, n, batch))]) for r in range(world)]
-    names = parts[0]                                                               # a late rank has none where images are few
-    return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(np.concatenate(place))] for name in names}
+    batches = np.split(np.arange(n), range(batch, n, batch))
+    place = np.concatenate([rows[r::world] for r in range(world) for rows in batches])
+    names = parts[0]                                            # a late rank has none where images are few
+    return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(place)] for name in names}

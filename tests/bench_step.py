@@ -97,14 +97,14 @@ def plain_carl(carl, f):
 def plain_similarities(memory, regions):
     """Eq. 8 as printed: a cosine to every prototype, then their mean."""
     visual = sum(F.cosine_similarity(regions, memory.bank[:, j], dim=-1) for j in range(memory.bank.shape[1])) / memory.bank.shape[1]
-    return torch.stack([visual, F.cosine_similarity(regions, memory.T, dim=-1)])
+    return torch.stack([visual, F.cosine_similarity(regions, memory.text_prototypes, dim=-1)])
 
 
 @torch.no_grad()
 def einsum_similarities(memory, regions):
     """A stronger rival: all cosines at once, as one product."""
     visual = torch.einsum("bcd,cld->bcl", F.normalize(regions, dim=-1), memory.bank).mean(-1)
-    return torch.stack([visual, F.cosine_similarity(regions, memory.T, dim=-1)])
+    return torch.stack([visual, F.cosine_similarity(regions, memory.text_prototypes, dim=-1)])
 
 
 def plain_contrastive(anchors, samples, classes, tau):

@@ -34,6 +34,7 @@ RUNS = {                                            # name: what follows SMALL; 
     "pseudo": "--pseudo-in-contrastive --kd bernoulli --kd-teacher both --score query --queries random",
     "two-processes": "",
 }
+RENAMED = {"T": "text_prototypes"}                   # of earlier versions
 KEPT = ("model", "memory", "optimizer", "g_pos", "g_neg", "threshold", "names")
 
 WORLD = """
@@ -98,6 +99,7 @@ def result(code, out, folder, name):
     state = torch.load(out / name / "last.pt", weights_only=True, map_location="cpu")
     lines = map(json.loads, (out / name / "metrics.jsonl").read_text().splitlines())
     history = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+    state["memory"] = {RENAMED.get(name, name): value for name, value in state["memory"].items()}
     return {part: digest(state[part]) for part in KEPT} | {f"epoch {line['epoch']}": line for line in history}
 
 

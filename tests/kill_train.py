@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch                                                                       # noqa: E402
 from small_world import make, options, rows                                        # noqa: E402
 
+from tools import plots
 import train                                                                       # noqa: E402
 from support.checkpoint import read_checkpoint  # noqa: E402
 
@@ -74,7 +75,7 @@ def fork(log, arguments):
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         torch.set_num_threads(1)                                                   # sums are equal bit for bit with equal threads
-        train.curves = lambda *_: None                                             # drawing is no part of this
+        plots.curves = lambda *_: None  # drawing is no part of this
         os._exit(train.main(arguments))
     return child
 

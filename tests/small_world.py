@@ -49,8 +49,8 @@ def options(world, out, **changes):
 def run(world, out, **changes):
     """Trains in this process; returns the history."""
     cfg, _ = train.parse(options(world, out, **changes))
-    with mock.patch.object(train, "curves"):                                       # matplotlib takes longer than all the rest
-        return train.Run(cfg).train()
+    with mock.patch("tools.plots.curves"):  # matplotlib takes longer than all the rest
+        return train.train(cfg)
 
 
 def start(script, *arguments, **keywords):

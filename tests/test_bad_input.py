@@ -123,10 +123,6 @@ def test_an_empty_value_is_refused(main, arguments, capfd):
     one_line(main, arguments, capfd, "empty")
 
 
-def test_an_empty_list_of_components_is_a_value(world, tmp_path):                  # noqa: F811
-    assert train.parse(options(world, tmp_path, without=""))[0].without == ""
-
-
 @pytest.mark.parametrize("main, arguments, words", [
     (train.main, ["--epochs", 10**30], ["--epochs", "up to"]), (train.main, ["--queue", 2**40], ["--queue", "up to"]),
     (train.main, ["--workers", 5000], ["--workers", "1000"]), (train.main, ["--val", "x.csv"], ["val", "x.csv"]),
@@ -369,7 +365,7 @@ def test_a_name_too_long_for_clip_is_told_before_the_images_are_decoded(world, t
 
 
 def test_strange_folders_among_the_runs_of_a_table_and_cut_files(world, tmp_path, capfd, monkeypatch):           # noqa: F811
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     arguments = ["--table", 3, "--ratios", 0.5, "--rows", "average", "--seeds", 1, *options(world, tmp_path, ratio=None, epochs=1)]
     strange = tmp_path / "runs" / "strange"
     for i, content in enumerate(("{", "[]", '{"config": {}}', '{"config": {"data": "scenes"}, "data": 5}', "[" * 100000, None)):
@@ -389,7 +385,7 @@ def test_strange_folders_among_the_runs_of_a_table_and_cut_files(world, tmp_path
 
 
 def test_scores_that_were_cut_are_measured_anew(world, tmp_path, capfd, monkeypatch):                            # noqa: F811
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     arguments = ["--table", 1, "--ratios", 0.5, "--rows", "TaI-DPT+DualCoOp", "--seeds", 1, *options(world, tmp_path, ratio=None, epochs=1)]
     status, out, err = command(reproduce.main, arguments, capfd)
     assert status == 0, err
@@ -477,20 +473,6 @@ def test_scenes_beside_a_broken_note_are_left_alone(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and (tmp_path / "scenes.json").read_text() == "{"
 
 
-@posix
-@pytest.mark.parametrize("words, delay", [(["scenes.py", "--train", "9000"], 4), (["train.py", "--resume", "x"], 0.5), (["eval.py", "x"], 0.5),
-                                          (["reproduce.py", "--table", "5"], 0.5), (["data.py", "scenes"], 0.5)])
-def test_ctrl_c_while_a_command_begins_or_draws_leaves_no_traceback(words, delay, tmp_path):
-    more = ["--root", tmp_path / "scenes", "--workers", 2] if "scenes.py" in words else []
-    at_work = start(*words, *more, start_new_session=True)
-    time.sleep(delay)
-    os.killpg(at_work.pid, signal.SIGINT)                                          # as a terminal does: to the processes that draw, too
-    out, err = at_work.communicate(timeout=60)
-    assert at_work.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err
-    assert [line for line in err.splitlines() if line and "drawing" not in line] in (["stopped"], []), err
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_that_began_while_another_one_decoded_is_not_overwritten(world, tmp_path, capfd):                  # noqa: F811
     def slow(split, *arguments, **options):
         if not (tmp_path / "run").exists():
@@ -551,7 +533,7 @@ def test_a_rank_without_an_image_leaves_the_scores_to_the_others(monkeypatch):
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(ranks.dist, "all_gather_object", lambda into, _: into.__setitem__(slice(None), parts))
-    assert ranks.in_order({}, 2, 6)["region"].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert ranks.gather_scores({}, 2, 6)["region"].tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
@@ -563,36 +545,6 @@ def test_a_file_system_that_cannot_reserve_is_no_full_disk(tmp_path, monkeypatch
     assert (tmp_path / "f").stat().st_size == 5000
     features.reserve(tmp_path / "f", 10)
     assert (tmp_path / "f").stat().st_size == 5000
-
-
-@posix
-def test_ctrl_c_counts_even_if_the_first_one_is_lost():
-    def work():
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        except KeyboardInterrupt:                                                  # as one of Python's hooks would drop it
-            pass
-        os.kill(os.getpid(), signal.SIGINT)                                        # at once: ignored, the way out is not interrupted
-        time.sleep(2.1)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-    assert run_main(work) == 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@posix
-def test_ctrl_c_waits_for_the_end_of_what_must_not_be_cut():
-    reached = []
-
-    def work():
-        with uninterrupted(), uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-            reached.append("inside")
-        reached.append("behind")
-    assert run_main(work) == 130 and reached == ["inside"]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @posix
@@ -609,7 +561,7 @@ def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):           
 
 
 def test_training_data_that_changed_are_trained_anew_by_a_table(world, tmp_path, capfd, monkeypatch):            # noqa: F811
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     shutil.copytree(world / "scenes", tmp_path / "scenes")
     arguments = ["--table", 3, "--ratios", 0.5, "--rows", "average", "--seeds", 1,
                  *options(world, tmp_path / "out", ratio=None, epochs=1, root=tmp_path / "scenes")]

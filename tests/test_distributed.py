@@ -60,19 +60,23 @@ def record(cfg, folder, name):
     training, val, test = train.load_data(cfg)
     test = dataclasses.replace(test, paths=test.paths[:11], labels=test.labels[:11], truth=test.truth[:11],
                                boxes=test.boxes and test.boxes[:11])              # 6 and 5: one image more on rank 0
-    steps, scores, step = [], [], train.Run.step
+    steps, step, states, scores, evaluate = [], train.training_step, [], {}, train.evaluate
 
-    def recorded(run, *args):
-        steps.append(step(run, *args))
-        return steps[-1]
+    def recorded(*args):
+        loss, terms, pseudo = step(*args)
+        steps.append({k: float(v) for k, v in (terms | {"L": loss}).items()})
+        return loss, terms, pseudo
 
-    with mock.patch.object(train.Run, "step", recorded), mock.patch.object(train, "curves"):
-        run = train.Run(cfg, splits=(training, val, test))
-        run.train()
-        scores = run.evaluate()[1]
-    torch.save(dict(terms=[{k: float(v) for k, v in terms.items()} for terms in steps], memory=run.memory.state_dict(),
-                    model=run.model.state_dict(), scores={k: torch.tensor(v) for k, v in scores.items()}, history=run.history),
-               folder / name)
+    def scored(*args):
+        numbers, found = evaluate(*args)
+        scores.update(found)
+        return numbers, found
+
+    with mock.patch.multiple(train, training_step=recorded, evaluate=scored), mock.patch("tools.plots.curves"):
+        train.train(cfg, splits=(training, val, test), on_epoch=lambda state, line: states.append(state))
+    state = states[-1]
+    torch.save(dict(terms=steps, memory=state.memory.state_dict(), model=state.model.state_dict(),
+                    scores={k: torch.tensor(v) for k, v in scores.items()}, history=state.history), folder / name)
 
 
 @pytest.fixture(scope="module", params=LR)
@@ -102,7 +106,7 @@ def test_memory_is_the_same_everywhere(results):
     one, *two = (r["memory"] for r in results[0])
     for rank in two:
         assert torch.equal(one["bank"], rank["bank"]) and torch.equal(one["cursor"], rank["cursor"])
-        for k in ("theta", "T"):
+        for k in ("theta", "text_prototypes"):
             assert torch.equal(rank[k].isnan(), one[k].isnan())
             assert torch.allclose(rank[k], one[k], atol=1e-5, equal_nan=True), k
     for k in one:                                                                  # and bit for bit between the two
@@ -132,7 +136,7 @@ def test_a_batch_that_does_not_divide_is_refused(world, tmp_path):              
     cfg, _ = train.parse(options(world, tmp_path / "run", batch=5))
     with mock.patch.multiple(dist, is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2):
         with pytest.raises(UserError, match="--batch 5 does not divide among 2"):
-            train.Run(cfg)
+            train.train(cfg)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from kill_train import same_run
 from small_world import ROOT, command, one_line, options, run, start, world        # noqa: F401
 
 import eval as evaluation
-from support import checkpoint, cli
+from support import checkpoint
 import train
 from support import UserError
 from support.checkpoint import read_checkpoint, write_atomically
-from support.cli import run_main
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="fork, mount and /proc are Linux's")
 
@@ -65,28 +64,6 @@ def mounted(tmp_path):
         subprocess.run(["umount", "-l", str(point)])
 
 
-def test_more_ctrl_c_on_the_way_out_say_nothing(capfd):
-    """Five at once and five while cleaning up. A handler stays in place: after SIG_IGN Python reports a signal that was on its way."""
-    left = []
-
-    def work():
-        try:
-            for _ in range(5):
-                os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        finally:
-            for _ in range(5):
-                os.kill(os.getpid(), signal.SIGINT)
-            left.append(signal.getsignal(signal.SIGINT))
-    earlier = signal.getsignal(signal.SIGINT)
-    try:
-        assert run_main(work, "stopped here") == 130
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN                   # until the process has ended
-    finally:
-        signal.signal(signal.SIGINT, earlier)
-    assert capfd.readouterr().err == "\nstopped here\n" and callable(left[0])
-
-
 @linux
 @pytest.mark.parametrize("room", (("config.json",), ("config.json", "best.pt"), ("config.json", "best.pt", "last.pt"),
                                   ("config.json", "best.pt", "last.pt", "last.pt", "metrics.jsonl")), ids=lambda r: f"after {len(r)} files")
@@ -95,7 +72,7 @@ def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, 
     if not (world / "measured").exists():
         run(world, world / "measured")
     disk = mounted(f"size={sum((world / 'measured' / name).stat().st_size // 1024 + 8 for name in room)}k")
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     line = one_line(train.main, options(world, disk / "run", epochs=3), capfd, "No space left on device")
     assert str(disk) in line and not list(disk.rglob("*.tmp"))
     if (disk / "run" / "last.pt").exists():
@@ -118,7 +95,7 @@ def test_a_full_disk_under_the_feature_cache_is_told_before_it_is_filled(world, 
 @linux
 def test_a_read_only_folder_is_told_before_anything_is_decoded(world, mounted, capfd, monkeypatch):              # noqa: F811
     disk = mounted("size=1m,ro")
-    monkeypatch.setattr(train.data, "load", None)                                  # not reached
+    monkeypatch.setattr(train.data, "load_for", None)                                  # not reached
     one_line(train.main, options(world, disk / "run"), capfd, disk, "choose another --out")
 
 
@@ -148,12 +125,15 @@ def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, mon
 
 @pytest.mark.parametrize("where", ("images", "weights"))
 def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(world, tmp_path, capfd, monkeypatch, where):    # noqa: F811
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     with monkeypatch.context() as patch:
         if where == "images":
-            step = train.Run.step
-            patch.setattr(train.Run, "step", lambda self, index, f, *rest:
-                          step(self, index, f * (float("nan") if self.epoch == 2 else 1), *rest))
+            step, calls = train.training_step, []
+
+            def spoilt(model, memory, encoder, cfg, f, *rest):
+                calls.append(1)
+                return step(model, memory, encoder, cfg, f * (float("nan") if len(calls) > 6 else 1), *rest)
+            patch.setattr(train, "training_step", spoilt)
             words = ["epoch 3", "loss is not finite after step 1 of 3", "L_r nan", "L_q nan", "holds epoch 2"]
         else:                                                                      # a gradient overflows in the very last step
             total, calls = train.losses.total, []
@@ -195,13 +175,13 @@ def test_two_writers_of_one_folder(world, tmp_path, capfd):                     
     assert command(evaluation.main, [tmp_path / "run", "--checkpoint", "last"], capfd)[0] == 0
     first.kill()
     first.communicate()
-    checkpoint.lock(tmp_path / "run" / ".lock").close()                               # the lock went with the process
+    checkpoint.lock(tmp_path / "run" / ".lock").release()  # the lock went with the process
 
 
 def test_a_reader_sees_whole_checkpoints_while_they_are_written(world, tmp_path):  # noqa: F811
     run(world, tmp_path / "run", epochs=1)
     whole = (tmp_path / "run" / "last.pt").read_bytes()
-    writer = subprocess.Popen([sys.executable, "-c", "import sys, pathlib; from files import write_atomically\n"
+    writer = subprocess.Popen([sys.executable, "-c", "import sys, pathlib; from support.checkpoint import write_atomically\n"
                                "file = pathlib.Path(sys.argv[1]); content = file.read_bytes()\n"
                                "for _ in range(200): write_atomically(file, content)\n", str(tmp_path / "run" / "last.pt")], cwd=ROOT)
     reads = 0

@@ -93,27 +93,27 @@ def test_the_ladder_of_single_positive_shares_its_runs_with_table_2(call):
 
 def test_a_stopped_row_goes_on_where_it_was(call):
     calls = []
-    epoch = train.Run.train_epoch
+    epoch = train.train_one_epoch
 
-    def stop(run):
-        if run.epoch == 1:
+    def stop(state, *rest):
+        if state.epoch == 1:
             raise KeyboardInterrupt
-        return epoch(run)
-    with mock.patch.object(train.Run, "train_epoch", stop), pytest.raises(AssertionError):
+        return epoch(state, *rest)
+    with mock.patch.object(train, "train_one_epoch", stop), pytest.raises(AssertionError):
         call("--table", 3, "--ratios", 0.7, "--rows", "average")
-    with mock.patch.object(train.Run, "train_epoch", lambda run: calls.append(run.epoch) or epoch(run)):
+    with mock.patch.object(train, "train_one_epoch", lambda state, *rest: calls.append(state.epoch) or epoch(state, *rest)):
         call("--table", 3, "--ratios", 0.7, "--rows", "average")
     assert calls == [1]
 
 
 def test_a_diverged_row_is_told_and_the_others_go_on(call):
-    step = train.Run.step
+    step = train.training_step
 
-    def diverge(run, *arguments):
-        if run.cfg.matching == "global":
+    def diverge(model, memory, encoder, cfg, *arguments):
+        if cfg.matching == "global":
             raise FloatingPointError("the loss is not finite")
-        return step(run, *arguments)
-    with mock.patch.object(train.Run, "step", diverge):
+        return step(model, memory, encoder, cfg, *arguments)
+    with mock.patch.object(train, "training_step", diverge):
         out, _ = call("--table", 3, "--ratios", 0.8, "--rows", "global feature", "average")
     assert any("global" in line and "diverged" in line for line in out)
     assert any(line.startswith("| **global feature** | no run finished") for line in out) and any("**average feature** | region" in line for line in out)

@@ -46,7 +46,8 @@ def test_from_scratch_the_loss_falls_and_every_term_is_finite(world, tmp_path): 
 
 def test_the_curves_are_drawn(world, whole, tmp_path):                             # noqa: F811
     pytest.importorskip("matplotlib")
-    train.curves([json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()], tmp_path / "curves.png")
+    from tools.plots import curves
+    curves([json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()], tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 500
 
 
@@ -77,25 +78,25 @@ def test_two_runs_of_one_seed_are_equal_and_workers_do_not_matter(world, whole, 
 @pytest.mark.parametrize("epoch", (1, 3))
 def test_resuming_is_bit_exact(world, whole, tmp_path, monkeypatch, epoch):        # noqa: F811
     """Stopped in the middle of an epoch, stage one and stage two; a clock that jumps back changes nothing."""
-    step, seen = train.Run.step, []
+    step, seen = train.training_step, []
 
-    def stop(self, *arguments):
-        seen.append(self.epoch)
-        if self.epoch == epoch and seen.count(epoch) == 2:
+    def stop(*arguments):
+        seen.append(1)
+        if len(seen) == 3 * epoch + 2:  # three steps an epoch
             raise KeyboardInterrupt
-        return step(self, *arguments)
+        return step(*arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "step", stop)
+        patch.setattr(train, "training_step", stop)
         assert train.main(options(world, tmp_path / "run", epochs=4, cache_features=0, augment="taidpt")) == 130
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == epoch
     monkeypatch.setattr(time, "time", lambda: 1.0)                                 # 1970
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     same_run(whole, tmp_path / "run")
 
 
 def test_resuming_a_finished_or_an_unbegun_run(world, whole, tmp_path, monkeypatch):                             # noqa: F811
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     shutil.copytree(whole, tmp_path / "done")
     (tmp_path / "done" / "metrics.jsonl").unlink()                                 # a kill between last.pt and metrics.jsonl
     assert train.main(["--resume", str(tmp_path / "done")]) == 0
@@ -106,18 +107,16 @@ def test_resuming_a_finished_or_an_unbegun_run(world, whole, tmp_path, monkeypat
     same_run(whole, tmp_path / "begun")
 
 
-def test_ctrl_c_twice_leaves_a_checkpoint_and_one_sentence(world, tmp_path):       # noqa: F811
+@pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_one_sentence(world, tmp_path, sent):  # noqa: F811
     process = start("train.py", *options(world, tmp_path / "run", epochs=500))
     while not (tmp_path / "run" / "last.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip().splitlines() == ["stopped; what was finished is in last.pt of the run folder: "
-                                                                      "go on with --resume"]
+    assert process.returncode == 130
+    assert err.strip().splitlines() == ["stopped; what was finished is in last.pt of the run folder: go on with --resume"]
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
 
@@ -184,19 +183,7 @@ def test_resume_is_refused_with_what_is_wrong(world, whole, tmp_path, capfd):   
         one_line(train.main, ["--resume", tmp_path], capfd, word)
     shutil.copytree(whole, tmp_path / "cut")
     (tmp_path / "cut" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
-    one_line(train.main, ["--resume", tmp_path / "cut"], capfd, "last.pt", "no readable checkpoint")
-    shutil.copy(whole / "best.pt", tmp_path / "cut" / "last.pt")
-    one_line(train.main, ["--resume", tmp_path / "cut"], capfd, "last.pt lacks best, history, memory")
-
-
-@pytest.mark.parametrize("name, value", [("epochs", 9), ("epochs", 1), ("lr", 0.5), ("queue", 3), ("matching", "average")])
-def test_resume_with_edited_settings_is_refused(whole, tmp_path, capfd, name, value):
-    shutil.copytree(whole, tmp_path / "run")
-    about = json.loads((whole / "config.json").read_text())
-    before = about["config"][name]
-    about["config"][name] = value
-    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
-    one_line(train.main, ["--resume", tmp_path / "run"], capfd, f"another {name} than", before)
+    one_line(train.main, ["--resume", tmp_path / "cut"], capfd, "last.pt is damaged")
 
 
 def test_resume_on_changed_data_is_refused(world, tmp_path, capfd):                # noqa: F811

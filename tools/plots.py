@@ -76,3 +76,11 @@ def curves(history, file):
         axis.grid(alpha=0.3)
     figure.tight_layout()
     save_atomically(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)
+
+
+def save_regions(predictor, paths, file, top=3):
+    """Fig. 4 as a PNG: a row an image, the photo and then the regions of its `top` categories."""
+    rows = [predictor.tiles(paths[i], p, maps, np.argsort(-p, kind="stable")[:top])
+            for i, p, maps in predictor.over(paths)]
+    regions = picture(rows)
+    save_atomically(lambda buffer: regions.save(buffer, "PNG"), file)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from datasets import scenes
 from support import UserError
 from support.checkpoint import write_atomically
-from support.cli import make_parser, run_main
+from support.cli import make_parser, run_main, words
 from clip.model import CLIP, build
 
 TINY = Path(__file__).resolve().parents[1] / "clip" / "tiny.safetensors"
@@ -172,7 +172,7 @@ def main(argv=None):
                         help="bfloat16; --no-amp on CPUs that do not compute in it")
 
     def work():
-        options = vars(parser.parse_args(argv))
+        options = vars(parser.parse_args(words(argv)))
         if not (1 <= options["batch"] <= options["canvases"] <= 10**7 and 1 <= options["epochs"] <= 10**6
                 and 0 < options["lr"] < math.inf and 0 <= options["seed"] < 2**31):
             raise UserError("expected --epochs and --seed as whole numbers, --lr above 0, --batch up to --canvases and that up to 10 million; got "
