@@ -210,6 +210,8 @@ def load_config(run):
         raise UserError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
     try:
         settings = dict(json.loads(file.read_text(encoding="utf-8"))["config"])
+        if not settings:
+            raise ValueError("a run of defaults is not meant")
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is no config.json of train.py: restore it, or train anew") from None
     return restored(settings, file)

@@ -30,7 +30,7 @@ from memory import MemoryBank
 from metrics import best_thresholds
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
-from support.cli import best_device, peak_memory, run_main
+from support.cli import best_device, peak_memory, run_main, stop
 from support.distributed import average_gradients, gather
 from support.run_folder import FILES, begin, new_run, save, write_metrics
 from trm import TRM, Output, Prompts
@@ -47,17 +47,20 @@ def build_model(cfg, split, encoder):
         raise UserError(error) from None
     model = TRM(len(split.names), encoder.D, prompts, cfg.matching, queries,
                 contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
-    if cfg.carl_from:  # Table 4: a region module from complete labels, kept as it is
-        other = read_checkpoint(Path(cfg.carl_from) / "last.pt")
-        if other["names"] != split.names or other["clip_sha256"] != encoder.sha256:
-            raise UserError(f"--carl-from {cfg.carl_from} was trained on other categories or another CLIP: "
-                            "give a run on the same")
-        carl = {key[5:]: value for key, value in other["model"].items() if key.startswith("carl.")}
-        if not carl:
-            raise UserError(f"--carl-from {cfg.carl_from} has no regions: give a run with --matching carl")
-        model.carl.load_state_dict(carl)
+    if cfg.carl_from:
         model.carl.requires_grad_(False)
     return model
+
+
+def load_carl(model, run, split, encoder):
+    """Table 4: the region module of another run, one on complete labels."""
+    other = read_checkpoint(Path(run) / "last.pt")
+    if other["names"] != split.names or other["clip_sha256"] != encoder.sha256:
+        raise UserError(f"--carl-from {run} was trained on other categories or another CLIP: give a run on the same")
+    carl = {key[5:]: value for key, value in other["model"].items() if key.startswith("carl.")}
+    if not carl:
+        raise UserError(f"--carl-from {run} has no regions: give a run with --matching carl")
+    model.carl.load_state_dict(carl)
 
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
@@ -140,6 +143,7 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps, leave=False,
                disable=rank > 0 or not sys.stderr.isatty())
     for i, (index, f, x) in enumerate(bar):
+        stop.check()
         index = gather(index, min(cfg.batch, len(loader) - i * cfg.batch))  # (B,)
         loss, terms, pseudo = training_step(state.model, state.memory, encoder, cfg, f, x, labels[index],
                                             stage_two, amp)
@@ -196,7 +200,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     on_epoch: called as on_epoch(state, line) after each epoch, with support.checkpoint.State
     """
     rank, world = distributed.start()
-    device = best_device(int(os.environ.get("LOCAL_RANK", 0)), world)
+    device = best_device(int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0, world)
     if cfg.batch % world:
         raise UserError(f"--batch {cfg.batch} does not divide among {world} processes")
     kernels.use(cfg.kernels)
@@ -206,6 +210,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, train_split, encoder).to(device)
+    if cfg.carl_from and not resume:
+        load_carl(model, cfg.carl_from, train_split, encoder)
     memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
     timers, start = dict(features=0.0, training=0.0, evaluation=0.0), time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)

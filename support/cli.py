@@ -7,6 +7,7 @@ import difflib
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import BrokenExecutor
 
 from support import UserError
@@ -31,23 +32,35 @@ def make_parser(prog, about, **options):
 
 def words(argv):
     """The command line without its program. An empty word (--out "$OUT" without an OUT) is refused."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if "" in argv:
-        before = argv[argv.index("") - 1] if argv.index("") else "the command"
-        raise UserError(f"{before} expects a value, got an empty one: give it, or drop the option")
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    for before, word in zip(["the command", *argv], argv):
+        if word == "" or word.startswith("--") and word.endswith("="):
+            raise UserError(f"{word or before} expects a value, got an empty one: give it, or drop the option")
     return argv
 
 
-def stop(*_):
-    raise KeyboardInterrupt
+class Stop:
+    """Ctrl-C and SIGTERM. Python drops an exception that meets one of its hooks (a fork): `asked` remembers it."""
+    asked = False
+
+    def __call__(self, *_):
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def check(self):
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+stop = Stop()
 
 
 def run_main(work, stopped="stopped"):
     """work() -> exit status. What is raised but not listed here is a fault of this code and keeps its traceback."""
-    try:
+    stop.asked = False
+    if threading.current_thread() is threading.main_thread():   # elsewhere Python allows no handler
+        signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)                     # schedulers send it: it ends a run as Ctrl-C does
-    except ValueError:
-        pass                                                    # not in the main thread: no handler is allowed there
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")       # a name that the terminal cannot show stops nothing
@@ -55,9 +68,17 @@ def run_main(work, stopped="stopped"):
         status = work() or 0
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not (stop.asked or isinstance(error, KeyboardInterrupt)):
+            return failed(error)
         print(f"\n{stopped}", file=sys.stderr)
         return 130
+
+
+def failed(error):
+    """One line for what the user can mend; anything else is raised again. -> exit status."""
+    try:
+        raise error
     except (UserError, FloatingPointError) as error:
         line = str(error)
     except BrokenExecutor:

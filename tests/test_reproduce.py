@@ -23,7 +23,7 @@ def call(world, capfd):                                                         
 
     def work(*arguments, **changes):
         rest = options(world, folder, **dict(ratio=None, epochs=2, augment="none") | changes)
-        with mock.patch.object(train, "curves"):
+        with mock.patch("tools.plots.curves"):
             status, out, err = command(reproduce.main, [*arguments, "--seeds", 1, *rest], capfd)
         assert status == 0, err
         return out, folder
