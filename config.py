@@ -38,6 +38,11 @@ class Config:
         "negatives are missing, lower it when recall suffers", low=0, high=1)
     mask: Optional[str] = option(None, "file of the known cells, instead of drawing them")
     val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2")
+    test: Optional[str] = option(None, "test CSV of a sheet")
+    ignore: Optional[str] = option(None, "columns of a sheet that are no category: a,b")
+    minus_one: Optional[str] = option(None, "what -1 means in a sheet: absent (then 0 is unknown) or unknown",
+                                      choices=("absent", "unknown"))
+    unlisted: Optional[str] = option(None, "what a sheet's lists do not name is", choices=("absent", "unknown"))
     names: Optional[str] = option(None, "file of prompt names, one category a line")
     prompt_names: str = option(
         "peers", "category words in the prompts: the peers', the official ones, or joined words split",
@@ -163,7 +168,7 @@ def checked(f, value):
 
 # Settings that do not change the numbers, and those that say where things lie: both may differ on --resume.
 NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}
-PLACES = {"data", "root", "mask", "val", "names", "lists", "captions", "clip", "carl_from"}
+PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2, score="query",
@@ -199,7 +204,7 @@ def parse(argv, about=""):
 def is_path(name, value):
     """Whether a setting names a file or folder; data, val and clip may hold a name or a number instead."""
     if name in ("data", "val"):
-        return value.lower().endswith(".csv")
+        return value.lower().endswith((".csv", ".tsv"))
     return name in PLACES and not (name == "clip" and value in CLIPS)
 
 

@@ -130,7 +130,7 @@ class Predictor:
 
     def splits(self):
         """{"train", "val", "test"}: the splits that the run was trained on, None where its data has none."""
-        parts = data.load_for(self.cfg)
+        parts = data.load(self.cfg)
         if parts[0].names != self.names:
             changed = sorted(set(parts[0].names) ^ set(self.names))
             raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run} was trained on "

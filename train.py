@@ -175,7 +175,7 @@ def diverged(state, what, terms):
 
 def load_data(cfg):
     """(train, val or None, test or None): data.Split each."""
-    splits = data.load_for(cfg)
+    splits = data.load(cfg)
     if cfg.images == "captions":
         from paper import captions
         train = splits[0]

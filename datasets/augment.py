@@ -38,7 +38,7 @@ def read(path):
     return image.convert("RGB")
 
 
-def squash(image, size):
+def resize(image, size):
     """The test transform: bicubic to size x size, whatever the aspect ratio, no crop."""
     return image.resize((size, size), Image.BICUBIC)
 
@@ -69,7 +69,7 @@ def random_crop(image, size, rng, smallest=0.5):
     else:
         w, h = max(1, min(W, round(H * 4 / 3))), max(1, min(H, round(W / (3 / 4))))
         x, y = (W - w) // 2, (H - h) // 2
-    return squash(image.crop((x, y, x + w, y + h)), size)
+    return resize(image.crop((x, y, x + w, y + h)), size)
 
 
 def cutout(image, rng, factor=0.4):

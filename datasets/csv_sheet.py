@@ -1,99 +1,187 @@
-"""Your own images: a CSV `image,<class>,<class>,...` in which a cell is 1 present, 0 absent, empty unknown.
+"""Your own images: a sheet `image,<class>,<class>,...` in which a cell is 1 present, 0 absent, empty unknown.
 
     image,dog,cat,"red, small car"
     #prompt,dog,cat,small red car          (optional second row: the names to use in prompts)
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
-Sheets full of unknowns are the point. Nothing is guessed: any other cell, a short row, an image that is missing or
-listed twice is refused with its line (`python data.py SHEET.csv` prints every problem).
+Sheets full of unknowns are the point. Other forms are understood and told: 1.0, true, yes, x; 0.0, false, no;
+?, NA, nan; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no category (--ignore, or found);
+one column of lists such as `dog|cat` (--unlisted says what the others are). What could mean two things is
+refused with the option that settles it; `python data.py SHEET.csv` prints every problem with its line.
 """
-import csv, io, os
+import csv
+import io
+import os
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Table, inside, read_bytes, read_lines
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, read_bytes, safe_join
 from support import UserError
 
-CODES = {"1": POSITIVE, "0": NEGATIVE, "": UNKNOWN}
+WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"), NEGATIVE: ("0", "0.0", "false", "no", "absent"),
+         UNKNOWN: ("", "?", "na", "n/a", "nan", "none", "null", "unknown")}
+CODES = {word: code for code, words in WORDS.items() for word in words}
+MINUS_ONE = ("-1", "-1.0")
+SIGNED = {**CODES, "0": UNKNOWN, "0.0": UNKNOWN, "-1": NEGATIVE, "-1.0": NEGATIVE}  # --minus-one absent
+UNCERTAIN = {**CODES, "-1": UNKNOWN, "-1.0": UNKNOWN}  # --minus-one unknown, as CheXpert
 
 
 def is_sheet(data):
-    return str(data).lower().endswith(".csv")
+    return str(data).lower().endswith((".csv", ".tsv"))
 
 
-def sheet(path, root=None):
-    """-> Table. root: where relative image names start (default: the sheet's folder), and what they must not leave.
-    UserError for the first problem; its attribute `problems` lists them all."""
-    root, problems = os.path.realpath(root or os.path.dirname(os.path.realpath(path))), []
+def load(root, cfg):
+    """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first, other images."""
+    parts = {"train": read(cfg.data, root, cfg)}
+    for part in ("val", "test"):
+        path = getattr(cfg, part, None)
+        if path is not None and is_sheet(path):
+            parts[part] = aligned(read(path, root, cfg), parts, path)
+    return parts
 
-    def problem(line, text):
-        problems.append(f"{path}:{line}: {text}")
-    read_lines(path)  # says where it is not text
-    files, listed, cells, lines, first = [], [], [], [], {}
+
+def aligned(split, parts, path):
+    """A second sheet with its columns in the order of the first one; it shares no image with the others."""
+    names = parts["train"].names
+    if sorted(split.names) != sorted(names):
+        raise UserError(f"{path}: its classes differ from those of the training sheet: "
+                        f"{sorted(set(split.names) ^ set(names))}; use the same columns")
+    for name, other in parts.items():
+        if both := set(split.paths) & set(other.paths):
+            raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, first {min(both)}; "
+                            "keep them apart")
+    split.labels = split.truth = split.labels[:, [split.names.index(name) for name in names]]
+    split.names, split.prompts = names, parts["train"].prompts
+    return split
+
+
+def table(path):
+    """(header, [(line number, cells)]) of a text file with commas, semicolons or tabs, UTF-8 or UTF-16."""
+    raw = read_bytes(path)
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        reader = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(c.strip() for c in row)]
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as 'CSV UTF-8'") from None
+    first, _, rest = text.partition("\n")
+    skipped = first.strip().lower().startswith("sep=")  # Excel's own line
+    head = rest.partition("\n")[0] if skipped else first
+    delimiter = first.strip()[4:5] if skipped else max(",;\t", key=head.count)
+    reader = csv.reader(io.StringIO(rest if skipped else text, newline=""), delimiter=delimiter or ",", strict=True)
+    try:
+        rows = [(reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not a CSV row ({error})") from None
+        raise UserError(f"{path}:{reader.line_num + skipped}: not a CSV row ({error})") from None
+    rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,<class>,...'")
-    names = rows[0][1][1:]
-    if not names:
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...' with commas, got {rows[0][1][0][:80]!r}")
-    if set(names) <= set(CODES) and "" not in names:
-        problem(1, f"expected a header 'image,<class>,...', got what looks like a row of labels ({rows[0][1][0]}): put the header above it")
-    for c, name in enumerate(names):
-        if not name or name in names[:c]:
-            problem(1, f"column {c + 2} has no class name" if not name else f"class {name!r} comes twice")
-    body, prompts = rows[1:], list(names)
+    width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)  # empty columns at the end go
+    rows = [(line, row[:width]) for line, row in rows]
+    (_, header), body = rows[0], rows[1:]
+    if len(header) < 2:
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {','.join(header)[:80]!r}")
+    if all(cell.lower() in CODES for cell in header[1:]):
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got what looks like a row of labels "
+                        f"({header[0]}): put the header above it")
+    return header, body
+
+
+def read(path, root, cfg):
+    """-> Split. root: where relative image names start, and what they must not leave (default: the sheet's
+    folder). UserError for the first problem; its attribute `problems` lists them all."""
+    root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
+    codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(getattr(cfg, "minus_one", None), CODES)
+    header, body = table(path)
+    problems = []
+    ignored = set(filter(None, (getattr(cfg, "ignore", None) or "").split(",")))
+    if missing := ignored - set(header):
+        raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are {', '.join(header[:20])}")
+
+    prompts = dict(zip(header, [name.replace("_", " ") for name in header]))
     if body and body[0][1][0] == "#prompt":
         line, row = body.pop(0)
-        prompts = row[1:]
-        if len(prompts) != len(names) or not all(prompts):
-            problem(line, f"the row of prompt names needs {len(names)} names")
+        if len(row) != len(header) or not all(row):
+            problems.append(f"{path}:{line}: the row of prompt names needs {len(header) - 1} names")
+        prompts |= dict(zip(header[1:], row[1:]))
     for line, row in body:
-        bad = [f"{names[c]}={cell!r}" for c, cell in enumerate(row[1:len(names) + 1]) if cell not in CODES]
-        if len(row) != len(names) + 1:
-            problem(line, f"{len(row)} cells, but the header has {len(names) + 1}")
-        elif bad:
-            problem(line, f"a cell is 1 (present), 0 (absent) or empty (unknown), got {', '.join(bad[:3])}")
-        elif not row[0]:
-            problem(line, "no image name in the first column")
-        else:
-            try:
-                absolute = os.path.isabs(row[0]) and "\0" not in row[0]
-                file = os.path.realpath(row[0] if absolute else inside(root, row[0], f"{path}:{line}"))
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            if file in first:                                                      # links followed: one image, one row
-                problem(line, f"{row[0]} is already on line {first[file]}; merge the two rows")
-            elif not os.path.isfile(file):
-                problem(line, f"no image {file} ({'a folder' if os.path.isdir(file) else 'missing'})")
-            first.setdefault(file, line)
+        if len(row) != len(header):
+            problems.append(f"{path}:{line}: {len(row)} cells, but the header has {len(header)}")
+    body = [(line, row) for line, row in body if len(row) == len(header)]
+
+    def known(c):  # share of a column's filled cells that are labels
+        filled = [row[c] for _, row in body if row[c]]
+        return sum(cell.lower() in codes or cell in MINUS_ONE for cell in filled) / len(filled) if filled else 1.0
+
+    columns = [c for c in range(1, len(header)) if header[c] not in ignored]
+    other = [c for c in columns if not known(c)]
+    if len(other) == len(columns) == 1:
+        cells, names = lists(path, body, other[0], getattr(cfg, "unlisted", None))
+        prompts = {name: name.replace("_", " ") for name in names}
+    else:
+        columns = [c for c in columns if c not in other]
+        names = [header[c] for c in columns]
+        if other:
+            print(f"{path}: no categories, since no cell is a label: {', '.join(header[c] for c in other)}")
+        cells = []
+        for line, row in body:
+            bad = [f"{header[c]}={row[c]!r}" for c in columns if row[c].lower() not in codes]
+            if any(row[c] in MINUS_ONE and row[c] not in codes for c in columns):
+                problems.append(f"{path}:{line}: {', '.join(bad[:3])}: -1 is absent in some sheets (where 0 is unknown) "
+                                "and uncertain in others: say --minus-one absent or --minus-one unknown")
+            elif bad:
+                problems.append(f"{path}:{line}: a cell is 1 (present), 0 (absent) or empty (unknown), got "
+                                f"{', '.join(bad[:3])}; a column that is no category goes into --ignore")
+            cells.append([codes.get(row[c].lower(), UNKNOWN) for c in columns])
+    problems += doubtful_names(path, names)
+
+    files, first = [], {}
+    for line, row in body:
+        try:
+            if not row[0]:
+                raise UserError(f"{path}:{line}: no image name in the first column")
+            absolute = os.path.isabs(row[0]) and "\0" not in row[0]
+            file = os.path.realpath(row[0] if absolute else safe_join(root, row[0], f"{path}:{line}"))
+            if file in first:  # links followed: one image, one row
+                raise UserError(f"{path}:{line}: {row[0]} is already on line {first[file]}; merge the two rows")
+            if not os.path.isfile(file):
+                what = "a folder" if os.path.isdir(file) else "missing"
+                raise UserError(f"{path}:{line}: no image {file} ({what}); --root says where image names start")
+            first[file] = line
             files.append(file)
-            listed.append(row[0])
-            lines.append(line)
-            cells.append([CODES[cell] for cell in row[1:]])
+        except UserError as error:
+            problems.append(str(error))
     labels = np.array(cells, np.int8).reshape(-1, len(names))
     if not problems and not (labels == POSITIVE).any():
-        problem(1, f"no cell is 1 in {len(labels)} rows: there is nothing to learn; mark what is present")
+        problems.append(f"{path}: no cell is 1 in {len(labels)} rows: there is nothing to learn; mark what is present")
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)" if len(problems) > 1 else ""
         error = UserError(problems[0] + more)
         error.problems = problems
         raise error
-    return Table(files, labels, names, prompts=prompts, where=[f"{path}:{line}" for line in lines], listed=listed)
+    return Split(os.path.splitext(os.path.basename(path))[0], files, names, labels,
+                 prompts=[prompts[name] for name in names], listed=[row[0] for _, row in body],
+                 where=[f"{path}:{line}" for line, _ in body])
 
 
-def second_sheet(path, root, first, first_path):
-    """A sheet for validation: the classes of the first one in any order, and none of its images."""
-    table = sheet(path, root)
-    if sorted(table.names) != sorted(first.names):
-        raise UserError(f"{path}: its classes differ from those of {first_path}: "
-                        f"{sorted(set(table.names) ^ set(first.names))}")
-    both = set(table.files) & set(first.files)
-    if both:
-        raise UserError(f"{path}: {len(both)} images are in {first_path} too, first {min(both)}; keep them apart")
-    table.labels, table.names = table.labels[:, [table.names.index(name) for name in first.names]], first.names
-    return table
+def lists(path, body, column, unlisted):
+    """One column of lists, `dog|cat` or `dog;cat` -> cells (N rows of C codes), names."""
+    if unlisted not in ("absent", "unknown"):
+        raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they do not name absent or "
+                        "unknown? Say --unlisted absent or --unlisted unknown")
+    rows = [[name.strip() for name in row[column].replace(";", "|").split("|") if name.strip()] for _, row in body]
+    names = sorted({name for row in rows for name in row})
+    rest = NEGATIVE if unlisted == "absent" else UNKNOWN
+    print(f"{path}: one column of lists, {len(names)} categories")
+    return [[POSITIVE if name in row else rest for name in names] for row in rows], names
+
+
+def doubtful_names(path, names):
+    problems = [f"{path}:1: a column has no class name"] if "" in names else []
+    seen = {}
+    for name in names:
+        if (other := seen.setdefault(name.lower(), name)) is not name:
+            problems.append(f"{path}:1: the classes {other!r} and {name!r} " + (
+                "are one name: rename or merge them" if other == name else
+                "differ in capitals only: merge them, or put one into --ignore"))
+    return problems

@@ -1,17 +1,17 @@
 """Draws the embedded data set: scenes of 24 everyday things, in COCO's own layout, from nothing but a seed.
 
-    python scenes.py --root generated/scenes        # 3,000 train2014, 1,000 tune2014 and 2,000 val2014 scenes of 256 px
+    python -m datasets.scenes --root generated/scenes     # 3,000 train2014, 1,000 tune2014, 2,000 val2014 of 256 px
 
-What makes the scenes hard enough to matter: small things, rotation, occlusion, textured backgrounds, things that keep
-each other company, and distractors: unlabelled look-alikes (a tent is not a house, a ring is not a clock). The things
-themselves are drawn in shapes.py.
-Every image has its own seed (seed, split, index): splits share no scene, and the number of workers changes no byte.
+What makes the scenes hard enough to matter: small things, rotation, occlusion, textured backgrounds, things that
+keep each other company, and distractors: unlabelled look-alikes (a tent is not a house, a ring is not a clock).
+The things themselves are drawn in shapes.py. Every image has its own seed (seed, split, index): splits share no
+scene, and the number of workers changes no byte.
 
-What is labelled: the box and the area are those of the pixels that are visible in the end; an object of which less than
-VISIBLE of the drawn pixels, or fewer than MIN_AREA pixels, remain is not labelled. Captions name only labelled objects.
+What is labelled: box and area are those of the pixels that are visible in the end; an object of which less than
+VISIBLE of the drawn pixels, or fewer than MIN_AREA pixels, remain is not labelled. Captions name only labelled
+objects.
 """
 import contextlib
-import signal
 import json
 import math
 import os
@@ -27,15 +27,24 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from datasets import coco
 from datasets.shapes import COLOURS, DISTRACTORS, IDS, KINDS, NAMES, PAINT, Kind, stamp
 from support import UserError
+from support.cli import end_with_parent, make_parser, run_main, words
 
-VERSION = 4                         # part of the marker: raised whenever a change here changes the pictures
-SPLITS = ("train2014", "tune2014", "val2014")   # val2014 is the held-out test, as for COCO's peers; tune2014 is for tuning
-VISIBLE, MIN_AREA = 0.4, 60         # share of an object's pixels, and number of pixels, that must stay visible
-RADIUS = (14, 46)                   # half the extent of an object in pixels, whatever the size of the canvas
-OBJECTS = (1, 8)                    # labelled objects of a scene, least and most
-CROWD = 0.9                         # least distance of centres, in radii of the larger object: less is more occlusion
+VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
+SPLITS = ("train2014", "tune2014", "val2014")  # val2014 is the held-out test, as for COCO; tune2014 is for tuning
+VISIBLE = 0.4  # share of an object's pixels that must stay visible
+MIN_AREA = 60  # and how many
+RADIUS = (14, 46)  # half the extent of an object in pixels, whatever the size of the canvas
+OBJECTS = (1, 8)  # labelled objects of a scene, least and most
+CROWD = 0.9  # least distance of centres, in radii of the larger object: less is more occlusion
+
+
+def load(root, cfg):
+    """The three splits as `write` drew them."""
+    folders = {"train": "train2014", "val": "tune2014", "test": "val2014"}
+    return {name: coco.split(root, folder) for name, folder in folders.items()}
 
 
 class Box(NamedTuple):
@@ -77,15 +86,19 @@ def textures():
 
 def background(r, size, scenery):
     """(size, size, 3) uint8: two colours that blend, or meet at a horizon, and noise."""
-    by_chance, noisy = [r.uniform(60, 230) for _ in range(3)], scenery == "noise"
+    by_chance = [r.uniform(60, 230) for _ in range(3)]
+    noisy = scenery == "noise"
     top, bottom = (np.array([v + r.uniform(-18, 18) for v in colour or by_chance], np.float32)
                    for colour in SCENERY[scenery][:2])
-    ramp, (soft, grain) = np.linspace(0, 1, size, dtype=np.float32), textures()
+    ramp = np.linspace(0, 1, size, dtype=np.float32)
+    soft, grain = textures()
     if SCENERY[scenery][2]:
         ramp = np.float32(0.9) * (ramp > r.uniform(0.35, 0.65)) + np.float32(0.1) * ramp
-    ramp, (x, y, u, v) = ramp[:, None, None], (r.randint(0, 512 - size) for _ in range(4))
-    picture = (top * (1 - ramp) + bottom * ramp + r.uniform(4, 60 if noisy else 22) * soft[y:y + size, x:x + size]
-               + r.uniform(2, 50 if noisy else 12) * grain[v:v + size, u:u + size])
+    ramp = ramp[:, None, None]
+    x, y, u, v = (r.randint(0, 512 - size) for _ in range(4))
+    picture = top * (1 - ramp) + bottom * ramp
+    picture = picture + r.uniform(4, 60 if noisy else 22) * soft[y:y + size, x:x + size]
+    picture = picture + r.uniform(2, 50 if noisy else 12) * grain[v:v + size, u:u + size]
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
@@ -93,16 +106,23 @@ def choose(r, count):
     """`count` indices into KINDS: one of ten repeats what is there, six keep it company, three come by chance."""
     chosen = [r.randrange(len(KINDS))]
     while len(chosen) < count:
-        friend, chance = r.choice(chosen), r.random()
-        chosen.append(friend if chance < 0.1 else NAMES.index(r.choice(KINDS[friend].company.split())) if chance < 0.7
-                      else r.randrange(len(KINDS)))
+        friend = r.choice(chosen)
+        chance = r.random()
+        if chance < 0.1:
+            chosen.append(friend)
+        elif chance < 0.7:
+            chosen.append(NAMES.index(r.choice(KINDS[friend].company.split())))
+        else:
+            chosen.append(r.randrange(len(KINDS)))
     return chosen
 
 
 def scene(rng, size=256, objects=OBJECTS):
-    """One scene. rng: a random.Random, or what seeds one; size: pixels of the square canvas, up to 512; objects: least, most.
-    Returns (uint8 array (size, size, 3), list of Box, list of five captions).
-    Objects have the same size in pixels on any canvas, so a small canvas holds few."""
+    """One scene. rng: a random.Random, or what seeds one; size: pixels of the square canvas, up to 512.
+
+    Returns (uint8 array (size, size, 3), list of Box, list of five captions). objects: least, most. They have the
+    same size in pixels on any canvas, so a small canvas holds few.
+    """
     r = rng if isinstance(rng, random.Random) else random.Random(rng)
     wanted = choose(r, r.randint(*objects))
     home = [name for name, row in SCENERY.items() if NAMES[wanted[0]] in row[3].split()]
@@ -110,15 +130,17 @@ def scene(rng, size=256, objects=OBJECTS):
     picture = Image.fromarray(background(r, size, scenery)).resize((2 * size, 2 * size), Image.NEAREST)
     mask = Image.new("L", (size, size))
     pens, placed, drawn = (ImageDraw.Draw(picture), ImageDraw.Draw(mask)), [], []
-    jobs = wanted + [None] * r.choice((1, 2, 3, 4, 5) if size > 160 else (0, 0, 1))     # None: a distractor
+    jobs = wanted + [None] * r.choice((1, 2, 3, 4, 5) if size > 160 else (0, 0, 1))  # None: a distractor
     r.shuffle(jobs)
     for k in jobs:
         kind = Kind("", " ".join(COLOURS), "any", 3, "", r.choice(DISTRACTORS)) if k is None else KINDS[k]
         low, high = {"sky": (0, 0.55), "ground": (0.4, 1)}.get(kind.place if r.random() < 0.8 else "any", (0, 1))
-        for _ in range(8):          # a place, at most a sixth outside, that leaves the others mostly visible; or none
+        for _ in range(8):  # a place, at most a sixth outside, that leaves the others mostly visible; or none
             radius = math.exp(r.uniform(math.log(RADIUS[0]), math.log(RADIUS[1])))
-            x, y = (min(max(v * size, 0.7 * radius), size - 0.7 * radius) for v in (r.random(), r.uniform(low, high)))
-            if all(math.hypot(x - u, y - v) > CROWD * max(radius, q) + 0.1 * min(radius, q) for u, v, q in placed):
+            x, y = (min(max(v * size, 0.7 * radius), size - 0.7 * radius)
+                    for v in (r.random(), r.uniform(low, high)))
+            if all(math.hypot(x - u, y - v) > CROWD * max(radius, q) + 0.1 * min(radius, q)
+                   for u, v, q in placed):
                 break
         else:
             continue
@@ -135,17 +157,18 @@ def scene(rng, size=256, objects=OBJECTS):
         if len(ys) >= max(MIN_AREA, VISIBLE * full):
             boxes.append(Box(k, int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1, len(ys)))
             told.append((k, colour, radius, xs.mean() / size, ys.mean() / size))
-    if not boxes:                   # all lost to their neighbours: rare; the next numbers of r give another scene
+    if not boxes:  # all lost to their neighbours: rare; the next numbers of r give another scene
         return scene(r, size, objects)
     return np.asarray(picture.reduce(2)), boxes, captions(r, told, SCENERY[scenery][4])
 
 
 def captions(r, told, home):
-    """Five captions for (kind, colour, radius, x, y) of the labelled objects: short and bare, then longer and fuller."""
+    """Five captions for (kind, colour, radius, x, y) of the labelled objects: short first, then fuller."""
     def phrase(k, colour, radius, x, y, detail):
         same = sum(k == other[0] for other in told)
         if same > 1 and r.random() < 0.7:
-            return f"{('two', 'three', 'four', 'five', 'six', 'seven', 'eight')[same - 2]} {KINDS[k].plural or NAMES[k] + 's'}"
+            number = ("two", "three", "four", "five", "six", "seven", "eight")[same - 2]
+            return f"{number} {KINDS[k].plural or NAMES[k] + 's'}"
         words = ["small" if radius < 20 else "big" if radius > 34 else "", colour]
         words = [w for w in words if w and r.random() < detail] + [NAMES[k]]
         spots = ["at the top" if y < 0.35 else "at the bottom" if y > 0.65 else "",
@@ -154,7 +177,7 @@ def captions(r, told, home):
         return " ".join(["an" if words[0][0] in "aeiou" else "a", *words, *spots])
 
     def tell(count, detail):
-        some = list({item[0]: item for item in r.sample(told, len(told))}.values())[:count]     # one of a kind
+        some = list({item[0]: item for item in r.sample(told, len(told))}.values())[:count]  # one of a kind
         some = [phrase(*item, detail) for item in some]
         return " and ".join([r.choice((", ", ", and ", " and ")).join(some[:-1]), some[-1]] if some[1:] else some)
 
@@ -168,8 +191,8 @@ def seed_of(seed, split, index):
 
 
 def draw(job):
-    """job: (split, seed, first, last + 1, size, objects, folder) -> what `scene` gives for each index; where a folder
-    is given, the pictures go into it as JPEG instead. At the module's top level, so that worker processes find it."""
+    """job: (split, seed, first, last + 1, size, objects, folder) -> what `scene` gives for each index; where a
+    folder is given, the pictures go into it as JPEG instead."""
     split, seed, start, stop, size, objects, folder = job
     drawn = []
     for index in range(start, stop):
@@ -181,9 +204,9 @@ def draw(job):
 
 
 def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=None):
-    """Yields, in order, what `draw` gives for scenes 0..count-1 of a split, from `workers` processes (None: all cores)."""
+    """Yields, in order, what `draw` gives for scenes 0..count-1, from `workers` processes (None: all cores)."""
     jobs = [(split, seed, k, min(k + 50, count), size, objects, folder) for k in range(0, count, 50)]
-    pool = ProcessPoolExecutor(min(workers or os.cpu_count() or 1, 61), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(min(workers or os.cpu_count() or 1, 61), initializer=end_with_parent)
     try:
         with tqdm(total=count, desc=f"drawing {split}", unit="image") as bar:
             for drawn in pool.map(draw, jobs):
@@ -195,40 +218,56 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
 
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
     """Draws train2014 (`train` images), tune2014 (`val`) and val2014 (`test`) under `root` in COCO's layout.
-    A root that holds these very scenes is left as it is; UserError for one that holds anything else.
-    Everything is written beside `root`, links followed, and renamed at the end: a root is complete or absent."""
-    root, counts = Path(os.path.realpath(root)), dict(zip(SPLITS, (train, val, test)))
-    if workers is not None and not 1 <= workers <= 1000:
-        raise UserError(f"expected 1 to 1000 workers, got {workers}")
-    if not (64 <= size <= 512 and 1 <= min(counts.values()) and max(counts.values()) <= 10**7 and 0 <= seed < 2**31):
-        raise UserError(f"expected 1 to 10 million images a split, 64 to 512 pixels and a seed from 0, got {counts} at {size} pixels, seed {seed}")
+
+    A root that holds these very scenes is left as it is; UserError for one that holds anything else. All is
+    written beside `root`, links followed, and renamed at the end: a root is complete or absent.
+    """
+    root = Path(os.path.realpath(root))
+    counts = dict(zip(SPLITS, (train, val, test)))
+    if not (64 <= size <= 512 and min(counts.values()) >= 1 and seed >= 0 and (workers is None or workers >= 1)):
+        raise UserError(f"expected at least 1 image a split, 64 to 512 pixels, a seed from 0 and at least 1 worker, got "
+                        f"{counts} at {size} pixels, seed {seed}, workers {workers}")
     marker, note = {"version": VERSION, "size": size, "seed": seed, **counts}, root / "scenes.json"
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
         try:
             found = json.loads(note.read_text())
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             found = "something else (no scenes.json, or a broken one)"
         if found == marker:
             return
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found}: "
-                         "delete it or name another root")
+                        "delete it or name another root")
+    for left in root.parent.glob(f"{root.name}.*.part"):  # of a process that was killed
+        if not alive(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     try:
         (part / "annotations").mkdir(parents=True)
         for split, count in counts.items():
             (part / split).mkdir()
-            with contextlib.closing(draw_all(split, count, size, seed=seed, workers=workers, folder=part / split)) as drawn:
+            with contextlib.closing(draw_all(split, count, size, seed=seed, workers=workers,
+                                             folder=part / split)) as drawn:
                 annotate(part / "annotations", split, drawn, size)
         (part / "scenes.json").write_text(json.dumps(marker))
         try:
             if root.exists():
                 root.rmdir()
             part.rename(root)
-        except OSError:             # another process was faster: as good, if it drew the same
+        except OSError:  # another process was faster: as good, if it drew the same
             if not note.is_file() or json.loads(note.read_text()) != marker:
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's, or a system that cannot tell
+        pass
+    return True
 
 
 def annotate(folder, split, drawn, size):
@@ -247,16 +286,14 @@ def annotate(folder, split, drawn, size):
 
 
 def main(argv=None):
-    from support.cli import make_parser, run_main, words
-    parser = make_parser("scenes.py", __doc__)
+    parser = make_parser("datasets.scenes", __doc__)
     parser.add_argument("--root", default="generated/scenes", help="folder to make; it must not hold anything else")
     parser.add_argument("--train", type=int, default=3000, help="training scenes (train2014)")
     parser.add_argument("--val", type=int, default=1000, help="validation scenes (tune2014)")
     parser.add_argument("--test", type=int, default=2000, help="held-out test scenes (val2014)")
     parser.add_argument("--size", type=int, default=256, help="pixels; objects keep theirs, so less is more crowded")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws entirely other scenes")
-    parser.add_argument("--workers", type=int, help="processes (all cores if absent); changes nothing but the time")
-
+    parser.add_argument("--workers", type=int, help="processes (default: all cores); changes nothing but the time")
     return run_main(lambda: write(**vars(parser.parse_args(words(argv)))))
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import BrokenExecutor
 
 from support import UserError
@@ -94,6 +95,20 @@ def failed(error):
         line = f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, rights and free space"
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
+
+
+def end_with_parent():
+    """For worker processes: Ctrl-C is the parent's, and when the parent is gone, even by kill -9, so are they."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def best_device(rank=0, world=1):

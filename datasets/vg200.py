@@ -1,0 +1,83 @@
+"""VG-200: the 200 most frequent categories of Visual Genome, as SARB published them. https://visualgenome.org
+
+{train,test}_list_500.txt and the label JSON, over the folders VG_100K and VG_100K_2. N images, C = 200.
+The category names were never published; `match_names` finds them in Visual Genome's objects.json:
+
+    python data.py vg200 --root DIR --objects objects.json > DIR/vg_category_200.txt
+"""
+from pathlib import Path
+
+import numpy as np
+
+from datasets.base import NEGATIVE, POSITIVE, Split, find, locate, read_json, read_lines, require_files, safe_join
+from support import UserError
+
+FOLDERS = ("", "VG/", "annotations/")
+
+
+def load(root, cfg):
+    try:
+        names = cfg.names or find(root, *(f"{f}vg_category_200.txt" for f in FOLDERS), what="the category names")
+    except UserError:
+        raise UserError(f"{root}: VG-200's category names are not part of the public files: put them, one a line, into "
+                        "vg_category_200.txt there or pass --names FILE (python data.py vg200 --root DIR "
+                        "--objects objects.json finds them in Visual Genome's objects.json)") from None
+    names = read_lines(names, 200)
+    return {part: split(root, part, names) for part in ("train", "test")}
+
+
+def split(root, part, names):
+    path, images, labels = listed(root, part)
+    folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
+    folders = [folder for folder in folders if folder.is_dir()]
+    if not folders:
+        raise UserError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's two image archives")
+    files = [safe_join(folders[0], name, path) for name in images]
+    for folder in folders[1:]:
+        for i, found in enumerate(locate(files)):
+            if found is None:
+                files[i] = safe_join(folder, images[i], path)
+    return Split(f"vg200/{part}", require_files(files, path), list(names), labels)
+
+
+def listed(root, part):
+    """The list file, its N image names and (N, 200) labels. The JSON of 500 categories is cut at 200."""
+    path = find(root, *(f"{f}{part}_list_500.txt" for f in FOLDERS), what=f"the {part} list")
+    index = find(root, *(f"{f}vg_category_{n}_labels_index.json" for n in (200, 500) for f in FOLDERS),
+                 what="the label JSON")
+    images, count = read_lines(path), int(index.name.split("_")[2])
+    labels = np.full((len(images), 200), NEGATIVE, np.int8)
+    known = read_json(index)
+    for i, image in enumerate(images):
+        columns = known.get(image) if isinstance(known, dict) else None
+        if columns is None or not all(type(c) is int and 0 <= c < count for c in columns):
+            raise UserError(f"{index}: expected {{'<id>.jpg': [class indices below {count}]}} for every image of "
+                            f"{path.name}; {image}: {str(columns)[:80]}")
+        labels[i, [c for c in columns if c < 200]] = POSITIVE
+    return path, images, labels
+
+
+def match_names(root, objects):
+    """200 object names: for each index the one whose set of images is most like the index's (intersection over
+    union). objects: Visual Genome's objects.json, with object_alias.txt beside it or not. Look them over."""
+    parts = [listed(root, part) for part in ("train", "test")]
+    row = {name: i for i, name in enumerate(parts[0][1] + parts[1][1])}
+    positive = (np.concatenate([labels for _, _, labels in parts]) == POSITIVE).astype(np.float32)  # (N, 200)
+    aliases = Path(objects).with_name("object_alias.txt")
+    groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
+    alias = {word: words[0] for words in groups for word in words}
+    seen = {}
+    try:
+        for image in read_json(objects):
+            i = row.get(f"{image['image_id']}.jpg")
+            names = {name.strip().lower() for thing in image["objects"] for name in thing["names"]}
+            for name in {alias.get(name, name) for name in names} if i is not None else ():
+                seen.setdefault(name, []).append(i)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{objects}: not Visual Genome's objects.json ({error!r})") from None
+    if not seen:
+        raise UserError(f"{objects}: none of its images with objects is in the lists of {root}")
+    words = sorted(seen, key=lambda name: -len(seen[name]))[:3000]
+    both = np.stack([positive[seen[name]].sum(0) for name in words])  # (words, 200)
+    count = np.array([len(seen[name]) for name in words])[:, None]
+    return [words[w] for w in (both / (count + positive.sum(0) - both)).argmax(0)]

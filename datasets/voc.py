@@ -1,0 +1,69 @@
+"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main. http://host.robots.ox.ac.uk/pascal/VOC
+
+The labels come from Main/<class>_<split>.txt, or else from the XML files. N images, C = 20 categories.
+"""
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files, safe_join
+from support import UserError
+
+VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
+         pottedplant sheep sofa train tvmonitor""".split()
+
+
+def load(root, cfg):
+    """2007: trainval and test; 2012: train and val, as the peers use them.
+
+    An object seen only as "difficult" is NEGATIVE, but POSITIVE in the lists of the SPLC setup.
+    """
+    year = int(cfg.data[3:])
+    train, test = ("trainval", "test") if year == 2007 else ("train", "val")
+    difficult = POSITIVE if cfg.single_positive == "splc" else NEGATIVE
+    return {"train": split(root, year, train, difficult), "test": split(root, year, test, difficult)}
+
+
+def split(root, year, part, difficult=NEGATIVE):
+    jpegs = find(root, f"VOCdevkit/VOC{year}/JPEGImages", f"VOC{year}/JPEGImages", "JPEGImages", what=f"VOC{year}")
+    main = jpegs.parent / "ImageSets" / "Main"
+    listing = main / f"{part}.txt"
+    ids = [line.split()[0] for line in read_lines(listing)]
+    files = require_files([safe_join(jpegs, f"{name}.jpg", listing) for name in ids], listing)
+    if (main / f"dog_{part}.txt").exists():
+        columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
+        labels = np.stack(columns, 1)
+    else:
+        labels = np.stack([annotation(jpegs.parent / "Annotations" / f"{name}.xml", difficult) for name in ids])
+    unused = ~(labels == POSITIVE).any(1)  # none in 2007; in 2012 the few whose objects are all difficult
+    return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
+                 dropped={"without a positive": int(unused.sum())} if unused.any() else {})
+
+
+def class_list(path, ids, difficult):
+    """<class>_<split>.txt, lines 'id 1', 'id 0' (difficult only) or 'id -1' -> (N,) int8."""
+    code = {"1": POSITIVE, "0": difficult, "-1": NEGATIVE}
+    left = {key: i for i, key in enumerate(ids)}
+    column = np.zeros(len(ids), np.int8)
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            key, value = line.split()
+            column[left.pop(key)] = code[value]
+        except (ValueError, KeyError):
+            raise UserError(f"{path}:{number}: expected an id of the split's list, once, and 1, 0 or -1, "
+                            f"got {line[:80]!r}") from None
+    if left:
+        raise UserError(f"{path}: {len(left)} of {len(ids)} images have no line; complete the download")
+    return column
+
+
+def annotation(path, difficult):
+    """One XML -> (20,) int8."""
+    labels = np.full(len(VOC), NEGATIVE, np.int8)
+    try:
+        for thing in ElementTree.fromstring(read_bytes(path)).iter("object"):
+            if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
+                labels[VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
+    except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:
+        raise UserError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
+    return labels

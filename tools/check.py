@@ -1,0 +1,85 @@
+"""Checks a data set or a sheet: counts, what is seen together, each problem with its line. `python data.py DATA`."""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+import data
+from config import Config
+from datasets import augment, vg200
+from support import UserError
+from support.cli import make_parser, run_main, words
+
+
+def check(cfg, decode=True):
+    """Prints what is in a data set; returns the problems, a line each."""
+    try:
+        parts = data.complete(cfg)
+        data.prompts_for(cfg, parts["train"])
+    except UserError as error:
+        return getattr(error, "problems", [str(error)])
+    problems = []
+    for name, split in parts.items():
+        split = split.used()
+        positive = (split.labels == data.POSITIVE).astype(np.float32)  # (N, C)
+        print(f"\n{name}: {data.describe(split)}")
+        print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
+        for category, column in zip(split.names, split.labels.T):
+            counts = [(column == code).sum() for code in (data.POSITIVE, data.NEGATIVE, data.UNKNOWN)]
+            print(f"{category[:31]:32}" + "".join(f"{count:9}" for count in counts))
+        never = [category for category, there in zip(split.names, positive.any(0)) if not there]
+        if never and name == "train":
+            more = f" and {len(never) - 5} more" if len(never) > 5 else ""
+            problems.append(f"train: no image has {', '.join(map(repr, never[:5]))}{more}: nothing to learn from")
+        print_companions(split.names, positive)
+        if decode:
+            with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
+                found = pool.map(unreadable, split.paths, split.where or [""] * len(split.paths))
+                problems += [line for line in found if line]
+    return problems
+
+
+def print_companions(names, positive):
+    """The pairs of categories that are seen together most, beyond chance."""
+    counts = positive.sum(0)
+    together = np.triu(positive.T @ positive, 1)
+    expected = np.maximum(np.outer(counts, counts), 1) / len(positive)
+    lift = np.where(together >= 3, together / expected, 0)
+    print("seen together most, beyond chance:")
+    for pair in np.argsort(lift, axis=None)[::-1][:8]:
+        a, b = np.unravel_index(pair, lift.shape)
+        if lift[a, b] > 1:
+            print(f"  {names[a]} + {names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times chance")
+
+
+def unreadable(path, where):
+    try:
+        augment.read(path)
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        return f"{where + ': ' if where else ''}{path}: not a readable image ({error})"
+
+
+def main(argv=None):
+    parser = make_parser("data.py", data.__doc__)
+    parser.add_argument("data", help=f"{', '.join(data.LAYOUTS)}, or a sheet: image,<class>,... with cells 1, 0 or empty")
+    parser.add_argument("--root", help="folder of the download; for a sheet, where relative image names start")
+    parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")
+    for name in ("ignore", "minus-one", "unlisted"):
+        parser.add_argument(f"--{name}", help="of sheets, as for train.py")
+    parser.add_argument("--no-decode", action="store_true", help="do not open every image (COCO: minutes saved)")
+    parser.add_argument("--objects", help="vg200: Visual Genome's objects.json; prints the 200 names found in it")
+
+    def work():
+        args = vars(parser.parse_args(words(argv)))
+        objects, decode = args.pop("objects"), not args.pop("no_decode")
+        if objects:
+            if not args["root"] or args["data"] != "vg200":
+                raise UserError("--objects needs vg200 and --root, the folder of Visual Genome")
+            return print("\n".join(vg200.match_names(args["root"], objects)))
+        problems = check(Config(**args), decode)
+        for line in problems:
+            print("error: " + " ".join(line.split()), file=sys.stderr)  # a cell of a sheet may hold line breaks
+        if problems:
+            return 2
+        print("\nno problems found")
+    return run_main(work)
