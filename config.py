@@ -1,4 +1,5 @@
-"""Every setting of a run, in one typed dataclass: its defaults are the paper's (Sec. 4.1), its options train.py's.
+"""Every setting of a run, in one typed dataclass: its defaults are the paper's (Sec. 4.1), its
+options train.py's.
 
     python train.py --help
 """
@@ -15,18 +16,21 @@ from support import UserError
 from support.cli import make_parser, words
 
 PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
-CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14",
+CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16",
+         "ViT-L/14",
          "ViT-L/14@336px")
 
 
 def option(default, help, low=None, high=None, above=None, choices=None):
     """A field with its help; low <= value <= high, value > above, or value one of choices."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, above=above, choices=choices))
+    return field(default=default,
+                 metadata=dict(help=help, low=low, high=high, above=above, choices=choices))
 
 
 @dataclass
 class Config:
-    """Every setting of a run. Where the paper is silent, docs/readings.md says why the default is what it is."""
+    """Every setting of a run. Where the paper is silent, docs/readings.md says why the default is
+    what it is."""
     # ---- data
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
     root: Optional[str] = option(None, "folder of the data set")
@@ -34,20 +38,25 @@ class Config:
     single_positive: Optional[str] = option(
         None, "one known positive an image, in the setup of", choices=("largeloss", "splc"))
     assume_negative: Optional[float] = option(
-        None, "weight of unknown labels as negatives; 0.3 for single positive, else 0: raise it when known "
+        None, "weight of unknown labels as negatives; 0.3 for single positive, else 0: raise it "
+              "when known "
         "negatives are missing, lower it when recall suffers", low=0, high=1)
     mask: Optional[str] = option(None, "file of the known cells, instead of drawing them")
     val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2")
     test: Optional[str] = option(None, "test CSV of a sheet")
     ignore: Optional[str] = option(None, "columns of a sheet that are no category: a,b")
-    minus_one: Optional[str] = option(None, "what -1 means in a sheet: absent (then 0 is unknown) or unknown",
+    minus_one: Optional[str] = option(None, "what -1 means in a sheet: absent (then 0 is unknown) "
+                                            "or unknown",
                                       choices=("absent", "unknown"))
-    unlisted: Optional[str] = option(None, "what a sheet's lists do not name is", choices=("absent", "unknown"))
+    unlisted: Optional[str] = option(None, "what a sheet's lists do not name is",
+                                     choices=("absent", "unknown"))
     names: Optional[str] = option(None, "file of prompt names, one category a line")
     prompt_names: str = option(
-        "peers", "category words in the prompts: the peers', the official ones, or joined words split",
+        "peers", "category words in the prompts: the peers', the official ones, or joined words "
+                 "split",
         choices=("peers", "official", "words"))
-    lists: Optional[str] = option(None, "folder or training list of the splc setup (default: --root)")
+    lists: Optional[str] = option(None, "folder or training list of the splc setup (default: "
+                                        "--root)")
     keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
     train_images: Optional[int] = option(None, "use only the first n training images", low=1)
     images: str = option("photos", "what is learned from: photos, or captions in their place",
@@ -63,10 +72,13 @@ class Config:
         "carl", "carl is the paper's method, the others its baselines",
         choices=("carl", "dualcoop", "dualcoop-fixed", "average", "global"))
     without: str = option(
-        "", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last two: one prototype of MMCP)")
-    carl_from: Optional[str] = option(None, "run whose region module is loaded and kept frozen (Table 4)")
+        "", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last two: one prototype "
+            "of MMCP)")
+    carl_from: Optional[str] = option(None, "run whose region module is loaded and kept frozen "
+                                            "(Table 4)")
     dropout: float = option(
-        0.1, "of the region module; raise it when the model memorises its few known labels", low=0, high=0.9)
+        0.1, "of the region module; raise it when the model memorises its few known labels", low=0,
+        high=0.9)
     queries: str = option("text", "start of the category queries", choices=("random", "text"))
     context: int = option(16, "learned tokens of a prompt", low=1)
     score: str = option("region", "score of inference", choices=("region", "query", "mean"))
@@ -79,7 +91,8 @@ class Config:
     shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", low=0, high=0.99)
     kd: str = option("softmax", "Eq. 6 over the categories (as printed) or per category",
                      choices=("softmax", "bernoulli"))
-    kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the query scores, "
+    kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the "
+                                       "query scores, "
                              "or both learn", choices=("region", "query", "both"))
     kd_temperature: float = option(1.0, "temperature of Eq. 6", above=0)
     tau: float = option(0.07, "temperature of Eq. 13", above=0)
@@ -87,7 +100,8 @@ class Config:
     topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", low=1)
     queue: int = option(64, "L: prototypes kept a category", low=1)
     eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", low=0, high=1)
-    stage_one: float = option(1 / 3, "share of the epochs before the prototypes and the contrastive loss join",
+    stage_one: float = option(1 / 3, "share of the epochs before the prototypes and the "
+                                     "contrastive loss join",
                               low=0, high=1)
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
     # ---- optimisation
@@ -99,12 +113,16 @@ class Config:
     seed: int = option(0, "of masks, initialisation, order and augmentation", low=0)
     eval_every: int = option(1, "epochs between evaluations", low=1)
     # ---- machine
-    amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none (IEEE float32)",
+    amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none "
+                              "(IEEE float32)",
                       choices=("auto", "none", "bf16", "fp16"))
-    kernels: str = option("auto", "auto takes Triton on a GPU", choices=("auto", "reference", "triton"))
-    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode images; 0 decodes in the main one",
+    kernels: str = option("auto", "auto takes Triton on a GPU",
+                          choices=("auto", "reference", "triton"))
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode images; 0 decodes in "
+                                                       "the main one",
                           low=0, high=1000)
-    cache_features: int = option(0, "keep the frozen features of this many augmented views on disk; "
+    cache_features: int = option(0, "keep the frozen features of this many augmented views on "
+                                    "disk; "
                                  "0 runs the backbone in every epoch", low=0)
     cache_dir: str = option("generated/features", "where they are kept")
     out: Optional[str] = option(None, "run folder")
@@ -114,7 +132,8 @@ class Config:
             setattr(self, f.name, checked(f, getattr(self, f.name)))
         unknown = self.left_out - set(PARTS)
         if unknown:
-            raise UserError(f"--without expects any of {','.join(PARTS)}, got {','.join(sorted(unknown))}")
+            raise UserError(f"--without expects any of {','.join(PARTS)}, got "
+                            f"{','.join(sorted(unknown))}")
         if {"visual", "text"} <= self.left_out:
             raise UserError("--without visual,text leaves no prototype: say --without mmcp")
         if self.carl_from and self.matching != "carl":
@@ -145,7 +164,8 @@ def type_of(f):
 
 
 def checked(f, value):
-    """The value of a field, an int turned into a float where one is asked for; UserError if it cannot be."""
+    """The value of a field, an int turned into a float where one is asked for; UserError if it
+    cannot be."""
     name, kind, rules = "--" + f.name.replace("_", "-"), type_of(f), f.metadata
     if value is None and kind is not f.type:
         return None
@@ -162,25 +182,31 @@ def checked(f, value):
                  or high is not None and value > high or above is not None and value <= above)
         if wrong:
             least = f"a number above {above}" if low is None else f"a number from {low}"
-            raise UserError(f"{name} expects {least}{'' if high is None else f' up to {high}'}, got {value}")
+            raise UserError(f"{name} expects {least}{'' if high is None else f' up to {high}'}, "
+                            f"got {value}")
     return value
 
 
-# Settings that do not change the numbers, and those that say where things lie: both may differ on --resume.
+# Settings that do not change the numbers, and those that say where things lie: both may differ on
+# --resume.
 NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}
 PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
-PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2, score="query",
+PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2,
+                          score="query",
                           cache_features=2, workers=0)}
 
 
 def parse(argv, about=""):
-    """Command line -> (Config, run to resume or None). Order: command line, preset of the data set, defaults."""
+    """Command line -> (Config, run to resume or None). Order: command line, preset of the data set,
+    defaults."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
     movable = NOT_THE_RESULT - {"out"} | PLACES
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; given anew may be "
-                        "where things lie now (--data, --root, --clip, ...) and --workers, --cache-dir")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; given "
+                                                        "anew may be "
+                        "where things lie now (--data, --root, --clip, ...) and --workers, "
+                        "--cache-dir")
     for f in dataclasses.fields(Config):
         how = dict(action="store_true")
         if type_of(f) is not bool:
@@ -202,7 +228,8 @@ def parse(argv, about=""):
 
 
 def is_path(name, value):
-    """Whether a setting names a file or folder; data, val and clip may hold a name or a number instead."""
+    """Whether a setting names a file or folder; data, val and clip may hold a name or a number
+    instead."""
     if name in ("data", "val"):
         return value.lower().endswith((".csv", ".tsv"))
     return name in PLACES and not (name == "clip" and value in CLIPS)
@@ -212,7 +239,8 @@ def load_config(run):
     """The Config of a run folder."""
     file = run / "config.json"
     if not file.is_file():
-        raise UserError(f"expected a run folder, found no {file}: give the folder that an earlier run printed")
+        raise UserError(f"expected a run folder, found no {file}: give the folder that an earlier "
+                        "run printed")
     try:
         settings = dict(json.loads(file.read_text(encoding="utf-8"))["config"])
         if not settings:
@@ -226,5 +254,6 @@ def restored(settings, file):
     """dict of settings as `file` holds it -> Config; what is missing takes its default."""
     unknown = settings.keys() - {f.name for f in dataclasses.fields(Config)}
     if unknown:
-        raise UserError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: another version wrote it")
+        raise UserError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: another "
+                        "version wrote it")
     return Config(**settings)

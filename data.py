@@ -1,11 +1,13 @@
-"""What training may see (section 4.1 of the paper): splits, hidden labels, and the images that go with them.
+"""What training may see (section 4.1 of the paper): splits, hidden labels, and the images that go
+with them.
 
     python data.py coco --root /data/coco         checks a data set and prints what is in it
-    python data.py photos.csv                     the same for your own sheet; every problem with its line
+    python data.py photos.csv                     the same for your own sheet; every problem with
+    its line
 
-`load` gives train, val and test in the paper's two settings: partial labels (each cell is kept with probability
-`ratio`) and single positive (one positive a training image). `Images` turns a Split into tensors.
-N images, C categories.
+`load` gives train, val and test in the paper's two settings: partial labels (each cell is kept with
+probability `ratio`) and single positive (one positive a training image). `Images` turns a Split
+into tensors. N images, C categories.
 """
 import hashlib
 import os
@@ -17,8 +19,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
-from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array, read_lines,
-                           require_unique)
+from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
+                           read_lines, require_unique)
 from datasets.csv_sheet import is_sheet
 from support import UserError
 
@@ -26,29 +28,34 @@ LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc20
            "vg200": vg200.load, "nuswide": nuswide.load, "cub": cub.load}
 SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
 
-# How a class is called in a prompt: "peers" (TaI-DPT, DualCoOp; the default), "official", or "words" (VOC's
-# joined names split). Names that no table mentions stay as they are; CUB's follow SCPNet's rule (cub_prompt).
-VOC_WORDS = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+# How a class is called in a prompt: "peers" (TaI-DPT, DualCoOp; the default), "official", or
+# "words" (VOC's joined names split). Names that no table mentions stay as they are; CUB's follow
+# SCPNet's rule (cub_prompt).
+VOC_WORDS = {"diningtable": "dining table", "pottedplant": "potted plant",
+             "tvmonitor": "tv monitor"}
 PROMPTS = {("coco", "peers"): {"motorcycle": "motor bike", "airplane": "aeroplane"},
            ("voc2007", "words"): VOC_WORDS, ("voc2012", "words"): VOC_WORDS}
 
 # The SPLC setup's published lists, below --lists or --root; the second is a test list.
-LISTS = {"coco": ("coco_train_singlelabel.txt",), "voc2012": ("voc_train.txt",), "cub": ("cub_train.txt",),
+LISTS = {"coco": ("coco_train_singlelabel.txt",), "voc2012": ("voc_train.txt",),
+         "cub": ("cub_train.txt",),
          "nuswide": ("nus_train_singlelabel.txt", "nus_val.txt")}
 
 
 # ---- which labels are seen
 
 def partial_mask(shape, ratio, seed=0):
-    """(N, C) bool. At seed 0 SARB's published masks bit for bit. One draw serves all ratios: 0.1 is in 0.2."""
+    """(N, C) bool. At seed 0 SARB's published masks bit for bit. One draw serves all ratios: 0.1 is
+    in 0.2."""
     return np.random.RandomState(seed).random_sample(shape) < ratio
 
 
 def single_positives(labels, seed=1200):
-    """(N, C) int8 with one POSITIVE a row, the rest UNKNOWN: the sampler of Cole et al. (CVPR 2021) bit for bit.
+    """(N, C) int8 with one POSITIVE a row, the rest UNKNOWN: the sampler of Cole et al. (CVPR 2021)
+    bit for bit.
 
-    It shuffles every row's negatives too, and takes none of them; that moves the random stream, so we do the
-    same. A row without a positive stays UNKNOWN throughout.
+    It shuffles every row's negatives too, and takes none of them; that moves the random stream, so
+    we do the same. A row without a positive stays UNKNOWN throughout.
     """
     rng = np.random.RandomState(seed)
     observed = np.zeros_like(labels)
@@ -62,49 +69,54 @@ def single_positives(labels, seed=1200):
 
 
 def hold_out(count, share, seed=1200):
-    """(train rows, validation rows), both sorted: the split of Cole et al., 20 % in the LargeLoss setup."""
+    """(train rows, validation rows), both sorted: the split of Cole et al., 20 % in the LargeLoss
+    setup."""
     order = np.random.RandomState(seed).permutation(count)
     held = int(round(share * count))
     return np.sort(order[:count - held]), np.sort(order[count - held:])
 
 
 def read_mask(path, split):
-    """(N, C) bool from a .npy, .npz or text file: booleans or 0/1 that say which cells are seen, or the label
-    codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the official list."""
+    """(N, C) bool from a .npy, .npz or text file: booleans or 0/1 that say which cells are seen, or
+    the label codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the official list."""
     if Path(path).suffix in (".npy", ".npz"):
         array = read_array(path)
     else:
         try:
-            array = np.array([line.replace(",", " ").split() for line in read_lines(path)]).astype(int)
-        except ValueError as error:
-            raise UserError(f"{path}: not a mask file (.npy, .npz, or one line of {split.labels.shape[1]} numbers a row): "
-                            f"{error}") from None
+            array = np.array([line.replace(",", " ").split()
+                              for line in read_lines(path)]).astype(int)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{path}: not a mask file (.npy, .npz, or one line of "
+                            f"{split.labels.shape[1]} numbers a row): {error}") from None
     if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
-        raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got {array.shape} of type "
-                        f"{array.dtype}")
+        raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
+                        f"{array.shape} of type {array.dtype}")
     if not np.isin(array, (-1, 0, 1)).all():
         raise UserError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
     wrong = (array != split.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise UserError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first row {row + 1}, class "
-                        f"{split.names[column]!r}: {array[row, column]}; 1 is present, -1 absent, 0 unknown")
+        raise UserError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first "
+                        f"row {row + 1}, class {split.names[column]!r}: {array[row, column]}; 1 is "
+                        "present, -1 absent, 0 unknown")
     return array != UNKNOWN
 
 
 # ---- the data sets
 
 def complete(cfg):
-    """{"train", "val", "test"} -> Split with all labels that are known; some of the three may be absent."""
+    """{"train", "val", "test"} -> Split with all labels that are known; some of the three may be
+    absent."""
     if is_sheet(cfg.data):
         return csv_sheet.load(cfg.root, cfg)
     if cfg.data not in LAYOUTS:
-        raise UserError(f"unknown data set {cfg.data!r}: expected one of {', '.join(LAYOUTS)}, or a path that ends in .csv")
+        raise UserError(f"unknown data set {cfg.data!r}: expected one of {', '.join(LAYOUTS)}, or "
+                        "a path that ends in .csv")
     if cfg.data == "scenes" and cfg.root is None:
         scenes.write(SCENES)  # leaves them alone when they are there
     elif cfg.root is None:
-        raise UserError(f"{cfg.data}: say where the data set lies with --root (docs/data.md: where it comes from, its size "
-                        "and its folders)")
+        raise UserError(f"{cfg.data}: say where the data set lies with --root (docs/data.md: where "
+                        "it comes from, its size and its folders)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
@@ -112,14 +124,17 @@ def complete(cfg):
 
 
 def splc_lists(cfg, parts):
-    """The SPLC setup: published lists name the training images and their positive. -> train, its labels, test"""
+    """The SPLC setup: published lists name the training images and their positive. -> train, its
+    labels, test"""
     where = Path(cfg.lists or cfg.root)
     given = where.is_file()
     folder = where.parent if given else where
     paths = [where if given and i == 0 else
-             find(folder, name, f"annotations/{name}", f"scpnet_{name}", what=f"the list {name} (give its folder as --lists)")
+             find(folder, name, f"annotations/{name}", f"scpnet_{name}",
+                  what=f"the list {name} (give its folder as --lists)")
              for i, name in enumerate(LISTS[cfg.data])]
-    if cfg.data == "nuswide":  # the complete training labels are not published: the truth is what the list tells
+    # the complete training labels are not published: the truth is what the list tells
+    if cfg.data == "nuswide":
         names, observed = positive_list(paths[0], 81, single=True)
         test_names, test = positive_list(paths[1], 81)
         train = nuswide.photos(cfg.root, names, observed, paths[0])
@@ -129,12 +144,14 @@ def splc_lists(cfg, parts):
     row = {Path(file).name: i for i, file in enumerate(parts["train"].paths)}
     absent = [name for name in names if Path(name).name not in row]
     if absent:
-        raise UserError(f"{paths[0]}: {len(absent)} of its images are not in {cfg.data}'s training set, first {absent[0]}")
+        raise UserError(f"{paths[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
+                        f"set, first {absent[0]}")
     train = parts["train"].subset([row[Path(name).name] for name in names])
     require_unique(train.paths, paths[0])
     if (observed & (train.labels != POSITIVE)).any():
         i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
-        raise UserError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which its annotation denies")
+        raise UserError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which "
+                        "its annotation denies")
     train.unused[:] = False  # what the list holds counts
     return train, observed, parts["test"]
 
@@ -145,47 +162,58 @@ def load(cfg):
     data              a name in LAYOUTS, or the path of a .csv sheet
     root              folder of the official download; for a sheet, where relative image names start
     ratio             share of the training labels that is seen, in (0, 1]
-    single_positive   None, "largeloss" (Cole's sampler; 80/20 split, clean validation labels) or "splc" (`lists`)
-    seed              of the mask; 0 gives the published ones in both settings (Cole's starts at 1200 + seed)
+    single_positive   None, "largeloss" (Cole's sampler; 80/20 split, clean validation labels) or
+                      "splc" (`lists`)
+    seed              of the mask; 0 gives the published ones in both settings (Cole's starts at
+                      1200 + seed)
     train_images      keep the first n training images; the mask is drawn for all of them before
     mask              file with a mask of your own instead of ratio (see read_mask)
-    val               share of the training images held out, with all their labels, or (sheets) a second sheet;
+    val               share of the training images held out, with all their labels, or (sheets) a
+                      second sheet;
                       None: 0.2 for sheets and "largeloss", scenes' own, otherwise no validation
     names, prompt_names, lists, keep_unannotated: see config.Config
     """
     if (cfg.single_positive is not None) + (cfg.mask is not None) + (cfg.ratio != 1) > 1:
-        raise UserError("--single-positive, --mask and a --ratio below 1 exclude each other: choose one of them")
+        raise UserError("--single-positive, --mask and a --ratio below 1 exclude each other: "
+                        "choose one of them")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
-        raise UserError(f"--single-positive splc has lists for {', '.join(LISTS)}; for {cfg.data} use largeloss")
+        raise UserError(f"--single-positive splc has lists for {', '.join(LISTS)}; for {cfg.data} "
+                        "use largeloss")
     share = share_of(cfg)
     largeloss = cfg.single_positive == "largeloss"
     parts = complete(cfg)
     if cfg.single_positive == "splc":
         train, labels, parts["test"] = splc_lists(cfg, parts)
-    elif largeloss:  # the sampler never had a row for images without labels; for photos lost since, it had
+    # the sampler never had a row for images without labels; for photos lost since, it had
+    elif largeloss:
         train = parts["train"] if cfg.data == "nuswide" else parts["train"].used()
         labels = single_positives(train.labels, 1200 + cfg.seed)
     else:
         train = parts["train"]
-        seen = read_mask(cfg.mask, train) if cfg.mask else partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
+        drawn = partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
+        seen = read_mask(cfg.mask, train) if cfg.mask else drawn
         labels = train.labels * seen
 
     prompts = prompts_for(cfg, train)
     rows, held = np.arange(len(labels)), parts.get("val")
+    if share is None and held is None:
+        share = 0.2 if largeloss or is_sheet(cfg.data) else 0.0
     if share is not None:
         rows, held_rows = hold_out(len(labels), share)
         held_rows = held_rows[~train.unused[held_rows]]
         held = train.subset(held_rows) if len(held_rows) else None
-        if share and not held:
-            raise UserError(f"--val {cfg.val} of {len(labels)} training images holds none out: raise it, or give 0")
+        if cfg.val and share and not held:
+            raise UserError(f"a validation share of {share} of {len(labels)} training images holds none out: "
+                            "raise --val, or give 0")
     digest = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
     rows = rows[~train.unused[rows]][:cfg.train_images]
     train, truth, labels = train.subset(rows), train.labels[rows], labels[rows]
     train.labels, train.truth, train.mask_sha256 = labels, truth, digest
     if not (labels == POSITIVE).any():
-        raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: raise --ratio or "
-                        "--train-images, or lower --val")
-    splits = {"train": train, "val": held and held.used(), "test": parts.get("test") and parts["test"].used()}
+        raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
+                        "raise --ratio or --train-images, or lower --val")
+    test = parts.get("test")
+    splits = {"train": train, "val": held and held.used(), "test": test and test.used()}
     label = Path(cfg.data).stem if is_sheet(cfg.data) else cfg.data
     for name, split in splits.items():
         if split:
@@ -194,27 +222,28 @@ def load(cfg):
 
 
 def share_of(cfg):
-    """The share of the training rows that --val holds out; None where validation is a sheet or a split."""
-    if cfg.val is None:
-        return 0.2 if cfg.single_positive == "largeloss" or is_sheet(cfg.data) else None
-    if is_sheet(cfg.data) and is_sheet(cfg.val):
+    """The share of the training rows that --val asks to hold out; None where it asks for none."""
+    if cfg.val is None or is_sheet(cfg.data) and is_sheet(cfg.val):
         return None
     try:
         share = float(cfg.val)
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UserError(f"--val is a share in [0, 1) of the training images or, for a sheet, a second sheet; got {cfg.val}")
+        raise UserError("--val is a share in [0, 1) of the training images or, for a sheet, a "
+                        f"second sheet; got {cfg.val}")
     return share
 
 
 def prompts_for(cfg, split):
-    """What the classes are called in prompts: what --names says, one a line, or else --prompt-names."""
+    """What the classes are called in prompts: what --names says, one a line, or else
+    --prompt-names."""
     names = split.names
     if cfg.names and cfg.data != "vg200":  # which read it as its own names
         prompts = read_lines(cfg.names)
         if len(prompts) != len(names):
-            raise UserError(f"{cfg.names}: expected {len(names)} names, one a line, got {len(prompts)}")
+            raise UserError(f"{cfg.names}: expected {len(names)} names, one a line, got "
+                            f"{len(prompts)}")
         return prompts
     if is_sheet(cfg.data):
         return split.prompts
@@ -225,7 +254,8 @@ def prompts_for(cfg, split):
 
 
 def cub_prompt(name):
-    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill' (and, as it is, 'blue upper')."""
+    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill' (and, as it is, 'blue
+    upper')."""
     group, _, value = name.partition("::")
     if not value or "_" not in group:
         return name
@@ -237,35 +267,39 @@ def describe(split):
     info = split.info
     dropped = "".join(f"; {count} dropped ({why})" for why, count in info["dropped"].items())
     mask = f"; mask {split.mask_sha256[:16]}" if split.mask_sha256 else ""
-    return (f"{split.name}: {info['images']} images, {info['positives']} positive, {info['negatives']} negative and "
-            f"{info['unknowns']} unknown cells{dropped}{mask}")
+    return (f"{split.name}: {info['images']} images, {info['positives']} positive, "
+            f"{info['negatives']} negative and {info['unknowns']} unknown cells{dropped}{mask}")
 
 
 # ---- images
 
 class Images(Dataset):
-    """A Split's images: key (epoch, index) -> (float32 (3, size, size), CLIP-normalised; index).
+    """A Split's images: key (epoch, index), or index alone -> (float32 (3, size, size), CLIP-normalised; index).
 
-    augment: "none" (the test transform: bicubic to size x size), "flip" (half of the images mirrored too) or
-    "taidpt" (datasets/augment.py). All randomness comes from (seed, epoch, index): any number of workers, or a
-    resumed run, gives the same images. Labels are looked up by index, so they never travel through the loader.
+    augment: "none" (the test transform: bicubic to size x size), "flip" (half of the images
+    mirrored too) or "taidpt" (datasets/augment.py). All randomness comes from (seed, epoch, index):
+    any number of workers, or a resumed run, gives the same images. Labels are looked up by index,
+    so they never travel through the loader.
     """
 
     def __init__(self, split, size, augment="none", seed=0):
         self.split, self.size, self.augment, self.seed = split, size, augment, seed
-        self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5  # area; TaI-DPT's rn101_nus.yaml
+        # area; TaI-DPT's rn101_nus.yaml
+        self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5
 
     def __len__(self):
         return len(self.split.paths)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         path = self.split.paths[index]
-        rng = random.Random(f"{self.seed},{epoch},{index}")  # text, from which Python seeds alike everywhere
+        # text, from which Python seeds alike everywhere
+        rng = random.Random(f"{self.seed},{epoch},{index}")
         try:
             image = augment.read(path)
         except Exception as error:  # whatever a broken file makes a decoder raise
-            raise UserError(f"{path}: not a readable image ({error}); replace it or take it off the list") from None
+            raise UserError(f"{path}: not a readable image ({error}); replace it or take it off "
+                            "the list") from None
         if self.augment == "taidpt":
             image = augment.taidpt(image, self.size, rng, self.smallest_crop)
         else:
@@ -275,11 +309,14 @@ class Images(Dataset):
         return augment.normalise(image), index
 
     def fingerprint(self):
-        """bytes that name all that the pixels depend on: files (path, size, time of change) and the transform."""
+        """bytes that name all that the pixels depend on: files (path, size, time of change) and the
+        transform."""
         try:
-            files = [(path, stat.st_size, stat.st_mtime_ns) for path in self.split.paths for stat in [os.stat(path)]]
+            files = [(path, stat.st_size, stat.st_mtime_ns) for path in self.split.paths
+                     for stat in [os.stat(path)]]
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}; put the image back or take it off the list") from None
+            raise UserError(f"{error.filename}: {error.strerror}; put the image back or take it "
+                            "off the list") from None
         code = hashlib.sha256(Path(augment.__file__).read_bytes()).hexdigest()
         seed = self.seed if self.augment != "none" else 0
         return repr((files, self.size, self.augment, self.smallest_crop, seed, code)).encode()

@@ -26,7 +26,7 @@ from datasets import augment
 import clip
 import data
 from config import restored
-from clip.features import Features, for_evaluation, precision
+from clip.features import FeatureLoader, autocast_dtype
 from support import UserError
 from support.checkpoint import read_checkpoint
 from support.cli import best_device, make_parser, run_main, words
@@ -106,11 +106,10 @@ class Predictor:
         Files that cannot be decoded are appended to the list `unreadable`; without one they raise UserError.
         """
         nothing = np.zeros((len(paths), len(self.names)), np.int8)
-        split = data.Split("images", [str(p) for p in paths], self.names, self.names, nothing, nothing)
-        features = Features(split, self.clip, self.cfg.size, batch=batch, workers=workers, device=self.device,
-                            amp=precision(self.cfg.amp, self.device), whole=self.cfg.matching == "global")
-        if unreadable is not None:
-            features.images = Photos(split, self.cfg.size)
+        split = data.Split("images", [str(p) for p in paths], self.names, nothing)
+        images = (data.Images if unreadable is None else Photos)(split, self.cfg.size)
+        features = FeatureLoader(images, self.clip, batch, workers, device=self.device,
+                                 amp=autocast_dtype(self.cfg.amp, self.device))
         with tqdm(total=len(paths), disable=not (progress and sys.stderr.isatty()), leave=False, unit="image") as bar:
             for index, f, x in features.batches(0, shuffle=False):
                 p, out = self.score(f, x)
@@ -144,7 +143,7 @@ class Predictor:
         return split
 
     def features(self, split):
-        return for_evaluation(self.cfg, split, self.clip, self.device)
+        return evaluation_loader(self.cfg, split, self.clip, self.device)
 
 
 def pick(out, score):
@@ -182,7 +181,9 @@ def sweep(model, g_pos, g_neg, features, maps=False):
 
 def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
     """Features of a split that is scored: no augmentation; one cached view where the run caches at all."""
-    return for_evaluation(cfg, split, encoder, device, rank=rank, world=world, whole=cfg.matching == "global")
+    images = data.Images(split, cfg.size)
+    return FeatureLoader(images, encoder, cfg.batch, cfg.workers, min(1, cfg.cache_features), cfg.cache_dir,
+                         device, autocast_dtype(cfg.amp, device), rank, world)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
-"""The four losses and their sum (paper, Sec. 3.3, 3.5, 3.6; Eq. 6, 13, 14, 15). Each returns a scalar.
+"""The four losses and their sum (paper, Sec. 3.3, 3.5, 3.6; Eq. 6, 13, 14, 15). Each returns a
+scalar.
 
-B images, C categories, E width of the contrastive space, S samples. Labels: 1 present, -1 absent, 0 unknown.
+B images, C categories, E width of the contrastive space, S samples. Labels: 1 present, -1 absent, 0
+unknown.
 """
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from support.recompute import checkpointed
 
 
 def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_negative=0.0):
-    """Eq. 14, asymmetric loss: known labels only, easy ones damped. The sign is explicit (the print omits it).
+    """Eq. 14, asymmetric loss: known labels only, easy ones damped. The sign is explicit (the print
+    omits it).
 
     logits (B, C) float;  labels (B, C) int, 1 / -1 / 0;  shift: the paper's c
     assume_negative   weight of the negative term on unknown labels (0: they contribute nothing)
@@ -30,23 +33,28 @@ def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_
 
 
 def _power(base, exponent):
-    """base ** exponent with gradient 0, not infinity, where the base is 0 and the exponent below 1."""
+    """base ** exponent with gradient 0, not infinity, where the base is 0 and the exponent below
+    1."""
     if 0 < exponent < 1:
         return torch.where(base > 0, base, 1.0) ** exponent * (base > 0)
     return base**exponent
 
 
 def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="region"):
-    """Eq. 6, KL(p^r || p^q): the region scores teach the query scores. No gradient reaches the teacher.
+    """Eq. 6, KL(p^r || p^q): the region scores teach the query scores. No gradient reaches the
+    teacher.
 
     logits_r, logits_q (B, C)
     how       "softmax": as printed, p over the C categories; "bernoulli": present / absent, summed
     teacher   "region" as in the paper; "query": KL(p^q || p^r); "both": as "region", but both learn
-    Multiplied by temperature squared, so that the gradient keeps its size (Hinton et al., 2015). Mean over B.
+    Multiplied by temperature squared, so that the gradient keeps its size (Hinton et al., 2015).
+    Mean over B.
     """
-    logits = (logits_q, logits_r) if teacher == "query" else (logits_r, logits_q)  # teacher, student
+    # teacher, student
+    logits = (logits_q, logits_r) if teacher == "query" else (logits_r, logits_q)
     if how == "bernoulli":
-        logits = [torch.stack([x, torch.zeros_like(x)], -1) for x in logits]  # (B, C, 2)  present, absent
+        # (B, C, 2)  present, absent
+        logits = [torch.stack([x, torch.zeros_like(x)], -1) for x in logits]
     log_t, log_s = ((x / temperature).log_softmax(-1) for x in logits)
     if teacher != "both":
         log_t = log_t.detach()
@@ -60,9 +68,9 @@ def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
     """Eq. 13, InfoNCE with the text of category c as anchor, against regions and prototypes.
 
     anchors (C, E) one a category;  samples (S, E);  classes (S,) int: the category of each sample
-    Positives P of anchor c are the samples of category c, negatives those of all others. Each positive
-    stands alone against the negatives: -log(e^p / (e^p + sum e^n)) = softplus(logsumexp(n) - p).
-    Mean over P, then over the categories that have any.
+    Positives P of anchor c are the samples of category c, negatives those of all others. Each
+    positive stands alone against the negatives: -log(e^p / (e^p + sum e^n)) = softplus(logsumexp(n)
+    - p). Mean over P, then over the categories that have any.
     at_once   most (anchor, sample) logits that are kept for the backward pass
     """
     wide = torch.promote_types(anchors.dtype, torch.float32)
@@ -86,6 +94,7 @@ def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
 
 
 def total(terms, alpha=1.0, beta=0.05, gamma=0.01):
-    """terms: dict of the scalars L_q, L_r, L_KD, L_NCE -> their weighted sum; a missing one counts as 0."""
+    """terms: dict of the scalars L_q, L_r, L_KD, L_NCE -> their weighted sum; a missing one counts
+    as 0."""
     L_q, L_r, L_KD, L_NCE = (terms.get(name, 0.0) for name in ("L_q", "L_r", "L_KD", "L_NCE"))
     return L_q + alpha * L_r + beta * L_KD + gamma * L_NCE  # Eq. 15

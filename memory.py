@@ -1,8 +1,9 @@
-"""Multimodal category prototypes: memory bank, thresholds, pseudo-labels (paper, Sec. 3.4, Eq. 7-12).
+"""Multimodal category prototypes: memory bank, thresholds, pseudo-labels (paper, Sec. 3.4, Eq.
+7-12).
 
 B images, C categories, N locations, D dims, L queue length (the paper's l), K top-k.
-Labels: 1 present, -1 absent, 0 unknown. Similarities and thresholds carry the modality in front: [0] visual,
-[1] text.
+Labels: 1 present, -1 absent, 0 unknown. Similarities and thresholds carry the modality in front:
+[0] visual, [1] text.
 """
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,10 @@ from kernels import topk_prototypes
 class MemoryBank(nn.Module):
     """A queue of unit pixel features for each category, moving thresholds, and the text prototypes.
 
-    bank    (C, L, D) first in, first out;  cursor (C,) int64 rows ever written: row r lies in slot r % L
-    theta   (2, 2, C) thresholds [visual, text] x [positive, negative], NaN until a first label was seen
+    bank    (C, L, D) first in, first out;  cursor (C,) int64 rows ever written: row r lies in slot
+            r % L
+    theta   (2, 2, C) thresholds [visual, text] x [positive, negative], NaN until a first label was
+            seen
     text_prototypes (C, D) the positive text features at the end of stage one, NaN before
     """
 
@@ -29,8 +32,8 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, energy, f, labels, k):
-        """Eq. 7: the features f (B, N, D) at the k largest energies (B, C, N) of each known positive enter
-        the queue of their category."""
+        """Eq. 7: the features f (B, N, D) at the k largest energies (B, C, N) of each known
+        positive enter the queue of their category."""
         topk_prototypes(energy, f, labels, self.bank, self.cursor, k)
 
     @torch.no_grad()
@@ -52,8 +55,8 @@ class MemoryBank(nn.Module):
     def similarities(self, regions):
         """Eq. 8, averaged over the l prototypes of the category: regions (B, C, D) -> s (2, B, C).
 
-        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product a category, whatever the
-        queue's length. NaN where nothing is stored.
+        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product a category,
+        whatever the queue's length. NaN where nothing is stored.
         """
         r = regions.to(self.bank.dtype)
         visual = self.mean_prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
@@ -63,10 +66,11 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update_thresholds(self, s, labels):
-        """Eq. 9: mean similarity of the batch's known positives and negatives. Eq. 11: moving averages.
+        """Eq. 9: mean similarity of the batch's known positives and negatives. Eq. 11: moving
+        averages.
 
-        s (2, B, C) from `similarities`, labels (B, C). A category without such a label keeps its threshold.
-        The print updates theta_positive twice; the second line is theta_negative.
+        s (2, B, C) from `similarities`, labels (B, C). A category without such a label keeps its
+        threshold. The print updates theta_positive twice; the second line is theta_negative.
         """
         for i, label in enumerate((1, -1)):
             use = (labels == label) & ~s.isnan()  # (2, B, C)   D^p_c or D^n_c
@@ -93,9 +97,11 @@ class MemoryBank(nn.Module):
     def pseudo_labels(self, s, labels, modalities=(0, 1)):
         """Eq. 12: an unknown label is estimated where all modalities agree.
 
-        s (2, B, C), labels (B, C) -> (B, C) int8, zero wherever the label is known or they disagree.
+        s (2, B, C), labels (B, C) -> (B, C) int8, zero wherever the label is known or they
+        disagree.
         """
         verdict = self.verdicts(s)
-        verdict = torch.stack([verdict[i] for i in modalities])  # a list as index would wait for the GPU
+        # a list as index would wait for the GPU
+        verdict = torch.stack([verdict[i] for i in modalities])
         agree = torch.where((verdict == verdict[0]).all(0), verdict[0], 0)  # Eq. 12
         return torch.where(labels == 0, agree, 0).to(torch.int8)

@@ -1,12 +1,16 @@
-"""Train TRM-ML, a baseline or an ablation; every random number follows from --seed (paper, Sec. 3 and 4.1).
+"""Train TRM-ML, a baseline or an ablation; every random number follows from --seed (paper, Sec. 3
+and 4.1).
 
-    python train.py --data scenes --ratio 0.1                       the embedded default, minutes on two CPU cores
-    python train.py --data coco --root /data/coco --ratio 0.3       the paper's setting: RN101, 448, batch 128, 40 epochs
-    python train.py --resume runs/NAME                              goes on where it was stopped, bit for bit
+    python train.py --data scenes --ratio 0.1                       the embedded default, minutes on
+    two CPU cores
+    python train.py --data coco --root /data/coco --ratio 0.3       the paper's setting: RN101, 448,
+    batch 128, 40 epochs
+    python train.py --resume runs/NAME                              goes on where it was stopped,
+    bit for bit
     torchrun --nproc-per-node 4 train.py --data coco ...            several GPUs
 
-A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png, regions.png.
-B images, C categories, N locations, D dims. Labels: 1 present, -1 absent, 0 unknown.
+A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png,
+regions.png. B images, C categories, N locations, D dims. Labels: 1 present, -1 absent, 0 unknown.
 """
 import dataclasses
 import json
@@ -23,7 +27,7 @@ import clip
 import data
 import kernels
 import losses
-from clip.features import Features, precision as autocast_dtype
+from clip.features import FeatureLoader, autocast_dtype
 from config import parse
 from eval import Predictor, PseudoCount, evaluate, evaluation_loader
 from memory import MemoryBank
@@ -37,10 +41,12 @@ from trm import TRM, Output, Prompts
 
 
 def build_model(cfg, split, encoder):
-    """The TRM of a run for the categories of a data.Split: prompts, queries, region module, heads."""
+    """The TRM of a run for the categories of a data.Split: prompts, queries, region module,
+    heads."""
     queries = None
     if cfg.queries == "text":
-        queries = encoder.encode_text(encoder.tokenize([f"a photo of a {name}" for name in split.prompts]))
+        queries = encoder.encode_text(encoder.tokenize([f"a photo of a {name}"
+                                                        for name in split.prompts]))
     try:
         prompts = Prompts(encoder, split.prompts, cfg.context)
     except ValueError as error:  # a name too long for CLIP
@@ -56,7 +62,8 @@ def load_carl(model, run, split, encoder):
     """Table 4: the region module of another run, one on complete labels."""
     other = read_checkpoint(Path(run) / "last.pt")
     if other["names"] != split.names or other["clip_sha256"] != encoder.sha256:
-        raise UserError(f"--carl-from {run} was trained on other categories or another CLIP: give a run on the same")
+        raise UserError(f"--carl-from {run} was trained on other categories or another CLIP: give "
+                        "a run on the same")
     carl = {key[5:]: value for key, value in other["model"].items() if key.startswith("carl.")}
     if not carl:
         raise UserError(f"--carl-from {run} has no regions: give a run with --matching carl")
@@ -64,18 +71,21 @@ def load_carl(model, run, split, encoder):
 
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
-    """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) int8 or None.
+    """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) int8 or
+    None.
 
-    f (b, N, D) dense and x (b, D) global features of this process's images; labels (B, C) int8 of the batch
-    (several processes share a batch: b < B, and what the losses need is gathered on each of them)
+    f (b, N, D) dense and x (b, D) global features of this process's images; labels (B, C) int8 of
+    the batch (several processes share a batch: b < B, and what the losses need is gathered on each
+    of them)
     """
     with torch.autocast(f.device.type, amp or torch.bfloat16, enabled=amp is not None):
         g_pos, g_neg = model.prompts(encoder)  # Sec. 3.1   (C, D)
         out = model(f, x, g_pos, g_neg)  # Eq. 1-5
     out = Output(*(part if part is None else gather(part.float(), len(labels)) for part in out))
 
-    # Sec. 3.4: the batch's prototypes enter the bank, its similarities move the thresholds, the unknown is
-    # estimated. In this order, so that an image meets its own prototypes among those of its categories.
+    # Sec. 3.4: the batch's prototypes enter the bank, its similarities move the thresholds, the
+    # unknown is estimated. In this order, so that an image meets its own prototypes among those of
+    # its categories.
     pseudo = None
     if cfg.uses("mmcp") or cfg.uses("mmcl"):
         memory.enqueue(out.energy, gather(f, len(labels)), labels, cfg.topk)  # Eq. 7
@@ -99,13 +109,15 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
     if cfg.uses("mmcl") and stage_two:
         present = (completed if cfg.pseudo_in_contrastive else labels) == 1  # (B, C)
         samples, classes = contrastive_samples(model, memory, out.regions, present)
-        terms["L_NCE"] = losses.contrastive(model.heads["text"](g_pos), samples, classes, cfg.tau)  # Eq. 13
+        # Eq. 13
+        terms["L_NCE"] = losses.contrastive(model.heads["text"](g_pos), samples, classes, cfg.tau)
     return losses.total(terms, cfg.alpha, cfg.beta, cfg.gamma), terms, pseudo  # Eq. 15
 
 
 def contrastive_samples(model, memory, regions, present):
-    """What Eq. 13 compares the texts with: regions of present categories and all prototypes, each through its
-    MLP. regions (B, C, D), present (B, C) bool -> samples (S, D), the category of each (S,)."""
+    """What Eq. 13 compares the texts with: regions of present categories and all prototypes, each
+    through its MLP. regions (B, C, D), present (B, C) bool -> samples (S, D), the category of each
+    (S,)."""
     filled = memory.filled()  # (C, L)
     region_class = present.nonzero()[:, 1]
     pixel_class = filled.nonzero()[:, 0]
@@ -114,7 +126,8 @@ def contrastive_samples(model, memory, regions, present):
 
 
 def update(state, loss, cfg):
-    """One step of AdamW on the gradient of all processes, its norm clipped; one step of the schedule."""
+    """One step of AdamW on the gradient of all processes, its norm clipped; one step of the
+    schedule."""
     parameters = state.optimizer.param_groups[0]["params"]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
@@ -134,27 +147,31 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
     amp = autocast_dtype(cfg.amp, device)
     stage_two = state.epoch >= cfg.first_stage
     if stage_two and state.memory.text_prototypes.isnan().any():
-        with torch.no_grad():  # the end of stage one: "the text representation trained in the first stage"
+        # the end of stage one: "the text representation trained in the first stage"
+        with torch.no_grad():
             state.memory.set_text_prototypes(state.model.prompts(encoder)[0])
     state.model.train()
-    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + rank)  # dropout needs no earlier epoch
+    # dropout needs no earlier epoch
+    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + rank)
     pseudo_count = PseudoCount(device)
     sums, start, steps = {}, time.perf_counter(), -(-len(loader) // cfg.batch)
-    bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps, leave=False,
-               disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
+               leave=False, disable=rank > 0 or not sys.stderr.isatty())
     for i, (index, f, x) in enumerate(bar):
         stop.check()
         index = gather(index, min(cfg.batch, len(loader) - i * cfg.batch))  # (B,)
-        loss, terms, pseudo = training_step(state.model, state.memory, encoder, cfg, f, x, labels[index],
-                                            stage_two, amp)
+        loss, terms, pseudo = training_step(state.model, state.memory, encoder, cfg, f, x,
+                                            labels[index], stage_two, amp)
         update(state, loss, cfg)
         if pseudo is not None:
             pseudo_count.add(pseudo, labels[index], truth[index])
         for name, term in {**terms, "L": loss}.items():
             sums[name] = sums.get(name, 0) + term.detach()
-        if device.type == "cpu" or i % 50 == 0 or i + 1 == steps:  # asking makes the host wait for a GPU
+        # asking makes the host wait for a GPU
+        if device.type == "cpu" or i % 50 == 0 or i + 1 == steps:
             if not torch.isfinite(sums["L"]):
-                raise diverged(state, f"the loss is not finite after step {i + 1} of {steps}", terms)
+                raise diverged(state, f"the loss is not finite after step {i + 1} of {steps}",
+                               terms)
             bar.set_postfix(loss=f"{float(sums['L']) / (i + 1):.3f}")
     if not all(p.isfinite().all() for p in state.optimizer.param_groups[0]["params"]):
         raise diverged(state, "a weight is not finite after the last step", terms)
@@ -169,8 +186,9 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
 def diverged(state, what, terms):
     kept = f"last.pt holds epoch {state.epoch}" if state.epoch else "no epoch was finished"
     values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-    return FloatingPointError(f"epoch {state.epoch + 1}: {what} ({values}); {kept}; train anew with a lower --lr "
-                              "or --amp none, and look at the images if that does not help")
+    return FloatingPointError(f"epoch {state.epoch + 1}: {what} ({values}); {kept}; train anew "
+                              "with a lower --lr or --amp none, and look at the images if that "
+                              "does not help")
 
 
 def load_data(cfg):
@@ -179,7 +197,8 @@ def load_data(cfg):
     if cfg.images == "captions":
         from paper import captions
         train = splits[0]
-        file = cfg.captions or Path(cfg.root or data.SCENES) / "annotations" / "captions_train2014.json"
+        file = cfg.captions or Path(cfg.root
+                                    or data.SCENES) / "annotations" / "captions_train2014.json"
         return captions.load(file, train.names, train.prompts, cfg.train_images), *splits[1:]
     return splits
 
@@ -189,14 +208,17 @@ def training_loader(cfg, split, encoder, device, rank, world):
     if cfg.images == "captions":
         from paper.captions import Captions
         return Captions(split, encoder, cfg.batch, cfg.seed, device, rank, world)
-    return Features(split, encoder, cfg.size, cfg.augment, cfg.seed, cfg.batch, cfg.workers, cfg.cache_features,
-                    cfg.cache_dir, device, autocast_dtype(cfg.amp, device), rank, world, cfg.matching == "global")
+    images = data.Images(split, cfg.size, cfg.augment, cfg.seed)
+    return FeatureLoader(images, encoder, cfg.batch, cfg.workers, cfg.cache_features, cfg.cache_dir,
+                         device, autocast_dtype(cfg.amp, device), rank, world,
+                         need_global=cfg.matching == "global")
 
 
 def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     """Trains a run to its end; returns the lines of metrics.jsonl.
 
-    resume: folder of a run to go on with.  splits: (train, val, test) and encoder: clip.CLIP, if loaded already
+    resume: folder of a run to go on with.  splits: (train, val, test) and encoder: clip.CLIP, if
+                                            loaded already
     on_epoch: called as on_epoch(state, line) after each epoch, with support.checkpoint.State
     """
     rank, world = distributed.start()
@@ -230,7 +252,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     if resume and (run / "last.pt").is_file():
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
-            write_metrics(run, state.history)  # a kill may have come between last.pt and metrics.jsonl
+            # a kill may have come between last.pt and metrics.jsonl
+            write_metrics(run, state.history)
     if rank == 0:
         count = sum(p.numel() for p in trainable) / 2**20
         print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
@@ -255,8 +278,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         if rank == 0:
             save(run, state, dict(
                 config=json.dumps(dataclasses.asdict(cfg)), names=list(train_split.names),
-                clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(), g_neg=g_neg.cpu(),
-                threshold=threshold.tolist(), epoch=state.epoch), improved)
+                clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(),
+                g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=state.epoch), improved)
             print(summary(line, cfg.epochs), flush=True)
         if on_epoch:
             on_epoch(state, line)
@@ -267,7 +290,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
 
 
 def is_best(state, numbers):
-    """Whether this epoch is the best so far, on validation or, without one, on test; it is noted in the state."""
+    """Whether this epoch is the best so far, on validation or, without one, on test; it is noted in
+    the state."""
     split = "val" if "val" in numbers else "test"
     if split not in numbers or numbers[split]["left_out"] == len(state.memory.cursor):
         return False  # no category has a positive to choose on
@@ -279,7 +303,8 @@ def is_best(state, numbers):
 
 def summary(line, epochs):
     terms = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name.startswith("L"))
-    scores = "  ".join(f"{split} mAP {line[split]['mAP']:.2f}" for split in ("val", "test") if split in line)
+    scores = "  ".join(f"{split} mAP {line[split]['mAP']:.2f}" for split in ("val", "test")
+                       if split in line)
     return (f"epoch {line['epoch']:>3}/{epochs} stage {line['stage']}  {terms}  {scores}  "
             f"{line['images_per_second']:.0f} images/s")
 
@@ -290,16 +315,19 @@ def finish(run, cfg, state, encoder, splits, timers):
     last = state.history[-1]
     for split in ("val", "test"):
         if split in last:
-            numbers = "  ".join(f"{name} {value:.2f}" for name, value in last[split].items() if name != "left_out")
+            numbers = "  ".join(f"{name} {value:.2f}" for name, value in last[split].items()
+                                if name != "left_out")
             left_out = last[split]["left_out"]
             print(f"last epoch, {split}: {numbers}"
                   + (f"  ({left_out} categories without a positive left out)" if left_out else ""))
     if state.best:
         chosen = state.history[state.best["epoch"] - 1]
-        scores = "  ".join(f"{split} mAP {chosen[split]['mAP']:.2f}" for split in ("val", "test") if split in chosen)
+        scores = "  ".join(f"{split} mAP {chosen[split]['mAP']:.2f}" for split in ("val", "test")
+                           if split in chosen)
         print(f"best epoch {state.best['epoch']}, chosen on {state.best['chosen_on']}: {scores}")
     else:
-        print("no best epoch: there is no known positive to choose it on; eval.py takes the last one")
+        print("no best epoch: there is no known positive to choose it on; eval.py takes the last "
+              "one")
     curves(state.history, run / "curves.png")
     train_split, val_split, test_split = splits
     shown = test_split or val_split or (train_split if cfg.images == "photos" else None)
@@ -317,7 +345,8 @@ def main(argv=None):
             train(*parse(argv, __doc__))
         finally:
             distributed.end()
-    return run_main(work, "stopped; what was finished is in last.pt of the run folder: go on with --resume")
+    return run_main(work, "stopped; what was finished is in last.pt of the run folder: go on with "
+                          "--resume")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-r"""Text-region matching: prompts, category-aware regions, and the matching of the two (Sec. 3.1-3.2, Eq. 1-5).
+r"""Text-region matching: prompts, category-aware regions, and the matching of the two (Sec.
+3.1-3.2, Eq. 1-5).
 
     frozen CLIP image -> f (B, N, D) --CARL--> energy (B, C, N) --sigmoid, pool--> regions F^r --\
-                                         \--> queries F^q ---------------------------------------match--> logits
+                                         \--> queries F^q
+                                         ---------------------------------------match--> logits
     learned prompts -> frozen CLIP text -> g_pos, g_neg (C, D) ---------------------------------/
 
-B images, C categories, N = h*w locations, D joint dimension of CLIP, W width of CLIP's text transformer,
-M context tokens (the paper's L). This file knows nothing of files, arguments or devices; train.py trains it.
+B images, C categories, N = h*w locations, D joint dimension of CLIP, W width of CLIP's text
+transformer, M context tokens (the paper's L). This file knows nothing of files, arguments or
+devices; train.py trains it.
 """
 from typing import NamedTuple, Optional
 
@@ -18,12 +21,14 @@ from support.recompute import checkpointed
 
 
 def match(x, g_pos, g_neg, scale):
-    """Eq. 1 with dual prompts: tau-normalised cosine to the positive text minus that to the negative text.
+    """Eq. 1 with dual prompts: tau-normalised cosine to the positive text minus that to the
+    negative text.
 
     x       (..., C, D)  visual feature of each category, any length
     g_pos   (C, D)       text features of "category present";  g_neg (C, D) of "category absent"
     scale   scalar       1 / tau
-    returns (..., C)     logits; the probability is sigmoid(logit), the two-way softmax over (present, absent)
+    returns (..., C)     logits; the probability is sigmoid(logit), the two-way softmax over
+                         (present, absent)
     """
     # cos(x, g+) - cos(x, g-) = x.(g+ - g-) / |x| for unit g
     difference = F.normalize(g_pos, dim=-1) - F.normalize(g_neg, dim=-1)  # (C, D)
@@ -32,9 +37,11 @@ def match(x, g_pos, g_neg, scale):
 
 
 class Prompts(nn.Module):
-    """Learned context of each category, for "present" and for "absent": [SOT] w_1 ... w_M [name] [EOT].
+    """Learned context of each category, for "present" and for "absent": [SOT] w_1 ... w_M [name]
+    [EOT].
 
-    clip     a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category names
+    clip     a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category
+             names
     context  (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1
     at_once  most prompts whose activations are kept for the backward pass (some 10 MB each in CLIP)
     """
@@ -47,17 +54,19 @@ class Prompts(nn.Module):
         eot = tokens.argmax(-1)  # EOT has the largest id
         longest = int(eot.max()) + 1
         if M + longest > clip.context_length:
-            raise ValueError(f"{M} context tokens and the longest name ({texts[int(eot.argmax())]!r}) need "
-                             f"{M + longest} tokens, CLIP reads {clip.context_length}: "
-                             "use fewer or a shorter name")
-        # Nothing after EOT can reach it under the causal mask, so the longest name decides the length.
+            raise ValueError(f"{M} context tokens and the longest name "
+                             f"({texts[int(eot.argmax())]!r}) need {M + longest} tokens, CLIP "
+                             f"reads {clip.context_length}: use fewer or a shorter name")
+        # Nothing after EOT can reach it under the causal mask, so the longest name decides the
+        # length.
         embedded = clip.embed(tokens[:, :longest]).detach()  # (C, S, W)
         self.register_buffer("sot", embedded[:, :1].clone(), persistent=False)
         self.register_buffer("name_eot", embedded[:, 1:].clone(), persistent=False)
         self.register_buffer("eot", eot + M, persistent=False)
 
     def forward(self, clip):
-        """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context through the encoder."""
+        """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context through the
+        encoder."""
         sot = self.sot.expand(2, -1, -1, -1)
         name = self.name_eot.expand(2, -1, -1, -1)
         prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)  # (2C, 1+M+S, W)
@@ -70,9 +79,9 @@ class Prompts(nn.Module):
 class CARL(nn.Module):
     """Category-aware region learning: one post-norm decoder layer with one head (Eq. 2-4).
 
-    The cross-attention's scaled scores before its softmax are the energies e_c; their sigmoid is the soft
-    region (Eq. 2), which pools the *raw* CLIP features (Eq. 4), so that the regions stay in CLIP's joint
-    space. The layer's output is F^q (Eq. 3).
+    The cross-attention's scaled scores before its softmax are the energies e_c; their sigmoid is
+    the soft region (Eq. 2), which pools the *raw* CLIP features (Eq. 4), so that the regions stay
+    in CLIP's joint space. The layer's output is F^q (Eq. 3).
 
     queries  (C, D) start of the category queries Q, or None: random
     dropout  of the attention's weights, the three residuals and the feed-forward
@@ -86,7 +95,8 @@ class CARL(nn.Module):
         self.Q = nn.Parameter(torch.randn(C, D) if queries is None else queries.clone())
         self.self_att = nn.MultiheadAttention(D, 1, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Dropout(dropout),
+                                 nn.Linear(4 * D, D))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(D) for _ in range(3))
         # Ours: with queries from the text encoder the energies start as CLIP's own similarity map.
         nn.init.eye_(self.q.weight)
@@ -96,8 +106,10 @@ class CARL(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, f):
-        """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions F^r (B, C, D), queries F^q (B, C, D)."""
-        # The queries meet no image before the cross-attention: one self-attention serves the whole batch.
+        """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions F^r (B, C, D), queries F^q
+        (B, C, D)."""
+        # The queries meet no image before the cross-attention: one self-attention serves the whole
+        # batch.
         Q = self.Q[None]
         attended = self.self_att(Q, Q, Q, need_weights=False)[0]
         Q = self.norm1(Q + self.dropout(attended))[0]  # (C, D)
@@ -113,9 +125,11 @@ class CARL(nn.Module):
         Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), queries (B, C, D).
         """
         D = f.shape[-1]
-        # Not in the paper: keys and values see LayerNorm(f). CLIP's features have a large common part.
+        # Not in the paper: keys and values see LayerNorm(f). CLIP's features have a large common
+        # part.
         x = F.layer_norm(f, (D,))  # (B, N, D)
-        # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: C queries are cheaper to project than B*N keys.
+        # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: C queries are cheaper to project than B*N
+        # keys.
         q = self.q(Q)  # (C, D)
         energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5  # (B, C, N)   R of Eq. 3
         # Softmax weights sum to one, so W_v may follow the sum over the locations as well.
@@ -126,10 +140,12 @@ class CARL(nn.Module):
 
 
 def spatial_aggregation(f, g_pos, g_neg, scale, spatial_scale):
-    """DualCoOp's matching: each location is matched, and weighted by a softmax of its positive similarity.
+    """DualCoOp's matching: each location is matched, and weighted by a softmax of its positive
+    similarity.
 
-    f (B, N, D), g_pos and g_neg (C, D) unit, scale = 1 / tau, spatial_scale = 1 / spatial temperature
-    returns logits (B, C) and the positive similarities (B, C, N), the map that this method shows.
+    f (B, N, D), g_pos and g_neg (C, D) unit, scale = 1 / tau, spatial_scale = 1 / spatial
+    temperature returns logits (B, C) and the positive similarities (B, C, N), the map that this
+    method shows.
     """
     f = F.normalize(f, dim=-1)
     pos = (f @ g_pos.T).mT  # (B, C, N)
@@ -173,7 +189,8 @@ class TRM(nn.Module):
             self.log_spatial_scale = nn.Parameter(torch.tensor(20.0).log(), requires_grad=learned)
 
     def forward(self, f, x, g_pos, g_neg) -> Output:
-        """f (B, N, D) dense features, x (B, D) global feature, g_pos and g_neg (C, D) unit text features."""
+        """f (B, N, D) dense features, x (B, D) global feature, g_pos and g_neg (C, D) unit text
+        features."""
         scale = self.log_scale.exp()
         if self.matching == "carl":
             energy, regions, queries = self.carl(f)
@@ -181,8 +198,10 @@ class TRM(nn.Module):
                           match(queries, g_pos, g_neg, scale),  # p^q of Eq. 5
                           energy, regions)
         if self.matching.startswith("dualcoop"):
-            logits, similarity = spatial_aggregation(f, g_pos, g_neg, scale, self.log_spatial_scale.exp())
+            logits, similarity = spatial_aggregation(f, g_pos, g_neg, scale,
+                                                     self.log_spatial_scale.exp())
             return Output(logits, energy=similarity)
         whole = x if self.matching == "global" else f.mean(1)  # (B, D)
-        similarity = None if self.training else (F.normalize(f, dim=-1) @ g_pos.T).mT  # only for pictures
+        # only for pictures
+        similarity = None if self.training else (F.normalize(f, dim=-1) @ g_pos.T).mT
         return Output(match(whole[:, None], g_pos, g_neg, scale), energy=similarity)

@@ -1,17 +1,13 @@
-"""Frozen CLIP features of a split, batch by batch: computed on the fly, or kept on disk so that later epochs skip the backbone.
+"""Frozen CLIP features of images, batch by batch: computed on the fly, or kept on disk.
 
-    Features(split, clip, size).batches(epoch) -> (index (B,) int64, f (B, N, D) dense, x (B, D) global)
+    FeatureLoader(images, clip).batches(epoch) -> (index (B,) int64, f (B, N, D) dense, x (B, D) global)
 
-The backbone never learns, so the features of view v of image i never change. With `views=V` they are written once, bf16, to a
-memory-mapped file of V * n * (1 + N) * D * 2 bytes (global feature first, then the N locations), and epoch e reads view e mod V.
-The folder's name is a hash of the images (path, size and time of change, as make and git judge), CLIP's weights, the transform
-and its seed; labels and masks do not enter. More views later only add to it, and what was stopped goes on where it was.
+The backbone never learns, so the features of view v of image i never change. With `views=V` they are written
+once, bf16, to a memory-mapped file of V * n * (1 + N) * D * 2 bytes (the global feature first, then the N
+locations), and epoch e reads view e mod V. Its name is a hash of the images, the transform and CLIP's weights;
+labels and masks do not enter. A cache is complete or absent: it is filled under another name and renamed.
 """
-import contextlib
-import errno
 import hashlib
-import json
-import os
 import shutil
 import sys
 import time
@@ -20,38 +16,35 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import augment as transforms
-from data import Images
-from support.checkpoint import lock
 from support import UserError
+from support.cli import end_with_parent
+from support.distributed import barrier
 
-warnings.filterwarnings("ignore", message="This DataLoader will create")         # more --workers than cores: the user's choice
-
-CHUNK = 64          # images that enter the cache together
-FLUSH = 5.0         # seconds between two records of what is there: the most that a kill can cost
-
-
-def order(n, epoch, seed):
-    """The order of the images in an epoch: (n,) int64, a function of (seed, epoch) alone, so that resuming needs no state."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator)
+CHUNK = 64  # images that enter the cache together
 
 
-def precision(amp, device):
-    """--amp -> autocast's type, None for float32. "auto": bf16 on a GPU that has it in hardware, else float32.
-    Tells torch, too, whether float32 products and convolutions may use TF32: with mixed precision; "none" means IEEE float32."""
+def epoch_order(n, epoch, seed):
+    """The order of the images in an epoch: (n,) int64, a function of (seed, epoch): resuming needs no state."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def autocast_dtype(amp, device):
+    """--amp -> autocast's dtype, None for float32. "auto": bf16 on a GPU that has it in hardware.
+
+    Tells torch too whether float32 products may use TF32: with mixed precision; "none" means IEEE float32.
+    """
     if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+        hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if hardware else "none"
     torch.set_float32_matmul_precision("highest" if amp == "none" else "high")
     torch.backends.cudnn.allow_tf32 = amp != "none"
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def ahead(function, items):
+def prefetch(function, items):
     """map(function, items), one item ahead in a thread: the disk reads while the device computes."""
     with ThreadPoolExecutor(1) as pool:
         coming = None
@@ -63,71 +56,73 @@ def ahead(function, items):
             yield coming.result()
 
 
-def quiet(_):
-    """In a loader's process: its errors come by the queue; what its threads say once the main process has ended is no news."""
-    sys.excepthook = lambda *_: None
+def worker_init(_):
+    warnings.simplefilter("ignore")
+    end_with_parent()
 
 
-class Features:
-    """split: data.Split;  clip: clip.CLIP;  size: side of the input in pixels;  augment, seed: see data.Images
-    batch: images over all ranks;  views: 0 computes on the fly, V > 0 caches V augmented views;  rank of world: this process
-    amp: autocast's type or None;  whole: whether x is wanted (the attention pool is skipped otherwise, and x is None)
+class FeatureLoader:
+    """images: Dataset of (epoch, index) -> (float32 (3, H, W), index), with `seed`, `size`, `fingerprint()`
+
+    clip: clip.CLIP;  batch: images over all processes;  workers: processes that decode
+    views: 0 computes on the fly, V > 0 caches V augmented views below `cache`;  rank of world: this process
+    amp: autocast's dtype or None;  need_global: whether x is wanted (its attention pool is skipped otherwise)
     """
 
-    def __init__(self, split, clip, size, augment="none", seed=0, batch=128, workers=0, views=0, cache="generated/features",
-                 device="cpu", amp=None, rank=0, world=1, whole=True):
-        self.split, self.clip, self.batch, self.seed, self.rank, self.world = split, clip, batch, seed, rank, world
-        self.images = Images(split, size, augment, seed)
-        self.device, self.amp, self.workers, self.whole = torch.device(device), amp, workers, whole
-        self.cuda = self.device.type == "cuda"                                     # pinned memory and copies that do not wait: CUDA's alone
+    def __init__(self, images, clip, batch=128, workers=0, views=0, cache="generated/features", device="cpu",
+                 amp=None, rank=0, world=1, need_global=True):
+        self.images, self.split, self.clip, self.batch = images, images.split, clip, batch
+        self.workers, self.device, self.amp = workers, torch.device(device), amp
+        self.rank, self.world, self.need_global = rank, world, need_global
+        self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
         self.keys, self.loader, self.waited = [], None, 0.0
-        h, w = clip.grid(size, size)
-        self.shape = (views if augment != "none" else min(views, 1), len(split.paths), 1 + h * w, clip.D)   # (V, n, 1+N, D)
-        self.stored = self._stored(self._folder(Path(cache), size, augment)) if views else None
+        self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
 
     def __len__(self):
-        return len(self.split.paths)
+        return len(self.images)
 
     def batches(self, epoch, shuffle=True):
-        """One pass over the split. f is float32, or autocast's type when training (shuffle).
+        """One pass. f is float32, or autocast's dtype when training (shuffle).
 
-        Training: all ranks get equally many rows, the last ones of a batch that does not divide repeat its first image, and
-        ranks.gather cuts them off again. Evaluation covers every image once. `waited` counts the seconds spent waiting for data.
+        Training: all processes get equally many rows; the last ones of a batch that does not divide repeat its
+        first image, and distributed.gather cuts them off again. Evaluation covers each image once. `waited`
+        counts the seconds spent waiting for data.
         """
-        parts = (order(len(self), epoch, self.seed) if shuffle else torch.arange(len(self))).split(self.batch)
+        n = len(self)
+        order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
+        parts = order.split(self.batch)
         if shuffle:
             parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)]) for part in parts]
-        parts = [part for part in (part[self.rank:: self.world] for part in parts) if len(part)]
+        parts = [part[self.rank::self.world] for part in parts]
+        parts = [part for part in parts if len(part)]
         dtype = self.amp if shuffle and self.amp else torch.float32
         if self.stored is not None:
-            view = self.stored[epoch % self.shape[0]]                              # (n, 1+N, D)
-            for both, part in self._timed(ahead(lambda part: (self._pin(view[part]), part), parts)):
-                both = both.to(self.device, non_blocking=self.cuda)
-                f, x = both[:, 1:].to(dtype).contiguous(), both[:, 0].to(dtype)
-                yield self._pin(part).to(self.device, non_blocking=self.cuda), f, x
-        else:
-            for images, part in self._timed(self._load([(epoch, part) for part in parts])):
-                f, x = self._encode(images, self.whole)
-                yield part.to(self.device, non_blocking=self.cuda), f.to(dtype), x
-            if not shuffle:
-                self._end_workers()                                                # scored now and then: its processes need not wait for that
+            view = self.stored[epoch % len(self.stored)]  # (n, 1+N, D)
+            for both, part in self.timed(prefetch(lambda part: (self.pin(view[part]), part), parts)):
+                both = both.to(self.device, non_blocking=self.pinned)  # (B, 1+N, D)
+                index = self.pin(part).to(self.device, non_blocking=self.pinned)
+                yield index, both[:, 1:].to(dtype).contiguous(), both[:, 0].to(dtype)
+            return
+        for images, part in self.timed(self.load([(epoch, part) for part in parts])):
+            f, x = self.encode(images, self.need_global)
+            yield part.to(self.device, non_blocking=self.pinned), f.to(dtype), x
+        if not shuffle:
+            self.loader = None  # a split that is scored now and then needs no waiting processes
 
-    def _pin(self, t):
-        return t.pin_memory() if self.cuda else t                                  # a copy from pinned memory need not wait
+    def pin(self, t):
+        return t.pin_memory() if self.pinned else t
 
-    def _load(self, batches):
+    def load(self, batches):
         """An iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next call."""
         self.keys[:] = [[(epoch, i) for i in part.tolist()] for epoch, part in batches]
-        if self.loader is None:                                                    # not `or`: that would ask for its length
-            self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers, pin_memory=self.cuda,
-                                     persistent_workers=self.workers > 0, worker_init_fn=quiet,
-                                     generator=torch.Generator())                  # leaves the run's state alone
+        if self.loader is None:
+            self.loader = DataLoader(self.images, batch_sampler=self.keys, num_workers=self.workers,
+                                     pin_memory=self.pinned, persistent_workers=self.workers > 0,
+                                     worker_init_fn=worker_init,
+                                     generator=torch.Generator())  # leaves the run's random state alone
         return iter(self.loader)
 
-    def _end_workers(self):
-        self.loader = None
-
-    def _timed(self, iterator):
+    def timed(self, iterator):
         self.waited = 0.0
         while True:
             start = time.perf_counter()
@@ -136,111 +131,58 @@ class Features:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                raise UserError("a process that decodes images was ended from outside, mostly because memory ran out: use fewer "
-                                "--workers, or 0") from None
+                raise UserError("a process that decodes images was ended from outside, mostly for want of memory (in a "
+                                "container also of shared memory: --shm-size): use fewer --workers, or 0") from None
             self.waited += time.perf_counter() - start
             if item is None:
                 return
             yield item
 
     @torch.no_grad()
-    def _encode(self, images, whole=True):
-        images = images.to(self.device, non_blocking=self.cuda, memory_format=torch.channels_last)
+    def encode(self, images, need_global=True):
+        """images (B, 3, H, W) -> f (B, N, D) and x (B, D) float32 or None."""
+        images = images.to(self.device, non_blocking=self.pinned, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            x, f = self.clip.encode(images) if whole else (None, self.clip.encode_dense(images))
-        return f, x if x is None else x.float()
+            if not need_global:
+                return self.clip.encode_dense(images), None
+            x, f = self.clip.encode(images)
+        return f, x.float()
 
-    def _folder(self, cache, size, augment):
-        """A folder named by everything that the features depend on."""
+    def cached(self, folder, views):
+        """The features of `views` views (one where nothing is augmented), memory-mapped: (V, n, 1+N, D) bf16."""
+        views = views if self.images.augment != "none" else 1
+        h, w = self.clip.grid(self.images.size, self.images.size)
+        shape = (views, len(self), 1 + h * w, self.clip.D)
+        name = hashlib.sha256(self.images.fingerprint() + repr((shape, self.clip.sha256, str(self.amp))).encode())
+        file = folder / f"{name.hexdigest()[:24]}.bf16"
+        if self.rank == 0 and not file.is_file():
+            self.fill(file, shape)
+        barrier()
+        return torch.from_file(str(file), shared=False, size=torch.Size(shape).numel(),
+                               dtype=torch.bfloat16).view(shape)
+
+    def fill(self, file, shape):
+        """Writes the file under a name of its own, then renames it: a kill leaves nothing that looks complete."""
+        views, n, _, _ = shape
+        needed = torch.Size(shape).numel() * 2
+        file.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(file.parent).free
+        print(f"features of {self.split.name}: {n} images x {views} views = {needed / 2**20:,.0f} MiB in {file.parent}",
+              flush=True)
+        if needed > free:
+            raise UserError(f"the feature cache needs {needed / 2**30:.1f} GiB, {file.parent} has {free / 2**30:.1f} GiB "
+                            "free: choose fewer --cache-features or another --cache-dir")
+        places = [(view, part) for view in range(views) for part in torch.arange(n).split(CHUNK)]
+        bar = tqdm(self.timed(self.load(places)), f"features of {self.split.name}", len(places), leave=False,
+                   disable=not sys.stderr.isatty())
+        temporary = file.with_name(f"{file.name}.{time.time_ns()}.part")
         try:
-            files = [[path, stat.st_size, stat.st_mtime_ns] for path in self.split.paths for stat in (os.stat(path),)]
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}; put the image back or take it off the list") from None
-        weights = self.clip.sha256 or digest(*(t.cpu().numpy().tobytes() for t in self.clip.visual.state_dict().values()))
-        transform = [size, augment, self.images.smallest_crop, self.seed if augment != "none" else 0, digest(Path(transforms.__file__).read_bytes())]
-        folder = cache / digest(json.dumps([files, weights, transform, str(self.amp)]).encode())[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _stored(self, folder):
-        """(V, n, 1+N, D) bf16, memory-mapped, complete. The ranks share the work in chunks; a byte of `done` says that a chunk is there."""
-        views, n, rows, D = self.shape
-        chunks, file, needed = -(-n // CHUNK), folder / "features.bf16", views * n * rows * D * 2
-        with lock(folder / "lock") if self.rank == 0 else contextlib.nullcontext():   # another run waits, then finds all done
-            if self.rank == 0:
-                # Bytes up to the end of the last chunk that `done` calls finished: the file must reach that far.
-                last = (folder / "done").read_bytes().rfind(1) if (folder / "done").exists() else -1
-                end = (last // chunks * n + min(n, (last % chunks + 1) * CHUNK)) * rows * D * 2
-                if (file.stat().st_size if file.exists() else 0) < end:            # deleted or cut since: what `done` tells is not there
-                    (folder / "done").unlink()
-                reserve(file, needed, f"features of {self.split.name}: {n} images x {views} views x {rows} x {D} bf16")
-                reserve(folder / "done", views * chunks)
-            self._barrier()
-            stored = torch.from_file(str(file), shared=True, size=needed // 2, dtype=torch.bfloat16).view(self.shape)
-            done = torch.from_file(str(folder / "done"), shared=True, size=views * chunks, dtype=torch.uint8)
-            missing = (done != 1).nonzero().flatten().tolist()
-            self._barrier()                                                        # now all ranks have seen the same state
-            missing = missing[self.rank:: self.world]
-            places = [(c // chunks, torch.arange(n)[c % chunks * CHUNK:][:CHUNK]) for c in missing]
-            there, last = [], time.monotonic()
-
-            def record():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())                                      # first the features, then the word that they are there
-                done[there] = 1
-                there.clear()
-
-            try:
-                batches = places and tqdm(self._timed(self._load(places)), f"features of {self.split.name}", len(places), leave=False,
-                                          disable=self.rank > 0 or not sys.stderr.isatty())
-                for chunk, (view, index), (images, _) in zip(missing, places, batches):
-                    f, x = self._encode(images)
-                    stored[view, index] = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16).cpu()
-                    there.append(chunk)
-                    if time.monotonic() - last >= FLUSH:
-                        record()
-                        last = time.monotonic()
-            finally:
-                record()
-                batches = None
-                self._end_workers()                                                # nothing is decoded from now on
-            self._barrier()
-        return stored
-
-    def _barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-
-def for_evaluation(cfg, split, clip, device, **more):
-    """The Features of a split that is scored: no augmentation, and one cached view if the run (config.Config) caches at all."""
-    return Features(split, clip, cfg.size, batch=cfg.batch, workers=cfg.workers, views=min(1, cfg.cache_features), cache=cfg.cache_dir,
-                    device=device, amp=precision(cfg.amp, device), **more)
-
-
-def digest(*parts):
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part)
-    return sha.hexdigest()
-
-
-def reserve(file, needed, about=""):
-    """Grows a file by zeros, never shorter, and takes its space at once, so that a full disk is noticed now and not in the middle,
-    where a mapped file would end the process. Not left to torch.from_file, which clears the first byte of a file that it extends."""
-    with open(file, "ab") as handle:
-        size = handle.tell()
-    if about and size < needed:
-        print(f"{about} = {needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
-    try:
-        if size < needed and needed - size > shutil.disk_usage(file.parent).free:
-            raise OSError(errno.ENOSPC, "")
-        with open(file, "rb+") as handle:
-            handle.truncate(max(size, needed))
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, needed)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):               # others: a file system that cannot reserve
-            free = shutil.disk_usage(file.parent).free / 2**30
-            raise UserError(f"the feature cache needs {(needed - size) / 2**30:.1f} GiB, {file.parent} has {free:.1f} GiB free: "
-                            "choose fewer --cache-features or another --cache-dir") from None
+            with open(temporary, "wb") as handle:
+                for images, _ in bar:
+                    f, x = self.encode(images)
+                    both = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16).cpu()  # (B, 1+N, D)
+                    handle.write(both.view(torch.int16).numpy().data)
+            temporary.rename(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+            self.loader = None  # nothing is decoded from now on

@@ -1,5 +1,6 @@
-"""From image files to tensors: decoding, the test transform, and the training augmentation of TaI-DPT, which the paper
-follows (section 4.1): a random crop or cutout, one of 117 colour and shape policies, mirroring, CLIP's normalisation.
+"""From image files to tensors: decoding, the test transform, and the training augmentation of
+TaI-DPT, which the paper follows (section 4.1): a random crop or cutout, one of 117 colour and shape
+policies, mirroring, CLIP's normalisation.
 
 PIL and numpy only. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
 """
@@ -9,29 +10,35 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of pixels in 0..1
+# CLIP's, of pixels in 0..1
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 GREY = (128, 128, 128)
-TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,  # EXIF's orientation
-          6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
-warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, 100 megapixels: the pixels are fine; what is not, raises
+# EXIF's orientation
+TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+# damaged EXIF, 100 megapixels: the pixels are fine; what is not, raises
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def read(path):
     """Any image file as upright RGB, uint8. What is decided where formats leave a choice:
-    16-bit grey is scaled to 8 bits (PIL would cut it off at 255); transparency is laid over white; of an animation the
-    first frame counts; the camera's orientation mark is applied; the format is told from the content, not the name.
-    Full decoding always: JPEG's draft mode moves pixels and gains nothing at 640 x 480 (tests/bench_data.py)."""
+    16-bit grey is scaled to 8 bits (PIL would cut it off at 255); transparency is laid over white;
+    of an animation the first frame counts; the camera's orientation mark is applied; the format is
+    told from the content, not the name. Full decoding always: JPEG's draft mode moves pixels and
+    gains nothing at 640 x 480 (tests/bench_data.py)."""
     if not os.path.isfile(path):  # also keeps a pipe or a device from blocking forever
         raise ValueError("no such file" if not os.path.exists(path) else "not a regular file")
     with Image.open(path) as image:
         image.load()
         deep = image.mode == "F" or image.mode == "I" and image.format == "TIFF"
-        turn = TURNED.get(image.getexif().get(0x0112))  # not ImageOps.exif_transpose: it fails where it cannot rewrite the EXIF
+        # not ImageOps.exif_transpose: it fails where it cannot rewrite the EXIF
+        turn = TURNED.get(image.getexif().get(0x0112))
         image = image if turn is None else image.transpose(turn)
     if deep:
         raise ValueError("an image of 32 bits a pixel has no defined white; convert it to 8 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0,
+                                                                                 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -44,7 +51,8 @@ def resize(image, size):
 
 
 def normalise(image):
-    """RGB image -> (3, H, W) float32. numpy, as torch's threads would quarrel with the loader's processes."""
+    """RGB image -> (3, H, W) float32. numpy, as torch's threads would quarrel with the loader's
+    processes."""
     out = np.empty((3, image.height, image.width), np.float32)
     for plane, band, mean, std in zip(out, image.split(), MEAN, STD):
         np.multiply(np.asarray(band), np.float32(1 / (255 * std)), out=plane)
@@ -57,11 +65,13 @@ def flip(image, rng):
 
 
 def random_crop(image, size, rng, smallest=0.5):
-    """A part of `smallest`..1 of the area, aspect 3/4..4/3, bicubic to size x size. After ten misfits the largest
-    central part of a permitted aspect (torchvision's RandomResizedCrop)."""
+    """A part of `smallest`..1 of the area, aspect 3/4..4/3, bicubic to size x size. After ten
+    misfits the largest central part of a permitted aspect (torchvision's RandomResizedCrop)."""
     W, H = image.size
     for _ in range(10):
-        area, aspect = W * H * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area, aspect = W * H * rng.uniform(smallest,
+                                           1), math.exp(rng.uniform(math.log(3 / 4),
+                                                                    math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= W and 0 < h <= H:
             x, y = rng.randint(0, W - w), rng.randint(0, H - h)
@@ -73,7 +83,8 @@ def random_crop(image, size, rng, smallest=0.5):
 
 
 def cutout(image, rng, factor=0.4):
-    """In place: one rectangle of factor x the sides in one random colour, its centre anywhere in the image."""
+    """In place: one rectangle of factor x the sides in one random colour, its centre anywhere in
+    the image."""
     (W, H), x, y = image.size, rng.randrange(image.size[0]), rng.randrange(image.size[1])
     w, h = int(factor * W + 0.5), int(factor * H + 0.5)
     colour = tuple(rng.randint(0, 255) for _ in range(3))
@@ -82,11 +93,11 @@ def cutout(image, rng, factor=0.4):
     return image
 
 
-# ------------------------------------------------------------------------------------------------- the 117 policies
-# AutoAugment's 25 ImageNet policies and 92 of its CIFAR-10 ones, as MLC_Policy of TaI-DPT has them: each applies its
-# first operation with the first probability, then the second. "0.4pos8" = probability 0.4, posterize, level 8.
-# shX shY shear, trX trY translate, rotate, color, contrast, sharpness, brightness, posterize, solarize, autocontrast,
-# equalize, invert; level 0..9.
+# -------------------------------------------------------------------------------------------------
+# the 117 policies AutoAugment's 25 ImageNet policies and 92 of its CIFAR-10 ones, as MLC_Policy of
+# TaI-DPT has them: each applies its first operation with the first probability, then the second.
+# "0.4pos8" = probability 0.4, posterize, level 8. shX shY shear, trX trY translate, rotate, color,
+# contrast, sharpness, brightness, posterize, solarize, autocontrast, equalize, invert; level 0..9.
 TABLE = """
 0.4pos8 0.6rot9 | 0.6sol5 0.6aut5 | 0.8equ8 0.6equ3 | 0.6pos7 0.6pos6 | 0.4equ7 0.2sol4 | 0.4equ4 0.8rot8 |
 0.6sol3 0.6equ7 | 0.8pos5 1equ2 | 0.2rot3 0.6sol8 | 0.6equ8 0.4pos6 | 0.8rot8 0.4col0 | 0.4rot9 0.6equ2 |
@@ -109,39 +120,46 @@ TABLE = """
 0.2aut9 0.4bri8 | 0.1equ0 0equ6 | 0.8equ4 0equ4 | 0.5equ5 0.1aut2 | 0.5sol5 0.9aut5 | 0.6aut1 0.7aut8 |
 0.2equ0 0.1aut2 | 0.6equ9 0.4equ4
 """
-POLICIES = [[(float(step[:-4]), step[-4:-1], int(step[-1])) for step in row.split()] for row in TABLE.split("|")]
+POLICIES = [[(float(step[:-4]), step[-4:-1], int(step[-1])) for step in row.split()]
+            for row in TABLE.split("|")]
 
 ENHANCE = {"col": ImageEnhance.Color, "con": ImageEnhance.Contrast, "sha": ImageEnhance.Sharpness,
            "bri": ImageEnhance.Brightness}
-LEVELS = {"sh": np.linspace(0, 0.3, 10), "tr": np.linspace(0, 150 / 331, 10), "rot": np.linspace(0, 30, 10),
+LEVELS = {"sh": np.linspace(0, 0.3, 10), "tr": np.linspace(0, 150 / 331, 10),
+          "rot": np.linspace(0, 30, 10),
           "pos": np.round(np.linspace(8, 4, 10)).astype(int), "sol": np.linspace(256, 0, 10),
           **dict.fromkeys(ENHANCE, np.linspace(0, 0.9, 10))}
 
 
 def magnitude(operation, level):
-    """What a level 0..9 means: slope, share of the side, degrees, change of the factor 1, bits, threshold; or None."""
+    """What a level 0..9 means: slope, share of the side, degrees, change of the factor 1, bits,
+    threshold; or None."""
     table = LEVELS.get(operation, LEVELS.get(operation[:2]))
     return None if table is None else table[level].item()
 
 
 def apply(image, operation, level, rng):
     m = magnitude(operation, level)
-    if operation[:2] in ("sh", "tr") or operation in ENHANCE:  # "sh" takes in sharpness, which is signed as well
+    # "sh" takes in sharpness, which is signed as well
+    if operation[:2] in ("sh", "tr") or operation in ENHANCE:
         m *= rng.choice((-1, 1))
     if operation in ENHANCE:
         return ENHANCE[operation](image).enhance(1 + m)
-    if operation[:2] in ("sh", "tr"):  # the output pixel (x, y) is taken from (x + ax y + tx, y + ay x + ty)
+    # the output pixel (x, y) is taken from (x + ax y + tx, y + ay x + ty)
+    if operation[:2] in ("sh", "tr"):
         ax, tx, ay, ty = {"shX": (m, 0, 0, 0), "trX": (0, m * image.width, 0, 0),
                           "shY": (0, 0, m, 0), "trY": (0, 0, 0, m * image.height)}[operation]
         return image.transform(image.size, Image.AFFINE, (1, ax, tx, ay, 1, ty),
-                               Image.BICUBIC if operation[1] == "h" else Image.NEAREST, fillcolor=GREY)
+                               Image.BICUBIC if operation[1] == "h" else Image.NEAREST,
+                               fillcolor=GREY)
     if operation == "rot":
         return image.rotate(m, fillcolor=GREY)  # always counter-clockwise
     if operation == "pos":
         return ImageOps.posterize(image, m)
     if operation == "sol":
         return ImageOps.solarize(image, m)
-    return {"aut": ImageOps.autocontrast, "equ": ImageOps.equalize, "inv": ImageOps.invert}[operation](image)
+    return {"aut": ImageOps.autocontrast, "equ": ImageOps.equalize,
+            "inv": ImageOps.invert}[operation](image)
 
 
 def policy(image, rng):

@@ -1,4 +1,5 @@
-"""What all layouts share: the label codes, the record of a split, and readers that say what is wrong with a file.
+"""What all layouts share: the label codes, the record of a split, and readers that say what is
+wrong with a file.
 
 N images, C categories.
 """
@@ -30,7 +31,8 @@ class Split:
     labels: np.ndarray  # (N, C) int8: what training may see
     truth: Optional[np.ndarray] = None  # (N, C) int8: all that is known
     prompts: Optional[list] = None  # C names as they are put into prompts
-    boxes: Optional[list] = None  # N arrays (n, 5) float32: class, x0, y0, x1, y1 as fractions of the image
+    # N arrays (n, 5) float32: class, x0, y0, x1, y1 as fractions of the image
+    boxes: Optional[list] = None
     unused: Optional[np.ndarray] = None  # (N,) bool: rows that count for the mask but are not used
     dropped: dict = field(default_factory=dict)  # why rows are unused: {"photo missing": 3}
     listed: Optional[list] = None  # N image names as a sheet writes them
@@ -47,7 +49,8 @@ class Split:
         def part(values):
             return [values[i] for i in rows] if values else None
 
-        return replace(self, paths=part(self.paths) or [], labels=self.labels[rows], truth=self.truth[rows],
+        return replace(self, paths=part(self.paths) or [], labels=self.labels[rows],
+                       truth=self.truth[rows],
                        unused=self.unused[rows], boxes=part(self.boxes), listed=part(self.listed),
                        where=part(self.where))
 
@@ -56,24 +59,29 @@ class Split:
 
     @property
     def info(self):
-        """Counts and hashes for config.json; sha256 covers names, prompts, file names, labels and truth."""
-        names = json.dumps([self.names, self.prompts, [os.path.basename(path) for path in self.paths]])
+        """Counts and hashes for config.json; sha256 covers names, prompts, file names, labels and
+        truth."""
+        names = json.dumps([self.names, self.prompts,
+                            [os.path.basename(path) for path in self.paths]])
         content = names.encode() + self.labels.tobytes() + self.truth.tobytes()
         counts = {"images": len(self.paths), "positives": int((self.labels == POSITIVE).sum()),
                   "negatives": int((self.labels == NEGATIVE).sum()),
                   "unknowns": int((self.labels == UNKNOWN).sum())}
         mask = {"mask_sha256": self.mask_sha256} if self.mask_sha256 else {}
-        return counts | {"dropped": self.dropped, "sha256": hashlib.sha256(content).hexdigest()} | mask
+        return counts | {"dropped": self.dropped,
+                         "sha256": hashlib.sha256(content).hexdigest()} | mask
 
 
 def find(root, *choices, what):
     """The first of `choices` (paths below root) that exists."""
     if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder (expected the data set there; pass its folder as --root)")
+        raise UserError(f"{root}: no such folder (expected the data set there; pass its folder as "
+                        "--root)")
     for choice in choices:
         if os.path.exists(Path(root, choice)):
             return Path(root, choice)
-    raise UserError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))}); is --root right?")
+    raise UserError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))}); is "
+                    "--root right?")
 
 
 def read_bytes(path):
@@ -86,16 +94,19 @@ def read_bytes(path):
 
 
 def read_lines(path, names=None):
-    """Lines that are not empty, without their ends. names: how many different ones there must be."""
+    """Lines that are not empty, without their ends. names: how many different ones there must
+    be."""
     raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it "
+                        "as UTF-8") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"{path}: the file is empty; expected a line for each entry: complete the download")
+        raise UserError(f"{path}: the file is empty; expected a line for each entry: complete the "
+                        "download")
     if names and not len(set(lines)) == len(lines) == names:
         raise UserError(f"{path}: expected {names} distinct names, one a line; got {len(lines)} "
                         f"({len(set(lines))} distinct)")
@@ -105,7 +116,8 @@ def read_lines(path, names=None):
 def read_json(path, **options):
     try:
         return json.loads(read_bytes(path), **options)
-    except (ValueError, RecursionError) as error:  # broken JSON and broken UTF-8 are both ValueErrors
+    # broken JSON and broken UTF-8 are both ValueErrors
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); the download is probably incomplete") from None
 
 
@@ -118,21 +130,24 @@ def read_array(path):
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{path}: not an array file, .npy or .npz of one array ({str(error)[:150]}); "
-                        "save it again") from None
+        raise UserError(f"{path}: not an array file, .npy or .npz of one array "
+                        f"({str(error)[:150]}); save it again") from None
 
 
 def safe_join(folder, name, where):
-    """folder/name, refused when `name` points out of the folder. Links that the user made are followed."""
+    """folder/name, refused when `name` points out of the folder. Links that the user made are
+    followed."""
     name = str(name).replace("\\", "/")
     path = os.path.normpath(os.path.join(folder, name))
     if os.path.isabs(name) or "\0" in name or not path.startswith(os.path.join(os.path.normpath(folder), "")):
-        raise UserError(f"{where}: the file name {name!r} leads out of {folder}; names must stay below that folder")
+        raise UserError(f"{where}: the file name {name!r} leads out of {folder}; names must stay "
+                        "below that folder")
     return path
 
 
 def locate(paths):
-    """The paths as their folders write them, None where there is no file. Each folder is listed once.
+    """The paths as their folders write them, None where there is no file. Each folder is listed
+    once.
 
     A name in another Unicode normal form (as macOS writes umlauts) is the same name.
     """
@@ -162,13 +177,14 @@ def require_files(paths, where):
     found = locate(paths)
     missing = [path for path, real in zip(paths, found) if real is None]
     if missing:
-        raise UserError(f"{where}: {len(missing)} of {len(paths)} images are missing, first {missing[0]}; "
-                        "complete the download or correct --root")
+        raise UserError(f"{where}: {len(missing)} of {len(paths)} images are missing, first "
+                        f"{missing[0]}; complete the download or correct --root")
     return found
 
 
 def positive_list(path, classes, single=False):
-    """A list 'name.jpg,idx idx' -> names, (N, classes) int8 with the listed classes POSITIVE, else UNKNOWN.
+    """A list 'name.jpg,idx idx' -> names, (N, classes) int8 with the listed classes POSITIVE, else
+    UNKNOWN.
 
     single: each line has exactly one idx (the lists of the SPLC setup).
     """
@@ -180,7 +196,8 @@ def positive_list(path, classes, single=False):
         fits = all(c.isdecimal() and int(c) < classes for c in columns)
         if not name or not fits or single and len(columns) != 1:
             wanted = "one idx" if single else "idx idx ..."
-            raise UserError(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}, got {line[:80]!r}")
+            raise UserError(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}, "
+                            f"got {line[:80]!r}")
         names.append(name)
         labels[i, [int(c) for c in columns]] = POSITIVE
     return names, labels

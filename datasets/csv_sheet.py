@@ -1,13 +1,15 @@
-"""Your own images: a sheet `image,<class>,<class>,...` in which a cell is 1 present, 0 absent, empty unknown.
+"""Your own images: a sheet `image,<class>,<class>,...` in which a cell is 1 present, 0 absent,
+empty unknown.
 
     image,dog,cat,"red, small car"
     #prompt,dog,cat,small red car          (optional second row: the names to use in prompts)
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
-Sheets full of unknowns are the point. Other forms are understood and told: 1.0, true, yes, x; 0.0, false, no;
-?, NA, nan; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no category (--ignore, or found);
-one column of lists such as `dog|cat` (--unlisted says what the others are). What could mean two things is
-refused with the option that settles it; `python data.py SHEET.csv` prints every problem with its line.
+Sheets full of unknowns are the point. Other forms are understood and told: 1.0, true, yes, x; 0.0,
+false, no; ?, NA, nan; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no category
+(--ignore, or found); one column of lists such as `dog|cat` (--unlisted says what the others are).
+What could mean two things is refused with the option that settles it; `python data.py SHEET.csv`
+prints every problem with its line.
 """
 import csv
 import io
@@ -18,11 +20,13 @@ import numpy as np
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, read_bytes, safe_join
 from support import UserError
 
-WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"), NEGATIVE: ("0", "0.0", "false", "no", "absent"),
+WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"),
+         NEGATIVE: ("0", "0.0", "false", "no", "absent"),
          UNKNOWN: ("", "?", "na", "n/a", "nan", "none", "null", "unknown")}
 CODES = {word: code for code, words in WORDS.items() for word in words}
 MINUS_ONE = ("-1", "-1.0")
-SIGNED = {**CODES, "0": UNKNOWN, "0.0": UNKNOWN, "-1": NEGATIVE, "-1.0": NEGATIVE}  # --minus-one absent
+# --minus-one absent
+SIGNED = {**CODES, "0": UNKNOWN, "0.0": UNKNOWN, "-1": NEGATIVE, "-1.0": NEGATIVE}
 UNCERTAIN = {**CODES, "-1": UNKNOWN, "-1.0": UNKNOWN}  # --minus-one unknown, as CheXpert
 
 
@@ -31,7 +35,8 @@ def is_sheet(data):
 
 
 def load(root, cfg):
-    """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first, other images."""
+    """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first,
+    other images."""
     parts = {"train": read(cfg.data, root, cfg)}
     for part in ("val", "test"):
         path = getattr(cfg, part, None)
@@ -41,34 +46,38 @@ def load(root, cfg):
 
 
 def aligned(split, parts, path):
-    """A second sheet with its columns in the order of the first one; it shares no image with the others."""
+    """A second sheet with its columns in the order of the first one; it shares no image with the
+    others."""
     names = parts["train"].names
     if sorted(split.names) != sorted(names):
         raise UserError(f"{path}: its classes differ from those of the training sheet: "
                         f"{sorted(set(split.names) ^ set(names))}; use the same columns")
     for name, other in parts.items():
         if both := set(split.paths) & set(other.paths):
-            raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, first {min(both)}; "
-                            "keep them apart")
+            raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, first "
+                            f"{min(both)}; keep them apart")
     split.labels = split.truth = split.labels[:, [split.names.index(name) for name in names]]
     split.names, split.prompts = names, parts["train"].prompts
     return split
 
 
 def table(path):
-    """(header, [(line number, cells)]) of a text file with commas, semicolons or tabs, UTF-8 or UTF-16."""
+    """(header, [(line number, cells)]) of a text file with commas, semicolons or tabs, UTF-8 or
+    UTF-16."""
     raw = read_bytes(path)
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as 'CSV UTF-8'") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it "
+                        "as 'CSV UTF-8'") from None
     first, _, rest = text.partition("\n")
     skipped = first.strip().lower().startswith("sep=")  # Excel's own line
     head = rest.partition("\n")[0] if skipped else first
     delimiter = first.strip()[4:5] if skipped else max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(rest if skipped else text, newline=""), delimiter=delimiter or ",", strict=True)
+    reader = csv.reader(io.StringIO(rest if skipped else text, newline=""), delimiter=delimiter
+                        or ",", strict=True)
     try:
         rows = [(reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
@@ -76,27 +85,30 @@ def table(path):
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,<class>,...'")
-    width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)  # empty columns at the end go
+    # empty columns at the end go
+    width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
     rows = [(line, row[:width]) for line, row in rows]
     (_, header), body = rows[0], rows[1:]
     if len(header) < 2:
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {','.join(header)[:80]!r}")
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got "
+                        f"{','.join(header)[:80]!r}")
     if all(cell.lower() in CODES for cell in header[1:]):
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got what looks like a row of labels "
-                        f"({header[0]}): put the header above it")
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got what looks like a "
+                        f"row of labels ({header[0]}): put the header above it")
     return header, body
 
 
 def read(path, root, cfg):
-    """-> Split. root: where relative image names start, and what they must not leave (default: the sheet's
-    folder). UserError for the first problem; its attribute `problems` lists them all."""
+    """-> Split. root: where relative image names start, and what they must not leave (default: the
+    sheet's folder). UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
     codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(getattr(cfg, "minus_one", None), CODES)
     header, body = table(path)
     problems = []
     ignored = set(filter(None, (getattr(cfg, "ignore", None) or "").split(",")))
     if missing := ignored - set(header):
-        raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are {', '.join(header[:20])}")
+        raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are "
+                        f"{', '.join(header[:20])}")
 
     prompts = dict(zip(header, [name.replace("_", " ") for name in header]))
     if body and body[0][1][0] == "#prompt":
@@ -109,12 +121,12 @@ def read(path, root, cfg):
             problems.append(f"{path}:{line}: {len(row)} cells, but the header has {len(header)}")
     body = [(line, row) for line, row in body if len(row) == len(header)]
 
-    def known(c):  # share of a column's filled cells that are labels
-        filled = [row[c] for _, row in body if row[c]]
-        return sum(cell.lower() in codes or cell in MINUS_ONE for cell in filled) / len(filled) if filled else 1.0
+    def no_label(c):  # a column of three or more cells, of which none is a label
+        filled = [row[c].lower() for _, row in body if row[c]]
+        return len(filled) > 2 and not any(cell in codes or cell in MINUS_ONE for cell in filled)
 
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
-    other = [c for c in columns if not known(c)]
+    other = [c for c in columns if no_label(c)]
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], getattr(cfg, "unlisted", None))
         prompts = {name: name.replace("_", " ") for name in names}
@@ -122,16 +134,19 @@ def read(path, root, cfg):
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         if other:
-            print(f"{path}: no categories, since no cell is a label: {', '.join(header[c] for c in other)}")
+            print(f"{path}: no categories, since no cell is a label: "
+                  f"{', '.join(header[c] for c in other)}")
         cells = []
         for line, row in body:
             bad = [f"{header[c]}={row[c]!r}" for c in columns if row[c].lower() not in codes]
             if any(row[c] in MINUS_ONE and row[c] not in codes for c in columns):
-                problems.append(f"{path}:{line}: {', '.join(bad[:3])}: -1 is absent in some sheets (where 0 is unknown) "
-                                "and uncertain in others: say --minus-one absent or --minus-one unknown")
+                problems.append(f"{path}:{line}: {', '.join(bad[:3])}: -1 is absent in some sheets "
+                                "(where 0 is unknown) and uncertain in others: say --minus-one "
+                                "absent or --minus-one unknown")
             elif bad:
-                problems.append(f"{path}:{line}: a cell is 1 (present), 0 (absent) or empty (unknown), got "
-                                f"{', '.join(bad[:3])}; a column that is no category goes into --ignore")
+                problems.append(f"{path}:{line}: a cell is 1 (present), 0 (absent) or empty "
+                                f"(unknown), got {', '.join(bad[:3])}; a column that is no "
+                                "category goes into --ignore")
             cells.append([codes.get(row[c].lower(), UNKNOWN) for c in columns])
     problems += doubtful_names(path, names)
 
@@ -141,19 +156,23 @@ def read(path, root, cfg):
             if not row[0]:
                 raise UserError(f"{path}:{line}: no image name in the first column")
             absolute = os.path.isabs(row[0]) and "\0" not in row[0]
-            file = os.path.realpath(row[0] if absolute else safe_join(root, row[0], f"{path}:{line}"))
+            file = os.path.realpath(row[0] if absolute
+                                    else safe_join(root, row[0], f"{path}:{line}"))
             if file in first:  # links followed: one image, one row
-                raise UserError(f"{path}:{line}: {row[0]} is already on line {first[file]}; merge the two rows")
+                raise UserError(f"{path}:{line}: {row[0]} is already on line {first[file]}; merge "
+                                "the two rows")
             if not os.path.isfile(file):
                 what = "a folder" if os.path.isdir(file) else "missing"
-                raise UserError(f"{path}:{line}: no image {file} ({what}); --root says where image names start")
+                raise UserError(f"{path}:{line}: no image {file} ({what}); --root says where image "
+                                "names start")
             first[file] = line
             files.append(file)
         except UserError as error:
             problems.append(str(error))
     labels = np.array(cells, np.int8).reshape(-1, len(names))
     if not problems and not (labels == POSITIVE).any():
-        problems.append(f"{path}: no cell is 1 in {len(labels)} rows: there is nothing to learn; mark what is present")
+        problems.append(f"{path}:1: no cell is 1 in {len(labels)} rows: there is nothing to learn; "
+                        "mark what is present")
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)" if len(problems) > 1 else ""
         error = UserError(problems[0] + more)
@@ -167,9 +186,10 @@ def read(path, root, cfg):
 def lists(path, body, column, unlisted):
     """One column of lists, `dog|cat` or `dog;cat` -> cells (N rows of C codes), names."""
     if unlisted not in ("absent", "unknown"):
-        raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they do not name absent or "
-                        "unknown? Say --unlisted absent or --unlisted unknown")
-    rows = [[name.strip() for name in row[column].replace(";", "|").split("|") if name.strip()] for _, row in body]
+        raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
+                        "do not name absent or unknown? Say --unlisted absent or --unlisted unknown")
+    rows = [[name.strip() for name in row[column].replace(";", "|").split("|") if name.strip()]
+            for _, row in body]
     names = sorted({name for row in rows for name in row})
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     print(f"{path}: one column of lists, {len(names)} categories")
@@ -177,7 +197,7 @@ def lists(path, body, column, unlisted):
 
 
 def doubtful_names(path, names):
-    problems = [f"{path}:1: a column has no class name"] if "" in names else []
+    problems = [f"{path}:1: a column has cells, but no class name: give it one"] if "" in names else []
     seen = {}
     for name in names:
         if (other := seen.setdefault(name.lower(), name)) is not name:

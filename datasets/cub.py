@@ -1,11 +1,12 @@
 """CUB-200-2011's 312 attributes as categories. https://www.vision.caltech.edu/datasets/cub_200_2011
 
-CUB_200_2011/ with attributes.txt beside or in it; is_present is the label, certainty is ignored by all peers.
+CUB_200_2011/ with attributes.txt beside or in it; is_present is the label, certainty is ignored by
+all peers.
 """
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, read_bytes, read_lines, require_files,
-                           require_unique, safe_join)
+from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, read_bytes, read_lines,
+                           require_files, require_unique, safe_join)
 from support import UserError
 
 FOLDERS = ("CUB_200_2011/CUB_200_2011/", "CUB_200_2011/", "")
@@ -14,19 +15,21 @@ FOLDERS = ("CUB_200_2011/CUB_200_2011/", "CUB_200_2011/", "")
 def load(root, cfg):
     index = find(root, *(f"{folder}images.txt" for folder in FOLDERS), what="CUB's images.txt")
     base = index.parent
-    places = [f"{folder}{file}" for folder in FOLDERS for file in ("attributes.txt", "attributes/attributes.txt")]
+    places = [f"{folder}{file}" for folder in FOLDERS
+              for file in ("attributes.txt", "attributes/attributes.txt")]
     attributes = find(root, *places, "../attributes.txt", what="attributes.txt (the 312 names)")
     images, names = numbered(index), numbered(attributes)
     require_unique(names, attributes)
     sides = numbered(base / "train_test_split.txt")
     if len(sides) != len(images) or set(sides) - {"0", "1"}:
-        raise UserError(f"{base / 'train_test_split.txt'}: expected 0 or 1 for all {len(images)} images, "
-                        f"got {len(sides)} lines of {sorted(set(sides))[:5]}")
+        raise UserError(f"{base / 'train_test_split.txt'}: expected 0 or 1 for all {len(images)} "
+                        f"images, got {len(sides)} lines of {sorted(set(sides))[:5]}")
     labels = image_labels(base / "attributes/image_attribute_labels.txt", len(images), len(names))
     paths = require_files([safe_join(base / "images", name, index) for name in images], index)
     whole = Split("cub", paths, names, labels)
     train = np.array(sides) == "1"
-    return {"train": whole.subset(np.flatnonzero(train)), "test": whole.subset(np.flatnonzero(~train))}
+    return {"train": whole.subset(np.flatnonzero(train)),
+            "test": whole.subset(np.flatnonzero(~train))}
 
 
 def numbered(path):
@@ -50,8 +53,9 @@ def image_labels(path, N, C):
             labels[row, column] = code[value]
         except (ValueError, KeyError, IndexError):
             if line.strip():
-                raise UserError(f"{path}:{number}: expected 'image attribute 0|1 ...', each pair once, "
-                                f"got {line[:80]!r}") from None
+                raise UserError(f"{path}:{number}: expected 'image attribute 0|1 ...', each pair "
+                                f"once, got {line[:80]!r}") from None
     if (labels == UNKNOWN).any():
-        raise UserError(f"{path}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line; is it complete?")
+        raise UserError(f"{path}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line; "
+                        "is it complete?")
     return labels

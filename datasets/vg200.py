@@ -1,7 +1,9 @@
-"""VG-200: the 200 most frequent categories of Visual Genome, as SARB published them. https://visualgenome.org
+"""VG-200: the 200 most frequent categories of Visual Genome, as SARB published them.
+https://visualgenome.org
 
-{train,test}_list_500.txt and the label JSON, over the folders VG_100K and VG_100K_2. N images, C = 200.
-The category names were never published; `match_names` finds them in Visual Genome's objects.json:
+{train,test}_list_500.txt and the label JSON, over the folders VG_100K and VG_100K_2. N images, C =
+200. The category names were never published; `match_names` finds them in Visual Genome's
+objects.json:
 
     python data.py vg200 --root DIR --objects objects.json > DIR/vg_category_200.txt
 """
@@ -17,11 +19,13 @@ FOLDERS = ("", "VG/", "annotations/")
 
 def load(root, cfg):
     try:
-        names = cfg.names or find(root, *(f"{f}vg_category_200.txt" for f in FOLDERS), what="the category names")
+        names = cfg.names or find(root, *(f"{f}vg_category_200.txt" for f in FOLDERS),
+                                  what="the category names")
     except UserError:
-        raise UserError(f"{root}: VG-200's category names are not part of the public files: put them, one a line, into "
-                        "vg_category_200.txt there or pass --names FILE (python data.py vg200 --root DIR "
-                        "--objects objects.json finds them in Visual Genome's objects.json)") from None
+        raise UserError(f"{root}: VG-200's category names are not part of the public files: put "
+                        "them, one a line, into vg_category_200.txt there or pass --names FILE "
+                        "(python data.py vg200 --root DIR --objects objects.json finds them in "
+                        "Visual Genome's objects.json)") from None
     names = read_lines(names, 200)
     return {part: split(root, part, names) for part in ("train", "test")}
 
@@ -31,7 +35,8 @@ def split(root, part, names):
     folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
     folders = [folder for folder in folders if folder.is_dir()]
     if not folders:
-        raise UserError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's two image archives")
+        raise UserError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's "
+                        "two image archives")
     files = [safe_join(folders[0], name, path) for name in images]
     for folder in folders[1:]:
         for i, found in enumerate(locate(files)):
@@ -41,9 +46,11 @@ def split(root, part, names):
 
 
 def listed(root, part):
-    """The list file, its N image names and (N, 200) labels. The JSON of 500 categories is cut at 200."""
+    """The list file, its N image names and (N, 200) labels. The JSON of 500 categories is cut at
+    200."""
     path = find(root, *(f"{f}{part}_list_500.txt" for f in FOLDERS), what=f"the {part} list")
-    index = find(root, *(f"{f}vg_category_{n}_labels_index.json" for n in (200, 500) for f in FOLDERS),
+    index = find(root,
+                 *(f"{f}vg_category_{n}_labels_index.json" for n in (200, 500) for f in FOLDERS),
                  what="the label JSON")
     images, count = read_lines(path), int(index.name.split("_")[2])
     labels = np.full((len(images), 200), NEGATIVE, np.int8)
@@ -51,18 +58,19 @@ def listed(root, part):
     for i, image in enumerate(images):
         columns = known.get(image) if isinstance(known, dict) else None
         if columns is None or not all(type(c) is int and 0 <= c < count for c in columns):
-            raise UserError(f"{index}: expected {{'<id>.jpg': [class indices below {count}]}} for every image of "
-                            f"{path.name}; {image}: {str(columns)[:80]}")
+            raise UserError(f"{index}: expected {{'<id>.jpg': [class indices below {count}]}} for "
+                            f"every image of {path.name}; {image}: {str(columns)[:80]}")
         labels[i, [c for c in columns if c < 200]] = POSITIVE
     return path, images, labels
 
 
 def match_names(root, objects):
-    """200 object names: for each index the one whose set of images is most like the index's (intersection over
-    union). objects: Visual Genome's objects.json, with object_alias.txt beside it or not. Look them over."""
+    """200 object names: for each index the one whose set of images is most like the index's
+    (intersection over union). objects: Visual Genome's objects.json, with object_alias.txt beside it or not. Look them over."""
     parts = [listed(root, part) for part in ("train", "test")]
     row = {name: i for i, name in enumerate(parts[0][1] + parts[1][1])}
-    positive = (np.concatenate([labels for _, _, labels in parts]) == POSITIVE).astype(np.float32)  # (N, 200)
+    # (N, 200)
+    positive = (np.concatenate([labels for _, _, labels in parts]) == POSITIVE).astype(np.float32)
     aliases = Path(objects).with_name("object_alias.txt")
     groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
     alias = {word: words[0] for words in groups for word in words}

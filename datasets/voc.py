@@ -1,6 +1,8 @@
-"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main. http://host.robots.ox.ac.uk/pascal/VOC
+"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main.
+http://host.robots.ox.ac.uk/pascal/VOC
 
-The labels come from Main/<class>_<split>.txt, or else from the XML files. N images, C = 20 categories.
+The labels come from Main/<class>_<split>.txt, or else from the XML files. N images, C = 20
+categories.
 """
 import xml.etree.ElementTree as ElementTree
 
@@ -21,11 +23,13 @@ def load(root, cfg):
     year = int(cfg.data[3:])
     train, test = ("trainval", "test") if year == 2007 else ("train", "val")
     difficult = POSITIVE if cfg.single_positive == "splc" else NEGATIVE
-    return {"train": split(root, year, train, difficult), "test": split(root, year, test, difficult)}
+    return {"train": split(root, year, train, difficult),
+            "test": split(root, year, test, difficult)}
 
 
 def split(root, year, part, difficult=NEGATIVE):
-    jpegs = find(root, f"VOCdevkit/VOC{year}/JPEGImages", f"VOC{year}/JPEGImages", "JPEGImages", what=f"VOC{year}")
+    jpegs = find(root, f"VOCdevkit/VOC{year}/JPEGImages", f"VOC{year}/JPEGImages", "JPEGImages",
+                 what=f"VOC{year}")
     main = jpegs.parent / "ImageSets" / "Main"
     listing = main / f"{part}.txt"
     ids = [line.split()[0] for line in read_lines(listing)]
@@ -34,8 +38,10 @@ def split(root, year, part, difficult=NEGATIVE):
         columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
         labels = np.stack(columns, 1)
     else:
-        labels = np.stack([annotation(jpegs.parent / "Annotations" / f"{name}.xml", difficult) for name in ids])
-    unused = ~(labels == POSITIVE).any(1)  # none in 2007; in 2012 the few whose objects are all difficult
+        labels = np.stack([annotation(jpegs.parent / "Annotations" / f"{name}.xml", difficult)
+                           for name in ids])
+    # none in 2007; in 2012 the few whose objects are all difficult
+    unused = ~(labels == POSITIVE).any(1)
     return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
                  dropped={"without a positive": int(unused.sum())} if unused.any() else {})
 
@@ -50,10 +56,11 @@ def class_list(path, ids, difficult):
             key, value = line.split()
             column[left.pop(key)] = code[value]
         except (ValueError, KeyError):
-            raise UserError(f"{path}:{number}: expected an id of the split's list, once, and 1, 0 or -1, "
-                            f"got {line[:80]!r}") from None
+            raise UserError(f"{path}:{number}: expected an id of the split's list, once, and 1, 0 "
+                            f"or -1, got {line[:80]!r}") from None
     if left:
-        raise UserError(f"{path}: {len(left)} of {len(ids)} images have no line; complete the download")
+        raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line; complete the "
+                        "download")
     return column
 
 
@@ -61,7 +68,10 @@ def annotation(path, difficult):
     """One XML -> (20,) int8."""
     labels = np.full(len(VOC), NEGATIVE, np.int8)
     try:
-        for thing in ElementTree.fromstring(read_bytes(path)).iter("object"):
+        tree = ElementTree.fromstring(read_bytes(path))
+        if tree.tag != "annotation":
+            raise ValueError(f"it is <{tree.tag}>")
+        for thing in tree.iter("object"):
             if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
                 labels[VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
     except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:

@@ -14,9 +14,8 @@ import re
 import numpy as np
 import torch
 
-from data import NEGATIVE, POSITIVE, as_split
-from datasets.base import Table, read_bytes
-from clip.features import order
+from clip.features import epoch_order
+from datasets.base import NEGATIVE, POSITIVE, Split, read_bytes
 from support import UserError
 
 # Words that mean the same, a group a line; a category is named by every word of the groups that hold its own name, and by their
@@ -107,8 +106,8 @@ def load(file, names, prompts, images=None):
     labels = np.full((len(named), len(names)), NEGATIVE, np.int8)                  # what a caption does not name counts as absent
     for row, (_, found) in zip(labels, named):
         row[list(found)] = POSITIVE
-    table = Table([text for text, _ in named], labels, list(names), notes={"captions that name no category": len(texts) - len(named)})
-    return as_split("captions", table, prompts)
+    return Split("captions", [text for text, _ in named], list(names), labels, prompts=prompts,
+                 dropped={"captions that name no category": len(texts) - len(named)})
 
 
 class Captions:
@@ -132,7 +131,7 @@ class Captions:
         return len(self.tokens)
 
     def batches(self, epoch, shuffle=True):
-        for part in (order(len(self), epoch, self.seed) if shuffle else torch.arange(len(self))).split(self.batch):
+        for part in (epoch_order(len(self), epoch, self.seed) if shuffle else torch.arange(len(self))).split(self.batch):
             part = torch.cat([part, part[:1].expand(-len(part) % self.world)])[self.rank:: self.world]
             yield part.to(self.device), *self.encode(self.tokens[part].long().to(self.device))
 

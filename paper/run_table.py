@@ -25,7 +25,6 @@ import clip
 import data
 import eval as evaluation
 import train
-from clip.features import for_evaluation
 from support import UserError
 from support.checkpoint import save_atomically
 from support.cli import best_device
@@ -110,7 +109,7 @@ class Runs:
     @functools.cached_property
     def test(self):
         """The features of the test split, which all rows of a table share."""
-        return for_evaluation(self.base, splits_of(self.base)[2], self.encoder, self.device)
+        return evaluation.evaluation_loader(self.base, splits_of(self.base)[2], self.encoder, self.device)
 
     @functools.cached_property
     def zero_shot(self):
@@ -176,7 +175,8 @@ def chosen(run, checkpoint):
 
 
 # What follows runs in a process of its own when --jobs asks for several.
-OF_THE_DATA = (*inspect.signature(data.load).parameters, "images", "captions")
+OF_THE_DATA = ("data", "root", "ratio", "single_positive", "seed", "train_images", "mask", "val", "test", "ignore", "minus_one",
+               "unlisted", "names", "lists", "prompt_names", "keep_unannotated", "images", "captions")
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,7 +4,8 @@
 class UserError(ValueError):
     """Something that the user can mend. One line: what was expected, what came, what to do.
 
-    A loader's process hands its errors over as text that holds the whole traceback: the last line of it is kept.
+    A loader's process hands its errors over as text that holds the whole traceback: the last line
+    of it is kept.
     """
 
     def __init__(self, message):

@@ -1,4 +1,5 @@
-"""Files that survive a kill: written beside, flushed, renamed. Checkpoints carry a checksum of what they hold."""
+"""Files that survive a kill: written beside, flushed, renamed. Checkpoints carry a checksum of what
+they hold."""
 import hashlib
 import io
 import json
@@ -10,26 +11,30 @@ from support import UserError
 
 
 def write_atomically(file, content):
-    """bytes or text into `file` (a Path): a kill leaves the old file or the new one, never a part."""
+    """bytes or text into `file` (a Path): a kill leaves the old file or the new one, never a
+    part."""
     try:
-        if file.exists() and not file.is_file():                # a folder; a device, which a rename would replace
+        # a folder; a device, which a rename would replace
+        if file.exists() and not file.is_file():
             raise OSError("not a regular file")
         temporary = file.with_name(f".{file.name}.tmp")
         try:
             with open(temporary, "wb") as handle:
-                handle.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+                handle.write(content.encode(errors="surrogateescape") if isinstance(content, str)
+                             else content)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror or error}): free some space or choose another "
-                        "place; what the file held before is untouched") from None
+        raise UserError(f"{file} cannot be written ({error.strerror or error}): free some space or "
+                        "choose another place; what the file held before is untouched") from None
 
 
 def save_atomically(save, file):
-    """save(buffer) writes into memory, as np.save, PIL and matplotlib do; `file` gets all of it or nothing."""
+    """save(buffer) writes into memory, as np.save, PIL and matplotlib do; `file` gets all of it or
+    nothing."""
     buffer = io.BytesIO()
     save(buffer)
     write_atomically(file, buffer.getvalue())
@@ -60,13 +65,15 @@ def checksum(state):
 
 
 def save_checkpoint(state, file):
-    """state: dict of tensors, numbers, strings, lists and dicts of these -> `file`, whole or not at all."""
+    """state: dict of tensors, numbers, strings, lists and dicts of these -> `file`, whole or not at
+    all."""
     import torch
     save_atomically(lambda buffer: torch.save(state | {"checksum": checksum(state)}, buffer), file)
 
 
 def read_checkpoint(file, device="cpu"):
-    """A last.pt or best.pt of train.py -> dict, its tensors on `device`. Runs no code from the file."""
+    """A last.pt or best.pt of train.py -> dict, its tensors on `device`. Runs no code from the
+    file."""
     import torch
     if not file.is_file() and (file.parent / "last.pt").is_file():
         raise UserError(f"{file.parent} has no {file.name} (without validation there is none): "
@@ -77,34 +84,41 @@ def read_checkpoint(file, device="cpu"):
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         whole = state.pop("checksum") == checksum(state)
-    except Exception:                                           # whatever a damaged file makes the reader raise
+    # whatever a damaged file makes the reader raise
+    except Exception:
         whole = False
     if not whole:
-        raise UserError(f"{file} is damaged, or no checkpoint of train.py: restore it, or train again")
+        raise UserError(f"{file} is damaged, or no checkpoint of train.py: restore it, or train "
+                        "again")
     return state
 
 
 def lock(file):
-    """Holds the lock `file` until the process ends; UserError where another process keeps it for 10 seconds."""
+    """Holds the lock `file` until the process ends; UserError where another process keeps it for 10
+    seconds."""
     from filelock import FileLock, Timeout
     held = FileLock(file)
     try:
-        held.acquire(timeout=10)                                # a killed run's loader processes end within that
+        # a killed run's loader processes end within that
+        held.acquire(timeout=10)
     except Timeout:
-        raise UserError(f"another process is writing {file.parent}: wait for it, or choose another --out") from None
+        raise UserError(f"another process is writing {file.parent}: wait for it, or choose another "
+                        "--out") from None
     return held
 
 
 @dataclass
 class State:
-    """What training changes, and so what last.pt keeps. Parts with a state_dict: model to scaler."""
+    """What training changes, and so what last.pt keeps. Parts with a state_dict: model to
+    scaler."""
     model: Any
     memory: Any
     optimizer: Any
     scheduler: Any
     scaler: Any
     epoch: int = 0                                              # finished epochs
-    best: Optional[dict] = None                                 # {"epoch", "chosen_on", "mAP"} of the best epoch
+    # {"epoch", "chosen_on", "mAP"} of the best epoch
+    best: Optional[dict] = None
     history: list = field(default_factory=list)                 # a line of metrics.jsonl an epoch
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 

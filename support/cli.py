@@ -1,6 +1,8 @@
-"""The edge of every command: its options, one-line errors and exit status, Ctrl-C and SIGTERM, the device, the memory.
+"""The edge of every command: its options, one-line errors and exit status, Ctrl-C and SIGTERM, the
+device, the memory.
 
-    0 done    2 one line on stderr about something the user can mend    130 stopped (Ctrl-C, SIGTERM)
+    0 done    2 one line on stderr about something the user can mend    130 stopped (Ctrl-C,
+              SIGTERM)
 """
 import argparse
 import difflib
@@ -18,12 +20,14 @@ def make_parser(prog, about, **options):
     """argparse with one-line errors. about: the docstring of the file that is run."""
     first, _, rest = about.partition("\n")
     parser = argparse.ArgumentParser(prog=prog, description=first, epilog=rest, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     **options)
 
     def refuse(message):
         if message.startswith("unrecognized arguments: "):
             unknown = message.split(": ", 1)[1].split()[0]
-            near = difflib.get_close_matches(unknown.split("=")[0], parser._option_string_actions, 1)
+            near = difflib.get_close_matches(unknown.split("=")[0], parser._option_string_actions,
+                                             1)
             message = f"unknown option {unknown}" + (f", did you mean {near[0]}?" if near else "")
         raise UserError(f"{message} ({prog} --help lists the options)")
 
@@ -32,16 +36,19 @@ def make_parser(prog, about, **options):
 
 
 def words(argv):
-    """The command line without its program. An empty word (--out "$OUT" without an OUT) is refused."""
+    """The command line without its program. An empty word (--out "$OUT" without an OUT) is
+    refused."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     for before, word in zip(["the command", *argv], argv):
         if word == "" or word.startswith("--") and word.endswith("="):
-            raise UserError(f"{word or before} expects a value, got an empty one: give it, or drop the option")
+            raise UserError(f"{word or before} expects a value, got an empty one: give it, or drop "
+                            "the option")
     return argv
 
 
 class Stop:
-    """Ctrl-C and SIGTERM. Python drops an exception that meets one of its hooks (a fork): `asked` remembers it."""
+    """Ctrl-C and SIGTERM. Python drops an exception that meets one of its hooks (a fork): `asked`
+    remembers it."""
     asked = False
 
     def __call__(self, *_):
@@ -57,14 +64,17 @@ stop = Stop()
 
 
 def run_main(work, stopped="stopped"):
-    """work() -> exit status. What is raised but not listed here is a fault of this code and keeps its traceback."""
+    """work() -> exit status. What is raised but not listed here is a fault of this code and keeps
+    its traceback."""
     stop.asked = False
     if threading.current_thread() is threading.main_thread():   # elsewhere Python allows no handler
         signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)                     # schedulers send it: it ends a run as Ctrl-C does
+        # schedulers send it: it ends a run as Ctrl-C does
+        signal.signal(signal.SIGTERM, stop)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")       # a name that the terminal cannot show stops nothing
+            # a name that the terminal cannot show stops nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = work() or 0
         sys.stdout.flush()
@@ -88,7 +98,8 @@ def failed(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
+        if not (isinstance(error, MemoryError) or "allocate memory" in str(error)
+                or "out of memory" in str(error)):
             raise
         line = f"too little memory: lower --batch, --size or --queue ({str(error).split('. ')[0][:150]})"
     except OSError as error:
@@ -98,7 +109,8 @@ def failed(error):
 
 
 def end_with_parent():
-    """For worker processes: Ctrl-C is the parent's, and when the parent is gone, even by kill -9, so are they."""
+    """For worker processes: Ctrl-C is the parent's, and when the parent is gone, even by kill -9,
+    so are they."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()

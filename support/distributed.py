@@ -1,10 +1,11 @@
-"""Several GPUs that train one model: each rank sees the whole batch, so the bank and Eq. 9-13 are those of one process.
+"""Several GPUs that train one model: each rank sees the whole batch, so the bank and Eq. 9-13 are
+those of one process.
 
     torchrun --nproc-per-node 4 train.py --data coco --root /data/coco --ratio 0.3
 
-Rank r of W encodes rows r, r + W, ... of a batch; what the losses need is gathered on all of them, with
-gradients, and each rank computes the loss of the whole batch. In one process all of this does nothing.
-B images of a batch over all ranks, b of this rank's, n of a split.
+Rank r of W encodes rows r, r + W, ... of a batch; what the losses need is gathered on all of them,
+with gradients, and each rank computes the loss of the whole batch. In one process all of this does
+nothing. B images of a batch over all ranks, b of this rank's, n of a split.
 """
 import os
 
@@ -16,10 +17,12 @@ from support import UserError
 
 
 def start():
-    """Joins the processes that torchrun started; alone, nothing happens. -> (rank, number of processes)."""
+    """Joins the processes that torchrun started; alone, nothing happens. -> (rank, number of
+    processes)."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise UserError("WORLD_SIZE is set without torchrun's other variables: start with torchrun, or unset it")
+            raise UserError("WORLD_SIZE is set without torchrun's other variables: start with "
+                            "torchrun, or unset it")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -50,19 +53,22 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous()
-        dist.all_reduce(grad)                                   # each rank's loss reaches each rank's rows
+        # each rank's loss reaches each rank's rows
+        dist.all_reduce(grad)
         return grad[dist.get_rank()]
 
 
 def gather(x, B):
-    """Equal shares x (b, ...) of all ranks -> the B rows of the batch in its own order; gradients flow back."""
+    """Equal shares x (b, ...) of all ranks -> the B rows of the batch in its own order; gradients
+    flow back."""
     if x is None or not dist.is_initialized():
         return x
     return AllGather.apply(x).transpose(0, 1).flatten(0, 1)[:B]  # behind row B: padding
 
 
 def average_gradients(parameters):
-    """Each rank computed the loss of the whole batch, so the mean over the ranks is its exact gradient."""
+    """Each rank computed the loss of the whole batch, so the mean over the ranks is its exact
+    gradient."""
     if not dist.is_initialized():
         return
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -73,7 +79,8 @@ def average_gradients(parameters):
 
 
 def gather_scores(scores, n, batch):
-    """{name: (b, C) scores of this rank's images} -> {name: (n, C)}: every image once, in the split's order."""
+    """{name: (b, C) scores of this rank's images} -> {name: (n, C)}: every image once, in the
+    split's order."""
     if not dist.is_initialized():
         return scores
     world = dist.get_world_size()
@@ -81,5 +88,7 @@ def gather_scores(scores, n, batch):
     dist.all_gather_object(parts, scores)
     batches = np.split(np.arange(n), range(batch, n, batch))
     place = np.concatenate([rows[r::world] for r in range(world) for rows in batches])
-    names = parts[0]                                            # a late rank has none where images are few
-    return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(place)] for name in names}
+    # a late rank has none where images are few
+    names = parts[0]
+    return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(place)]
+            for name in names}

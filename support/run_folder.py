@@ -1,8 +1,10 @@
 """A run folder: where it lies, who may write it, what it was begun with.
 
-    config.json      settings, sha256 of CLIP's weights, and of names, labels and truth of each split
+    config.json      settings, sha256 of CLIP's weights, and of names, labels and truth of each
+                     split
     metrics.jsonl    a line an epoch
-    last.pt          all that training goes on from;  best.pt: what inference needs, of the best epoch
+    last.pt          all that training goes on from;  best.pt: what inference needs, of the best
+                     epoch
 """
 import dataclasses
 import json
@@ -16,7 +18,8 @@ FILES = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "curves.png", "re
 
 
 def new_run(cfg):
-    """A folder for a new run: cfg.out, or one named after the settings. Nothing that is there is overwritten."""
+    """A folder for a new run: cfg.out, or one named after the settings. Nothing that is there is
+    overwritten."""
     setting = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
     left_out = f"-no-{cfg.without.replace(',', '-')}" if cfg.without else ""
     name = f"{Path(cfg.data).stem}-{setting}-{cfg.matching}{left_out}-seed{cfg.seed}"
@@ -24,17 +27,20 @@ def new_run(cfg):
     number = 1
     while any((run / file).exists() for file in FILES):
         if cfg.out:
-            raise UserError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
+            raise UserError(f"{run} holds a run already: continue it with --resume {run}, or "
+                            "choose another --out")
         number += 1
         run = Path(f"runs/{name}-{number}")
     above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):  # told now, not after an hour of decoding
+    # told now, not after an hour of decoding
+    if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{above} cannot be written into: choose another --out")
     return run
 
 
 def begin(run, cfg, clip_sha256, splits, resume=False):
-    """Locks the folder and writes config.json; on resume CLIP and data must be what they were. -> the lock."""
+    """Locks the folder and writes config.json; on resume CLIP and data must be what they were. ->
+    the lock."""
     run.mkdir(parents=True, exist_ok=True)
     held = lock(run / ".lock")
     about = {"config": dataclasses.asdict(cfg), "clip_sha256": clip_sha256,
@@ -46,18 +52,21 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
         return held
     begun = json.loads((run / "config.json").read_text(encoding="utf-8"))
     if begun["clip_sha256"] != clip_sha256:
-        raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file, or train anew")
+        raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file, or "
+                        "train anew")
     for name, info in about["data"].items():
         if begun["data"].get(name, {}).get("sha256") != info["sha256"]:
-            raise UserError(f"{run} was begun on other data: names, labels or images of {name} have changed "
-                            "(config.json tells what was there): put them back, or train anew")
+            raise UserError(f"{run} was begun on other data: names, labels or images of {name} "
+                            "have changed (config.json tells what was there): put them back, or "
+                            "train anew")
     return held
 
 
 def save(run, state, inference, improved):
     """last.pt and metrics.jsonl; best.pt where the epoch is the best so far.
 
-    state: support.checkpoint.State.  inference: dict of what a prediction needs beside CLIP's image encoder
+    state: support.checkpoint.State.  inference: dict of what a prediction needs beside CLIP's image
+                                      encoder
     """
     if improved:
         save_checkpoint(inference, run / "best.pt")

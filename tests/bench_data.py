@@ -51,9 +51,10 @@ def full_annotations(path, images=82783, notes=604907):
 PARSE = """import sys, time, resource
 sys.path.insert(0, {root!r})
 from datasets import base as datasets
+from datasets import coco
 datasets.require = lambda paths, where: None          # the photos of this benchmark do not exist
 start, cpu = time.perf_counter(), time.process_time()
-table = datasets.coco({folder!r}, "train2014")
+table = coco.split({folder!r}, "train2014")
 print(time.perf_counter() - start, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, len(table.files), table.drop.sum())
 """
 
@@ -108,16 +109,16 @@ def per_second(call, items, seconds=3.0):
 
 def test_images_per_second(photos):
     none = np.zeros((len(photos), 1), np.int8)
-    split = data.Split("coco/train", photos, ["a"], ["a"], none, none)
+    split = data.Split("coco/train", photos, ["a"], none)
     print("\nimages a second and core, 448 from 640 x 480 JPEG:")
     for kind in ("none", "flip", "taidpt"):
         images, epochs = data.Images(split, 448, kind), iter(range(10**9))
         print(f"  {kind:8}{per_second(lambda i: images[(next(epochs), i)], range(len(photos))):7.1f}")
     whole = [augment.read(path) for path in photos[:20]]
-    small = [augment.squash(image, 448) for image in whole]
+    small = [augment.resize(image, 448) for image in whole]
     rng = random.Random(0)
     steps = {"decode": (augment.read, photos),
-             "squash (bicubic)": (lambda x: augment.squash(x, 448), whole),
+             "resize (bicubic)": (lambda x: augment.resize(x, 448), whole),
              "resize (bilinear)": (lambda x: x.resize((448, 448), Image.BILINEAR), whole),
              "random crop": (lambda x: augment.random_crop(x, 448, rng), whole),
              "cutout": (lambda x: augment.cutout(x, rng), [x.copy() for x in small]),
@@ -138,7 +139,7 @@ def test_waiting_for_data(photos):
     A training step does more (decoder, prompts, backward), which only lowers the share."""
     model = clip.load("tiny")
     none = np.zeros((len(photos), 1), np.int8)
-    split = data.Split("coco/train", photos, ["a"], ["a"], none, none)
+    split = data.Split("coco/train", photos, ["a"], none)
     print()
     for kind in ("flip", "taidpt"):
         keys = [(epoch, i) for epoch in range(200) for i in range(len(photos))]
@@ -165,8 +166,8 @@ def test_draft_mode(photos):
             with Image.open(path) as image:
                 image.draft("RGB", (size, size))
                 halved = image.size != (640, 480)
-                drafted = augment.squash(image.convert("RGB"), size)
-            full = augment.squash(augment.read(path), size)
+                drafted = augment.resize(image.convert("RGB"), size)
+            full = augment.resize(augment.read(path), size)
             differences.append(np.abs(np.asarray(full, int) - np.asarray(drafted, int)))
 
         def decode(path):

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.base import VOC
+import data
+from config import Config
+from datasets.voc import VOC
 
 COCO = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,
 bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,
@@ -153,3 +155,10 @@ def sheet(root, rows=12, name="photos.csv"):
 
 
 MAKERS = {"coco": coco, "voc2007": voc, "voc2012": lambda root: voc(root, 2012), "vg200": vg200, "nuswide": nuswide, "cub": cub}
+
+
+def load(name, root=None, val=None, **settings):
+    """data.load with a run's settings given by name."""
+    paths = {key: str(value) for key, value in settings.items() if isinstance(value, Path)}
+    return data.load(Config(data=str(name), root=root and str(root), val=None if val is None else str(val),
+                            **settings | paths))

@@ -106,7 +106,7 @@ def test_random_crop_statistics(monkeypatch):
     boxes = []
     image = Image.new("RGB", (640, 480))
     monkeypatch.setattr(Image.Image, "crop", lambda self, box: boxes.append(box) or self)
-    monkeypatch.setattr(augment, "squash", lambda image, size: image)
+    monkeypatch.setattr(augment, "resize", lambda image, size: image)
     for seed in range(1500):
         augment.random_crop(image, 448, random.Random(seed), 0.5)
     x0, y0, x1, y1 = np.array(boxes).T
@@ -135,7 +135,7 @@ def split(tmp_path_factory):
         fake.photo(root / f"{i}.jpg", i, (64, 48))
         paths.append(str(root / f"{i}.jpg"))
     none = np.zeros((12, 1), np.int8)
-    return data.Split("photos/train", paths, ["a"], ["a"], none, none)
+    return data.Split("photos/train", paths, ["a"], none)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 8")
@@ -164,7 +164,7 @@ def test_seed_epoch_and_index_all_matter(split):
 
 def test_smallest_crop_follows_the_data_set(split):
     assert data.Images(split, 32).smallest_crop == 0.5
-    split = data.Split("nuswide/train", split.paths, ["a"], ["a"], split.labels, split.truth)
+    split = data.Split("nuswide/train", split.paths, ["a"], split.labels)
     assert data.Images(split, 32).smallest_crop == 0.6
 
 

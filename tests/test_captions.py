@@ -8,7 +8,9 @@ from small_world import run, world                                              
 
 from paper import captions
 import clip
+import data
 from datasets import base as datasets
+from datasets import coco
 from paper.captions import Captions, forms, load, mentioned, vocabulary
 from support import UserError
 
@@ -73,7 +75,7 @@ def test_plurals(word, plural):
 
 
 def test_the_drawn_scenes_captions_name_only_what_is_there(world):                 # noqa: F811
-    table = datasets.coco(world / "scenes", "train2014")
+    table = coco.split(world / "scenes", "train2014")
     raw = json.loads((world / "scenes/annotations/captions_train2014.json").read_text())
     row = {image["id"]: i for i, image in enumerate(raw["images"])}
     phrases, hits = vocabulary(table.names), 0
@@ -103,7 +105,7 @@ def test_captions_become_a_split(tmp_path):
 def feed(folder, texts, **more):
     encoder = clip.load(str(folder / "clip-quickgelu.safetensors"))
     labels = np.ones((len(texts), 1), np.int8)
-    return Captions(captions.as_split("captions", datasets.Table(texts, labels, ["x"]), ["x"]), encoder, **more), encoder
+    return Captions(data.Split("captions", texts, ["x"], labels), encoder, **more), encoder
 
 
 def test_the_sentence_is_clips_text_feature_and_words_are_its_tokens(world):       # noqa: F811

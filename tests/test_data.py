@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import data
+from tools import check
 from datasets import base as datasets
+from datasets import vg200, voc, nuswide
 import fake_datasets as fake
 from data import NEGATIVE, POSITIVE, UNKNOWN
 from support import UserError
@@ -43,7 +45,7 @@ def expected(count, classes):
 @pytest.mark.parametrize("name,classes,drop", [("coco", 80, 2), ("voc2007", 20, None), ("voc2012", 20, None),
                                                ("vg200", 200, None), ("nuswide", 81, 4), ("cub", 312, None)])
 def test_layouts(trees, name, classes, drop):
-    train, val, test = data.load(name, trees / name)
+    train, val, test = fake.load(name, trees / name)
     assert val is None
     for split, count in ((train, fake.TRAIN), (test, fake.TEST)):
         labels = expected(count, classes)
@@ -55,7 +57,7 @@ def test_layouts(trees, name, classes, drop):
         assert len(split.paths) == len(rows) and all(os.path.isabs(p) and os.path.exists(p) for p in split.paths)
         assert sum(split.info["dropped"].values()) == (drop is not None)
         json.dumps(split.info)
-    partial = data.load(name, trees / name, ratio=0.5)[0]
+    partial = fake.load(name, trees / name, ratio=0.5)[0]
     kept = data.partial_mask((fake.TRAIN, classes), 0.5)[[i for i in range(fake.TRAIN) if i != drop]]
     assert (partial.labels == train.labels * kept).all()            # drawn for every row of the list, dropped after
     image, index = data.Images(train, 32, "taidpt")[(1, 3)]
@@ -64,7 +66,7 @@ def test_layouts(trees, name, classes, drop):
 
 @pytest.mark.parametrize("name", list(fake.MAKERS))
 def test_single_positive_largeloss(trees, name):
-    train, val, test = data.load(name, trees / name, single_positive="largeloss")
+    train, val, test = fake.load(name, trees / name, single_positive="largeloss")
     assert len(train.paths) + len(val.paths) == fake.TRAIN - (name in ("coco", "nuswide"))
     assert ((train.labels == POSITIVE).sum(1) <= 1).all() and (train.labels != NEGATIVE).all()
     assert (val.labels != UNKNOWN).all() and (val.labels == val.truth).all()
@@ -77,7 +79,7 @@ def test_single_positive_largeloss(trees, name):
 
 @pytest.mark.parametrize("name,last", [("coco", 0), ("voc2012", -1), ("nuswide", 0), ("cub", 1)])
 def test_single_positive_splc(trees, name, last):
-    train, val, test = data.load(name, trees / name, single_positive="splc")
+    train, val, test = fake.load(name, trees / name, single_positive="splc")
     assert val is None and len(train.paths) == fake.TRAIN - (name == "coco")
     assert ((train.labels == POSITIVE).sum(1) == 1).all() and (train.labels != NEGATIVE).all()
     if name == "coco":     # the list's own order
@@ -86,25 +88,25 @@ def test_single_positive_splc(trees, name, last):
         picks = [fake.positives(i, len(train.names))[last] for i in range(fake.TRAIN)]
         assert train.labels.argmax(1).tolist() == picks
     if name == "voc2012":  # objects that are all difficult count here, and only here
-        plain = data.load(name, trees / name)[2]
+        plain = fake.load(name, trees / name)[2]
         assert (test.truth == POSITIVE).sum() > (plain.truth == POSITIVE).sum()
-    with pytest.raises(UserError, match="use 'largeloss'"):
-        data.load("voc2007", trees / "voc2007", single_positive="splc")
+    with pytest.raises(UserError, match="use largeloss"):
+        fake.load("voc2007", trees / "voc2007", single_positive="splc")
 
 
 def test_voc_from_xml_equals_the_class_files(trees, tmp_path):
     fake.voc(tmp_path, class_files=False)
-    for a, b in zip(data.load("voc2007", tmp_path), data.load("voc2007", trees / "voc2007")):
+    for a, b in zip(fake.load("voc2007", tmp_path), fake.load("voc2007", trees / "voc2007")):
         assert a is b is None or (a.labels == b.labels).all()
 
 
 def test_boxes_are_fractions_and_crowds_have_none(trees):
-    train = data.load("coco", trees / "coco")[0]
+    train = fake.load("coco", trees / "coco")[0]
     assert len(train.boxes) == len(train.paths)
     assert np.allclose(train.boxes[0][:, 1:], [0.1, 0.1, 0.6, 0.6])
     assert sorted(train.boxes[0][:, 0].astype(int)) == fake.positives(0, 80)
     assert len(train.boxes[2]) == len(fake.positives(3, 80)) - 1 and (train.labels[2] == POSITIVE).sum() == len(fake.positives(3, 80))
-    everything = data.load("coco", trees / "coco", keep_unannotated=True)[0]
+    everything = fake.load("coco", trees / "coco", keep_unannotated=True)[0]
     assert len(everything.paths) == fake.TRAIN and (everything.labels[2] == NEGATIVE).all()
 
 
@@ -113,14 +115,14 @@ def test_scenes_layout_has_validation(tmp_path):
     fake.coco(tmp_path)
     shutil.copytree(tmp_path / "val2014", tmp_path / "tune2014")
     shutil.copy(tmp_path / "annotations/instances_val2014.json", tmp_path / "annotations/instances_tune2014.json")
-    train, val, test = data.load("scenes", tmp_path, single_positive="largeloss")
+    train, val, test = fake.load("scenes", tmp_path, single_positive="largeloss")
     assert len(train.paths) == fake.TRAIN - 1 and len(val.paths) == len(test.paths) == fake.TEST - 1
     assert "tune2014" in val.paths[0] and "val2014" in test.paths[0]
 
 
 def test_prompt_names(trees, tmp_path):
     def prompts(name, **options):
-        return data.load(name, trees / name, **options)[0].prompts
+        return fake.load(name, trees / name, **options)[0].prompts
     assert prompts("coco")[3:5] == ["motor bike", "aeroplane"]
     assert prompts("coco", prompt_names="official")[3:5] == ["motorcycle", "airplane"]
     assert prompts("voc2007")[10] == "diningtable" and prompts("voc2012", prompt_names="words")[10] == "dining table"
@@ -128,7 +130,7 @@ def test_prompt_names(trees, tmp_path):
     assert prompts("cub", prompt_names="official")[1] == "has bill color::large (16 - 32 in)"
     fake.write(tmp_path / "names.txt", "\n".join(f"my {c}" for c in range(20)))
     assert prompts("voc2007", names=tmp_path / "names.txt")[19] == "my 19"
-    assert data.load("voc2007", trees / "voc2007", names=tmp_path / "names.txt")[0].names == list(datasets.VOC)
+    assert fake.load("voc2007", trees / "voc2007", names=tmp_path / "names.txt")[0].names == list(voc.VOC)
 
 
 def test_vg_names_by_matching(tmp_path):
@@ -138,8 +140,8 @@ def test_vg_names_by_matching(tmp_path):
     things = [{"image_id": int(k[:-4]), "objects": [{"names": [f"Thing {c} "]} for c in v if c < 200]} for k, v in index.items()]
     fake.write(tmp_path / "objects.json", json.dumps(things))
     fake.write(tmp_path / "object_alias.txt", "thing zero,thing 0\n")
-    found, seen = datasets.vg_match(tmp_path, tmp_path / "objects.json"), {c for v in index.values() for c in v if c < 200}
-    labels = np.concatenate([datasets.vg_labels(tmp_path, split)[2] for split in ("train", "test")]).T
+    found, seen = vg200.match_names(tmp_path, tmp_path / "objects.json"), {c for v in index.values() for c in v if c < 200}
+    labels = np.concatenate([vg200.listed(tmp_path, split)[2] for split in ("train", "test")]).T
     for c in seen:      # classes with the very same images cannot be told apart, here or anywhere
         same = {w for w in seen if (labels[w] == labels[c]).all()}
         assert found[c] in {"thing zero" if w == 0 else f"thing {w}" for w in same}
@@ -147,58 +149,34 @@ def test_vg_names_by_matching(tmp_path):
 
 def test_sheet(tmp_path):
     fake.sheet(tmp_path)
-    train, val, test = data.load(tmp_path / "photos.csv")
+    train, val, test = fake.load(tmp_path / "photos.csv")
     assert test is None and (len(train.paths), len(val.paths)) == (10, 2)
     assert train.names == ["dog", "cat", "red, small car"] and train.prompts[2] == "small red car"
-    whole = data.load(str(tmp_path / "photos.csv"), val=0.0)[0]
+    whole = fake.load(str(tmp_path / "photos.csv"), val=0.0)[0]
     assert whole.labels[:3].tolist() == [[1, -1, 0], [-1, 0, 1], [0, 1, -1]] and whole.name == "photos/train"
-    assert data.load(tmp_path / "photos.csv")[1].paths == val.paths
+    assert fake.load(tmp_path / "photos.csv")[1].paths == val.paths
     lines = (tmp_path / "photos.csv").read_text().splitlines()
     absolute = [line.replace("my photos", str(tmp_path / "my photos")) for line in lines[2:5]]
     (tmp_path / "sub").mkdir()
     fake.write(tmp_path / "sub/more.csv", "\n".join(["image,cat,dog,\"red, small car\"", *absolute, "", ",,,"]) + "\n")
     fake.write(tmp_path / "rest.csv", "\n".join(lines[:2] + lines[5:]))
-    train, val, _ = data.load(tmp_path / "rest.csv", val=tmp_path / "sub/more.csv")
+    train, val, _ = fake.load(tmp_path / "rest.csv", val=tmp_path / "sub/more.csv")
     assert len(train.paths) == 9 and val.labels[0].tolist() == [-1, 1, 0]     # columns in the first sheet's order
     fake.write(tmp_path / "sub/relative.csv", "image,dog\nmy photos/1.jpg,1\nmy photos/2.jpg,0\n")
-    assert len(data.load(tmp_path / "sub/relative.csv", root=tmp_path, val=0.0)[0].paths) == 2
-    single = data.load(tmp_path / "photos.csv", single_positive="largeloss", val=0.0)[0]
+    assert len(fake.load(tmp_path / "sub/relative.csv", root=tmp_path, val=0.0)[0].paths) == 2
+    single = fake.load(tmp_path / "photos.csv", single_positive="largeloss", val=0.0)[0]
     assert ((single.labels == POSITIVE).sum(1) == 1).all()
 
 
 def test_held_out_share_and_limits(trees):
-    train, val, test = data.load("voc2007", trees / "voc2007", ratio=0.4, val=0.3)
+    train, val, test = fake.load("voc2007", trees / "voc2007", ratio=0.4, val=0.3)
     assert (len(train.paths), len(val.paths)) == (7, 3) and (val.labels != UNKNOWN).all()
-    assert len(data.load("voc2007", trees / "voc2007", train_images=3)[0].paths) == 3
-
-
-def test_cache_is_keyed_by_content(trees, tmp_path, monkeypatch):
-    import shutil
-    shutil.copytree(trees / "coco", tmp_path / "a")
-    before = sorted(p for p in (tmp_path / "a").rglob("*"))
-    first = data.load("coco", tmp_path / "a")[0]
-    assert sorted(p for p in (tmp_path / "a").rglob("*")) == before          # nothing is written beside the data
-    calls = []
-    parse = datasets.parse_coco
-    monkeypatch.setattr(datasets, "parse_coco", lambda path: calls.append(path) or parse(path))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert (data.load("coco", tmp_path / "b")[0].labels == first.labels).all() and not calls   # moved: found again
-    path = tmp_path / "b/annotations/instances_train2014.json"
-    stat, content = path.stat(), json.loads(path.read_text())
-    content["annotations"][0]["category_id"] = 90
-    fake.write(path, json.dumps(content))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert (data.load("coco", tmp_path / "b")[0].labels != first.labels).any() and len(calls) == 1  # edited: parsed again
-    for spoilt in (tmp_path / "cache").glob("*.npz"):
-        spoilt.write_bytes(spoilt.read_bytes()[:100])
-    assert (data.load("coco", tmp_path / "a")[0].labels == first.labels).all()
-    monkeypatch.setenv("TRM_CACHE", str(tmp_path / "a/annotations/instances_val2014.json"))         # not a folder: no cache
-    assert (data.load("coco", tmp_path / "a")[0].labels == first.labels).all()
+    assert len(fake.load("voc2007", trees / "voc2007", train_images=3)[0].paths) == 3
 
 
 def test_checker(trees, tmp_path, capsys):
     def checker(*arguments):
-        return data.main([*map(str, arguments)]), *capsys.readouterr()
+        return check.main([*map(str, arguments)]), *capsys.readouterr()
     fake.sheet(tmp_path)
     code, out, err = checker(tmp_path / "photos.csv")
     assert code == 0 and "no problems found" in out and "red, small car" in out and err == ""
@@ -206,7 +184,7 @@ def test_checker(trees, tmp_path, capsys):
     code, out, err = checker(tmp_path / "photos.csv")
     assert code == 2 and "photos.csv:6: " in err and "not a readable image" in err
     assert checker(tmp_path / "photos.csv", "--no-decode")[0] == 0
-    fake.write(tmp_path / "bad.csv", "image,dog,cat\nmy photos/0.jpg,1\nmy photos/1.jpg,yes,0\nnone.jpg,1,1\n")
+    fake.write(tmp_path / "bad.csv", "image,dog,cat\nmy photos/0.jpg,1\nmy photos/1.jpg,maybe,0\nnone.jpg,1,1\n")
     code, out, err = checker(tmp_path / "bad.csv")
     assert code == 2 and [f"bad.csv:{n}:" in err for n in (2, 3, 4)] == [True] * 3
     code, out, err = checker("coco", "--root", trees / "coco")     # most of its 80 classes are in no image
@@ -263,9 +241,9 @@ def test_one_epoch_through_the_command_line(trees, tmp_path, small_clip, name, s
 # ------------------------------------------------------------------------------------------------- real samples
 @samples
 def test_real_coco():
-    train, _, test = data.load("coco", SAMPLES / "coco2014_mini", keep_unannotated=True)
+    train, _, test = fake.load("coco", SAMPLES / "coco2014_mini", keep_unannotated=True)
     assert (len(train.paths), len(test.paths)) == (59, 24) and train.names == fake.COCO
-    _, _, test = data.load("coco", SAMPLES / "coco2014_mini")
+    _, _, test = fake.load("coco", SAMPLES / "coco2014_mini")
     assert len(test.paths) == 22 and test.info["dropped"] == {"without annotation": 2}
     assert not {226111, 58636} & {int(Path(p).stem[-12:]) for p in test.paths}
     for split in (train, test):
@@ -287,14 +265,14 @@ def test_real_voc2007_lists(tmp_path):
     for split in ("trainval", "test"):
         for name in datasets.read_lines(base / f"ImageSets/Main/{split}.txt"):
             (base / "JPEGImages" / f"{name}.jpg").touch()
-    train, _, test = data.load("voc2007", tmp_path, ratio=0.5)
+    train, _, test = fake.load("voc2007", tmp_path, ratio=0.5)
     per_class = {"train": [238, 243, 330, 181, 244, 186, 713, 337, 445, 141, 200, 421, 287, 245, 2008, 245, 96, 229, 261, 256],
                  "test": [204, 239, 282, 172, 212, 174, 721, 322, 417, 127, 190, 418, 274, 222, 2007, 224, 97, 223, 259, 229]}
     for split, images, total in ((train, 5011, 7306), (test, 4952, 7013)):
         assert split.truth.shape == (images, 20) and (split.truth == POSITIVE).sum() == total
         assert (split.truth == POSITIVE).sum(0).tolist() == per_class[split.name.split("/")[1]]
     assert (train.labels != UNKNOWN).sum() == 50163
-    both = [datasets.voc(tmp_path, 2007, split, POSITIVE).labels for split in ("trainval", "test")]
+    both = [voc.split(tmp_path, 2007, split, POSITIVE).labels for split in ("trainval", "test")]
     assert [int((a == POSITIVE).sum() - t) for a, t in zip(both, (7306, 7013))] == [607, 619]     # cells only difficult
 
 
@@ -305,22 +283,22 @@ def test_real_voc_xml(tmp_path):
     main = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main"
     os.chmod(main, 0o755)
     (main / "trainval.txt").write_text("000001\r\n")
-    labels = datasets.voc(tmp_path, 2007, "trainval").labels
-    assert {datasets.VOC[c] for c in np.flatnonzero(labels[0] == POSITIVE)} == {"dog", "person"}
+    labels = voc.split(tmp_path, 2007, "trainval").labels
+    assert {voc.VOC[c] for c in np.flatnonzero(labels[0] == POSITIVE)} == {"dog", "person"}
 
 
 @samples
 @pytest.mark.parametrize("name,classes,single", [("coco_train_singlelabel", 80, True), ("scpnet_voc_train", 20, True),
     ("scpnet_voc_val", 20, False), ("scpnet_cub_train", 312, True), ("nus_val", 81, False)])
 def test_real_lists(name, classes, single):
-    names, labels = datasets.single_list(SAMPLES / f"lists/{name}.head200.txt", classes)
+    names, labels = datasets.positive_list(SAMPLES / f"lists/{name}.head200.txt", classes)
     assert len(names) == 200 == len(set(names)) and all(name.endswith(".jpg") for name in names)
     assert ((labels == POSITIVE).sum(1) == 1).all() if single else ((labels == POSITIVE).sum(1) >= 1).all()
 
 
 @samples
 def test_real_names():
-    assert datasets.nus_names(SAMPLES / "nuswide")[:3] == ["airport", "animal", "beach"] and len(datasets.nus_names(SAMPLES / "nuswide")) == 81
+    assert nuswide.concepts(SAMPLES / "nuswide")[:3] == ["airport", "animal", "beach"] and len(nuswide.concepts(SAMPLES / "nuswide")) == 81
     names = [line.split()[1] for line in datasets.read_lines(SAMPLES / "cub/attributes.txt")]
     prompts = data.prompts_for("cub", names, "peers")
     assert len(prompts) == 312 and prompts[0] == "curved bill" and prompts[6] == "all-purpose bill"

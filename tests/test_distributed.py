@@ -29,7 +29,7 @@ LR = {"float32": 1e-4, "float64": 1e-3}
 @contextlib.contextmanager
 def in_float64():
     """All that follows the image encoder in double precision."""
-    batches, load = features.Features.batches, train.clip.load
+    batches, load = features.FeatureLoader.batches, train.clip.load
 
     def loaded(*args, **kw):
         model = load(*args, **kw).double()
@@ -39,7 +39,7 @@ def in_float64():
     def doubled(feed, *args, **kw):
         return ((index, f.double(), x if x is None else x.double()) for index, f, x in batches(feed, *args, **kw))
 
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), mock.patch.object(features.Features, "batches", doubled), \
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), mock.patch.object(features.FeatureLoader, "batches", doubled), \
             mock.patch.object(train.clip, "load", loaded):
         torch.set_default_dtype(torch.float64)
         try:

@@ -95,7 +95,7 @@ def test_a_full_disk_under_the_feature_cache_is_told_before_it_is_filled(world, 
 @linux
 def test_a_read_only_folder_is_told_before_anything_is_decoded(world, mounted, capfd, monkeypatch):              # noqa: F811
     disk = mounted("size=1m,ro")
-    monkeypatch.setattr(train.data, "load_for", None)                                  # not reached
+    monkeypatch.setattr(train.data, "load", None)                                  # not reached
     one_line(train.main, options(world, disk / "run"), capfd, disk, "choose another --out")
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import data
+import fake_datasets as fake
 from data import NEGATIVE, POSITIVE, UNKNOWN
-from datasets.base import Table
 from support import UserError
 
 
@@ -63,7 +63,7 @@ def test_hold_out_sizes_are_the_published_ones(count, train, held):
 @pytest.fixture
 def table():
     rng = np.random.RandomState(0)
-    return Table([], np.where(rng.rand(30, 5) < 0.3, POSITIVE, NEGATIVE).astype(np.int8), list("abcde"))
+    return data.Split("x", [], list("abcde"), np.where(rng.rand(30, 5) < 0.3, POSITIVE, NEGATIVE).astype(np.int8))
 
 
 @pytest.mark.parametrize("form", ["bool.npy", "01.npy", "codes.npy", "codes.npz", "commas.txt", "blanks.txt"])
@@ -87,20 +87,19 @@ def test_mask_files_refused(tmp_path, table):
     refused(table.labels[:-1], r"expected a mask for \(30, 5\)")
     refused(table.labels * 2, "a cell is 1, 0 or -1, got")
     refused(-table.labels, "disagree with the data set, first row 1")     # DualCoOp's coding: -1 means unknown there
-    refused(np.array([{"a": 1}], object), "not a plain array file")       # would need pickle: never loaded
+    refused(np.array([{"a": 1}], object), "not an array file")       # would need pickle: never loaded
     (tmp_path / "m.txt").write_text("1,0,1\n1,0\n")
     with pytest.raises(UserError, match="not a mask file"):
         data.read_mask(tmp_path / "m.txt", table)
 
 
 def test_hash_names_the_mask(tmp_path):
-    import fake_datasets
-    fake_datasets.voc(tmp_path)
-    train = data.load("voc2007", tmp_path, ratio=0.3)[0]
+    fake.voc(tmp_path)
+    train = fake.load("voc2007", tmp_path, ratio=0.3)[0]
     kept = data.partial_mask((10, 20), 0.3)
     assert train.info["mask_sha256"] == hashlib.sha256(kept.tobytes()).hexdigest()
     assert ((train.labels != UNKNOWN) == kept).all() and (train.labels[kept] == train.truth[kept]).all()
-    again = data.load("voc2007", tmp_path, ratio=0.3, train_images=4)[0]
+    again = fake.load("voc2007", tmp_path, ratio=0.3, train_images=4)[0]
     assert again.info["mask_sha256"] == train.info["mask_sha256"] and (again.labels == train.labels[:4]).all()
     np.save(tmp_path / "own.npy", kept)
-    assert (data.load("voc2007", tmp_path, mask=tmp_path / "own.npy")[0].labels == train.labels).all()
+    assert (fake.load("voc2007", tmp_path, mask=tmp_path / "own.npy")[0].labels == train.labels).all()

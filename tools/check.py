@@ -1,4 +1,5 @@
-"""Checks a data set or a sheet: counts, what is seen together, each problem with its line. `python data.py DATA`."""
+"""Checks a data set or a sheet: counts, what is seen together, each problem with its line. `python
+data.py DATA`."""
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,12 +26,14 @@ def check(cfg, decode=True):
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
         for category, column in zip(split.names, split.labels.T):
-            counts = [(column == code).sum() for code in (data.POSITIVE, data.NEGATIVE, data.UNKNOWN)]
+            counts = [(column == code).sum()
+                      for code in (data.POSITIVE, data.NEGATIVE, data.UNKNOWN)]
             print(f"{category[:31]:32}" + "".join(f"{count:9}" for count in counts))
         never = [category for category, there in zip(split.names, positive.any(0)) if not there]
         if never and name == "train":
             more = f" and {len(never) - 5} more" if len(never) > 5 else ""
-            problems.append(f"train: no image has {', '.join(map(repr, never[:5]))}{more}: nothing to learn from")
+            problems.append(f"train: no image has {', '.join(map(repr, never[:5]))}{more}: nothing "
+                            "to learn from")
         print_companions(split.names, positive)
         if decode:
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
@@ -49,7 +52,8 @@ def print_companions(names, positive):
     for pair in np.argsort(lift, axis=None)[::-1][:8]:
         a, b = np.unravel_index(pair, lift.shape)
         if lift[a, b] > 1:
-            print(f"  {names[a]} + {names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times chance")
+            print(f"  {names[a]} + {names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times "
+                  "chance")
 
 
 def unreadable(path, where):
@@ -61,13 +65,17 @@ def unreadable(path, where):
 
 def main(argv=None):
     parser = make_parser("data.py", data.__doc__)
-    parser.add_argument("data", help=f"{', '.join(data.LAYOUTS)}, or a sheet: image,<class>,... with cells 1, 0 or empty")
-    parser.add_argument("--root", help="folder of the download; for a sheet, where relative image names start")
+    parser.add_argument("data", help=f"{', '.join(data.LAYOUTS)}, or a sheet: image,<class>,... "
+                                     "with cells 1, 0 or empty")
+    parser.add_argument("--root", help="folder of the download; for a sheet, where relative image "
+                                       "names start")
     parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")
     for name in ("ignore", "minus-one", "unlisted"):
         parser.add_argument(f"--{name}", help="of sheets, as for train.py")
-    parser.add_argument("--no-decode", action="store_true", help="do not open every image (COCO: minutes saved)")
-    parser.add_argument("--objects", help="vg200: Visual Genome's objects.json; prints the 200 names found in it")
+    parser.add_argument("--no-decode", action="store_true",
+                        help="do not open every image (COCO: minutes saved)")
+    parser.add_argument("--objects", help="vg200: Visual Genome's objects.json; prints the 200 "
+                                          "names found in it")
 
     def work():
         args = vars(parser.parse_args(words(argv)))
@@ -78,7 +86,8 @@ def main(argv=None):
             return print("\n".join(vg200.match_names(args["root"], objects)))
         problems = check(Config(**args), decode)
         for line in problems:
-            print("error: " + " ".join(line.split()), file=sys.stderr)  # a cell of a sheet may hold line breaks
+            # a cell of a sheet may hold line breaks
+            print("error: " + " ".join(line.split()), file=sys.stderr)
         if problems:
             return 2
         print("\nno problems found")
