@@ -29,14 +29,14 @@ import kernels
 import losses
 from clip.features import FeatureLoader, autocast_dtype
 from config import parse
-from eval import Predictor, PseudoCount, evaluate, evaluation_loader
+from eval import PseudoCount, best_thresholds, evaluate
 from memory import MemoryBank
-from metrics import best_thresholds
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
 from support.cli import best_device, peak_memory, run_main, stop
 from support.distributed import average_gradients, gather
 from support.run_folder import FILES, begin, new_run, save, write_metrics
+from tools.predictor import Predictor, evaluation_loader
 from trm import TRM, Output, Prompts
 
 
@@ -237,7 +237,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
     timers, start = dict(features=0.0, training=0.0, evaluation=0.0), time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
-    loaders = {name: evaluation_loader(cfg, split, encoder, device, rank, world)
+    loaders = {name: evaluation_loader(cfg, split, encoder, device, rank, world,
+                                       cfg.matching == "global")
                for name, split in (("val", val_split), ("test", test_split)) if split}
     timers["features"] = time.perf_counter() - start
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -4,41 +4,67 @@ policies, mirroring, CLIP's normalisation.
 
 PIL and numpy only. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
 """
-import math, os, warnings
+import io
+import math
+import os
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin
 
-# CLIP's, of pixels in 0..1
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of pixels in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
 GREY = (128, 128, 128)
-# EXIF's orientation
 TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
-          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
-# damaged EXIF, 100 megapixels: the pixels are fine; what is not, raises
-warnings.filterwarnings("ignore", module="PIL")
+          5: Image.TRANSPOSE,
+          6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # EXIF's orientation
+Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow refuses twice as many: 300 megapixels are some 1 GB
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # colour profiles and notes of some MB are common
+warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, many pixels: the pixels are fine
 
 
-def read(path):
-    """Any image file as upright RGB, uint8. What is decided where formats leave a choice:
-    16-bit grey is scaled to 8 bits (PIL would cut it off at 255); transparency is laid over white;
-    of an animation the first frame counts; the camera's orientation mark is applied; the format is
-    told from the content, not the name. Full decoding always: JPEG's draft mode moves pixels and
-    gains nothing at 640 x 480 (tests/bench_data.py)."""
-    if not os.path.isfile(path):  # also keeps a pipe or a device from blocking forever
-        raise ValueError("no such file" if not os.path.exists(path) else "not a regular file")
-    with Image.open(path) as image:
+def read(source):
+    """An image as upright RGB, uint8. source: file name, bytes, file object, PIL image, array.
+
+    Where formats leave a choice: 16-bit grey is scaled to 8 bits (PIL would cut it off at 255);
+    transparency is laid over white; of an animation the first frame counts; the camera's
+    orientation mark is applied, if it can be read; the format is told from the content, not the
+    name. Decoding is full: JPEG's draft mode moves pixels and gains nothing at 640 x 480
+    (tests/bench_data.py).
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    if isinstance(source, Image.Image):
+        return upright(source)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    elif not hasattr(source, "read") and not os.path.isfile(source):  # a pipe would block forever
+        raise ValueError("not a regular file" if os.path.exists(source) else "no such file")
+    with Image.open(source) as image:
         image.load()
-        deep = image.mode == "F" or image.mode == "I" and image.format == "TIFF"
-        # not ImageOps.exif_transpose: it fails where it cannot rewrite the EXIF
-        turn = TURNED.get(image.getexif().get(0x0112))
-        image = image if turn is None else image.transpose(turn)
-    if deep:
-        raise ValueError("an image of 32 bits a pixel has no defined white; convert it to 8 bits")
+        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+            raise ValueError("an image of 32 bits a pixel has no defined white; convert it to 8 "
+                             "bits")
+        return upright(image)
+
+
+def upright(image):
+    try:
+        mark = image.getexif().get(0x0112)
+        turn = TURNED.get(mark[0] if isinstance(mark, tuple) else mark)
+    except Exception:  # whatever damaged EXIF makes Pillow raise: no turn
+        turn = None
+    key = image.info.get("transparency")  # a colour that is transparent
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0,
                                                                                  255).astype(np.uint8))
+        if key is not None:
+            image.info["transparency"] = key // 257
+    elif isinstance(key, tuple) and max(key) > 255:  # of 16 bits, as its pixels were
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

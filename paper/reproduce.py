@@ -28,9 +28,9 @@ from support import UserError
 from support.checkpoint import save_atomically, write_atomically
 from support.cli import make_parser, run_main, words
 from paper.run_table import Runs, splits_of
-from metrics import localisation
+from tools.localise import localisation
 from tools.predict import images_in
-from tools.plots import picture, two_axes
+from tools.plots import grid_of, region_tiles, two_axes
 
 # ---------------------------------------------------------------------------------------------------------- the paper's numbers
 # Table 1, known labels 10 % ... 90 %. "DualCoOp" is the authors' own rerun (their star), the stronger of the two they print.
@@ -268,17 +268,17 @@ def figure_4(folders, images, runs, file, checkpoint="best", top=3):
     rows = []
     for path in images:
         for name, predictor in predictors.items():
-            (_, p, maps), = predictor.over([path])
-            tiles = predictor.tiles(path, p, maps, np.argsort(-p, kind="stable")[:top])
+            (_, p, maps), = predictor.iterate([path])
+            tiles = region_tiles(predictor, path, p, maps, np.argsort(-p, kind="stable")[:top])
             rows.append([(tiles[0][0], f"{name}: {tiles[0][1]}"), *tiles[1:]])
-    save_atomically(lambda buffer: picture(rows).save(buffer, "PNG"), file)
+    save_atomically(lambda buffer: grid_of(rows).save(buffer, "PNG"), file)
     if not runs.test.split.boxes:
         return f"The test split has no boxes: only the picture was drawn, {file}."
     names = ("pointing", "small", "medium", "large", "mass", "present", "absent", "pairs")
     lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) | peak, present | peak, absent | pairs |",
              "|---|" + "---:|" * 9]
     for name, predictor in predictors.items():
-        scores, maps = evaluation.sweep(predictor.model, predictor.g_pos, predictor.g_neg, runs.test, maps=True)
+        scores, maps = evaluation.score_split(predictor.model, predictor.g_pos, predictor.g_neg, runs.test, evaluation.maps_of)
         where = localisation(next(iter(maps.values())), predictor.grid, runs.test.split.boxes, runs.test.split.truth)
         mAP = runs.mAP(scores.get(predictor.cfg.score, scores["region"]))
         lines.append(f"| **{name}** | {mAP:.2f} | " + " | ".join(str(where[k]) for k in names) + " |")

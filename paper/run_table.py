@@ -28,7 +28,8 @@ import train
 from support import UserError
 from support.checkpoint import save_atomically
 from support.cli import best_device
-from metrics import metrics
+from tools.predictor import Predictor, evaluation_loader
+from eval import metrics
 from config import NOT_THE_RESULT, Config, load_config
 
 
@@ -109,11 +110,11 @@ class Runs:
     @functools.cached_property
     def test(self):
         """The features of the test split, which all rows of a table share."""
-        return evaluation.evaluation_loader(self.base, splits_of(self.base)[2], self.encoder, self.device)
+        return evaluation_loader(self.base, splits_of(self.base)[2], self.encoder, self.device)
 
     @functools.cached_property
     def zero_shot(self):
-        return evaluation.zero_shot(self.encoder, self.test.split.prompts, self.test)
+        return evaluation.zero_shot(self.encoder, evaluation.zero_shot_text(self.encoder, self.test.split.prompts), self.test)
 
     def mAP(self, scores):
         return metrics(scores, self.test.split.truth)["mAP"]
@@ -126,7 +127,7 @@ class Runs:
                 scores = np.load(kept)
                 if scores.dtype.kind == "f" and scores.shape == self.test.split.truth.shape and np.isfinite(scores).all():
                     return scores
-        scores = evaluation.Predictor(run, checkpoint, self.device, self.encoder).scores_of(self.test)
+        scores = Predictor(run, checkpoint, self.device, self.encoder).score_split(self.test)
         save_atomically(lambda buffer: np.save(buffer, scores), kept)
         return scores
 

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from metrics import average_precision, best_thresholds, interpolated_precision, localisation, metrics
+from eval import average_precision, best_thresholds, interpolated_precision, metrics
+from tools.localise import localisation
 
 
 def case(seed, n=60, C=7, ties=True, unknown=0.3):

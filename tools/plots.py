@@ -1,27 +1,31 @@
-"""Pictures: regions in the manner of the paper's Fig. 4, masks over photos in a grid with captions; and the curves of a run.
+"""Pictures: regions in the manner of the paper's Fig. 4, masks over photos; and the curves of a
+run.
 
-N = h*w locations.
+N = h*w locations, C categories.
 """
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from datasets import augment
 from support.checkpoint import save_atomically
 
 
-def heat(image, mask, grid, peak=None):
-    """image PIL, mask (N,), grid (h, w) -> PIL: the mask over a greyed image, red at `peak` (default: its own maximum).
+def heat(image, mask, grid):
+    """image PIL, mask (N,), grid (h, w) -> PIL: the mask over a greyed image, red at its own peak.
 
     Masks are scaled by their peak because those of CARL are low and would look empty.
     """
-    m = np.clip(mask.reshape(grid) / (peak or max(mask.max(), 1e-6)), 0, 1)
+    m = np.clip(mask.reshape(grid) / max(mask.max(), 1e-6), 0, 1)
     m = Image.fromarray((255 * m).astype(np.uint8)).resize(image.size, Image.BICUBIC)
-    m = np.asarray(m, dtype=np.float32)[..., None] / 255                           # (H, W, 1)
+    m = np.asarray(m, dtype=np.float32)[..., None] / 255  # (H, W, 1)
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32) * 0.6 + 80
     colour = np.concatenate([np.full_like(m, 235), 190 * (1 - m), 30 * (1 - m)], -1)
-    return Image.fromarray((grey * (1 - 0.75 * m) + colour * 0.75 * m).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((grey * (1 - 0.75 * m) + colour * 0.75 * m).clip(0,
+                                                                            255).astype(np.uint8))
 
 
 def fit(image, side):
@@ -30,57 +34,73 @@ def fit(image, side):
     return image.resize([max(1, round(scale * length)) for length in image.size], Image.BICUBIC)
 
 
-def picture(rows, side=192):
-    """rows: list of lists of (PIL image, caption) -> one PIL image, a grid with captions below the tiles."""
+def region_tiles(predictor, path, p, maps, categories, side=192):
+    """A row of `grid_of`: the photo, then the regions of `categories` with probability and peak.
+
+    p (C,) probabilities, maps (C, N) of the image, as Predictor.iterate gives them
+    """
+    image = fit(augment.read(path), side)
+    name = Path(path).name[-32:] if isinstance(path, (str, Path)) else "image"
+    return [(image, name)] + [
+        (heat(image, maps[c], predictor.grid),
+         f"{predictor.names[c]} {p[c]:.2f}  peak {maps[c].max():.2f}") for c in categories]
+
+
+def grid_of(rows, side=192):
+    """rows: lists of (PIL image, caption) -> one PIL image, a grid with captions below the
+    tiles."""
     line, gap = 15, 6
-    canvas = Image.new("RGB", ((side + gap) * max(map(len, rows)) + gap, (side + line + gap) * len(rows) + gap), "white")
+    width = (side + gap) * max(map(len, rows)) + gap
+    canvas = Image.new("RGB", (width, (side + line + gap) * len(rows) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
         for c, (tile, caption) in enumerate(row):
-            x, y, tile = gap + c * (side + gap), gap + r * (side + line + gap), fit(tile.convert("RGB"), side)
+            x, y = gap + c * (side + gap), gap + r * (side + line + gap)
+            tile = fit(tile.convert("RGB"), side)
             canvas.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
             caption = " ".join(caption.split()).encode("latin-1", "replace").decode("latin-1")
-            while draw.textlength(caption) > side:                                 # a long file name must not run into the next tile
+            # a long file name must not run into the next tile
+            while draw.textlength(caption) > side:
                 caption = caption[:-1]
             draw.text((x + 2, y + side + 1), caption, fill="black")
     return canvas
 
 
+def save_regions(predictor, paths, file, top=3):
+    """Fig. 4 as a PNG: a row an image, the photo and then the regions of its `top` categories."""
+    rows = [region_tiles(predictor, paths[i], p, maps, np.argsort(-p, kind="stable")[:top])
+            for i, p, maps in predictor.iterate(paths)]
+    picture = grid_of(rows)
+    save_atomically(lambda buffer: picture.save(buffer, "PNG"), file)
+
+
 def two_axes(width, height):
     """-> matplotlib's figure, without a window, and its two axes side by side."""
-    os.environ.pop("MPLBACKEND", None)                                             # a name that it does not know would stop the import
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)                        # its words about a home that cannot be written
+    os.environ.pop("MPLBACKEND", None)  # a name that it does not know would stop the import
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # about a home that cannot be written
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, 2)
 
 
 def curves(history, file):
-    """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured. Needs matplotlib."""
+    """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured."""
     figure, (left, right) = two_axes(9, 3.2)
-    epochs = [line["epoch"] for line in history]
     for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
         points = [(line["epoch"], line[name]) for line in history if name in line]
         if points:
             left.plot(*zip(*points), label=name)
     for split in ("val", "test"):
         for score in ("mAP_region", "mAP_query"):
-            points = [(line["epoch"], line[split][score]) for line in history if score in line.get(split, {})]
+            points = [(line["epoch"], line[split][score]) for line in history
+                      if score in line.get(split, {})]
             if points:
                 right.plot(*zip(*points), label=f"{split} {score[4:]}")
-    left.set(xlabel="epoch", ylabel="loss", yscale="log", xlim=(0, epochs[-1]))
-    right.set(xlabel="epoch", ylabel="mAP (%)", xlim=(0, epochs[-1]))
+    left.set(xlabel="epoch", ylabel="loss", yscale="log", xlim=(0, history[-1]["epoch"]))
+    right.set(xlabel="epoch", ylabel="mAP (%)", xlim=(0, history[-1]["epoch"]))
     for axis in (left, right):
         if axis.lines:
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     save_atomically(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)
-
-
-def save_regions(predictor, paths, file, top=3):
-    """Fig. 4 as a PNG: a row an image, the photo and then the regions of its `top` categories."""
-    rows = [predictor.tiles(paths[i], p, maps, np.argsort(-p, kind="stable")[:top])
-            for i, p, maps in predictor.over(paths)]
-    regions = picture(rows)
-    save_atomically(lambda buffer: regions.save(buffer, "PNG"), file)

@@ -1,135 +1,119 @@
-"""What a run says about photos: `eval.py RUN --image` and `eval.py RUN --suggest`, both on an eval.Predictor.
-
-C categories, N = h*w locations.
-"""
+"""What a run says about photos: `eval.py RUN --image photo.jpg folder/`."""
 import csv
+import glob
 import io
 import itertools
 import json
 import os
-import re
+import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-import data
 from support import UserError
 from support.checkpoint import save_atomically, write_atomically
-from tools.plots import picture
+from tools.plots import grid_of, region_tiles
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+NO_PHOTOS = {"@eadir", "__macosx", "thumbs.db", "desktop.ini"}  # of file systems and photo programs
 
 
 def images_in(paths):
-    """Files and folders -> image files, sorted within a folder; a folder without any is an error."""
+    """Files, folders and patterns such as *.jpg -> files; hidden ones and thumbnails are no
+    photos."""
     found = []
-    for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"expected images in {path}, found no {' '.join(SUFFIXES)}")
-        if not os.path.lexists(inside[0]):
+    for path in paths:
+        if os.path.isdir(path):
+            inside = sorted(p for p in Path(path).rglob("*") if not p.is_dir() and not any(
+                part.startswith(".") or part.lower() in NO_PHOTOS
+                for part in p.relative_to(path).parts))
+            if not inside:
+                raise UserError(f"expected images in {path}, found no file")
+            found += inside
+        elif os.path.lexists(path):
+            found.append(path)
+        # a pattern that the shell left alone
+        elif matching := sorted(glob.glob(path, recursive=True)):
+            found += matching
+        else:
             raise UserError(f"expected an image file, found nothing at {path}: check the path")
-        found += inside
-    return [str(p) for p in found]
+    return [str(path) for path in found]
 
 
 def new(file, option):
-    """A file to write at the end, refused before the work: nothing that is there is replaced, be it a sheet, a photo or a checkpoint."""
+    """A file to write at the end, checked before the work: nothing that is there is replaced."""
+    file = Path(file)
     try:
         os.lstat(file)
-    except (FileNotFoundError, NotADirectoryError):
-        if not Path(file).parent.is_dir():
-            raise UserError(f"{option} {file} cannot be written, its folder is missing: make it, or give another path") from None
-        return Path(file)
-    raise UserError(f"{option} {file} is there already and would be lost: choose another name, or delete it")
+    except FileNotFoundError:
+        if file.parent.is_dir():
+            return file
+        raise UserError(f"{option} {file} cannot be written, its folder is missing: make it, or "
+                        "give another path") from None
+    raise UserError(f"{option} {file} is there already and would be lost: choose another name, or "
+                    "delete it")
 
 
 def picture_names(paths):
-    """Names of the pictures of image files, each its own: a.jpg and a.png, or a.jpg of two folders, make a.png and a-2.png."""
-    taken, names = set(), []
+    """Names of the pictures, each its own: a.jpg and a.png make a.png and a-2.png."""
+    taken, names = {}, []
     for path in paths:
-        stem = Path(path).stem[:60]                                                # with up to 4 bytes each, 255 are the limit
-        free = (name for k in itertools.count(1) if (name := f"{stem}-{k}.png" if k > 1 else f"{stem}.png").lower() not in taken)
-        names.append(next(free))
-        taken.add(names[-1].lower())
+        stem = Path(path).stem[:60]  # with up to 4 bytes each, 255 are the limit
+        for k in itertools.count(taken.get(stem.lower(), 0) + 1):
+            name = f"{stem}-{k}.png" if k > 1 else f"{stem}.png"
+            if name.lower() not in taken:
+                break
+        taken[stem.lower()] = k
+        taken[name.lower()] = 1
+        names.append(name)
     return names
 
 
 def predict(predictor, paths, args):
-    """--image: a line an image as soon as its batch is done, its picture, and a row of --csv. Returns the unreadable files."""
-    folder, unreadable, sheet = Path(args.out or predictor.run / "regions"), [], io.StringIO()
-    pictures = [folder / name for name in picture_names(paths)][: args.pictures]
-    for file in pictures if args.out and folder.is_dir() else ():
-        new(file, "--out")
+    """A line a photo as soon as its batch is done, its picture, and a row of --csv. -> exit
+    status."""
+    folder = Path(args.out or predictor.run / "regions")
+    pictures = [folder / name for name in picture_names(paths)][:args.pictures]
+    if args.out and folder.is_dir():
+        for file in pictures:
+            new(file, "--out")
     if args.csv:
         new(args.csv, "--csv")
-    writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerow(["image", *predictor.names])
-    folder.mkdir(parents=True, exist_ok=True)
-    if not args.json:
-        tqdm.write("probabilities; * = present, by the category's threshold")
-    for i, p, maps in predictor.over(paths, args.batch, args.workers, unreadable, progress=True):
-        row, drawn = predictor.row(paths[i], p), pictures[i] if i < len(pictures) else None
-        top = list(row["scores"].items())[: args.top]
-        if drawn:
-            tiles = predictor.tiles(paths[i], p, maps, np.argsort(-p, kind="stable")[: args.top])
-            save_atomically(lambda buffer: picture([tiles]).save(buffer, "PNG"), drawn)
-        writer.writerow([row["image"], *(f"{value:.4f}" for value in p)])
-        tqdm.write(json.dumps(row | {"scores": dict(top), "picture": drawn and str(drawn)}) if args.json else f"{row['image']}: "
-                   + "  ".join(f"{name}{'*' * (name in row['present'])} {value:.2f}" for name, value in top))
-    if args.csv:
-        write_atomically(Path(args.csv), sheet.getvalue())
-    return unreadable
-
-
-def suggest(predictor, args):
-    """--suggest: the unknown labels of the training images, believed ones first, as a sheet to check by eye.
-
-    Rows image, category, label, probability, region. First label 1, all unknown cells whose probability passes the category's
-    threshold, most probable first; then label 0, the least probable unknown cells, as many. The first --pictures
-    rows come with a picture of the region that made the model believe it. Rows kept out of a sheet for validation are included.
-    """
-    file = new(args.suggest, "--suggest")
-    folder, splits = new(file.with_name(f"{file.stem}-regions"), "--suggest"), predictor.splits()
-    parts = [s for s in (splits["train"], splits["val"]) if s]
-    paths = [path for part in parts for path in part.paths]
-    labels, truth = (np.concatenate([getattr(part, which) for part in parts]) for which in ("labels", "truth"))      # (n, C)
-    p = np.empty(labels.shape, np.float32)
-    for i, row, _ in predictor.over(paths, args.batch, args.workers, progress=True):
-        p[i] = row
-    image, c = np.nonzero(labels == data.UNKNOWN)
-    believed, order = p[image, c] >= predictor.threshold[c], np.argsort(-p[image, c], kind="stable")
-    present = order[believed[order]]
-    absent = order[~believed[order]][::-1][: len(present)]
-
-    regions, shown = {}, present[: 100 if args.pictures is None else args.pictures]
-    drawn = np.unique(image[shown]).tolist()
-    if drawn:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-    for i, row, maps in predictor.over([paths[i] for i in drawn], args.batch, args.workers) if drawn else ():
-        for rank in np.flatnonzero(image[shown] == drawn[i]):
-            category = c[shown[rank]]
-            name = re.sub(r"[^\w.-]+", "_", f"{rank + 1:04d}_{Path(paths[drawn[i]]).stem[:30]}_{predictor.names[category][:20]}.png")
-            tiles = predictor.tiles(paths[drawn[i]], row, maps, [category])
-            save_atomically(lambda buffer: picture([tiles]).save(buffer, "PNG"), folder / name)
-            regions[shown[rank]] = f"{folder.name}/{name}"
-
-    root = predictor.cfg.root or data.SCENES                                       # images are named as the sheet names them, or below the root
-    listed = [name for part in parts for name in part.listed or [os.path.relpath(path, root) for path in part.paths]]
+    except OSError as error:
+        if args.out:
+            raise
+        print(f"no pictures: {folder} cannot be made ({error.strerror}); --out says where else",
+              file=sys.stderr)
+        pictures = []
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerow(["image", "category", "label", "probability", "region"])
-    for label, cells in ((1, present), (0, absent)):
-        for cell in cells:
-            writer.writerow([listed[image[cell]], predictor.names[c[cell]], label, f"{p[image[cell], c[cell]]:.4f}", regions.get(cell, "")])
-    write_atomically(file, sheet.getvalue())
-
-    print(f"{file}: of {len(order)} unknown labels {len(present)} are likely present (label 1, most probable first) and the "
-          f"{len(absent)} least probable are listed as absent (label 0); {len(regions)} pictures in {folder}/")
-    for word, cells, code in (("present", present, 1), ("absent", absent, -1)):
-        known = truth[image[cells], c[cells]]
-        known = known[known != data.UNKNOWN]
-        if len(known):                                                             # a benchmark whose labels were hidden
-            print(f"suggested {word}: {100 * np.mean(known == code):.1f} % of {len(known)} agree with the hidden labels")
-    print("A probability ranks, it is no frequency: look at the rows, fill the right ones into the sheet, train again.")
+    writer.writerow(["image", *predictor.names])
+    if not args.json:
+        tqdm.write("probabilities; * = present, by the category's threshold")
+    unreadable = []
+    for i, p, maps in predictor.iterate(paths, args.batch, args.workers, unreadable, progress=True):
+        row = predictor.row(paths[i], p)
+        top = dict(list(row["scores"].items())[:args.top])
+        picture = pictures[i] if i < len(pictures) else None
+        if picture:
+            ranked = np.argsort(-p, kind="stable")[:args.top]
+            tiles = grid_of([region_tiles(predictor, paths[i], p, maps, ranked)])
+            save_atomically(lambda buffer: tiles.save(buffer, "PNG"), picture)
+        writer.writerow([row["image"], *(f"{value:.4f}" for value in p)])
+        if args.json:
+            tqdm.write(json.dumps(row | {"scores": top, "picture": picture and str(picture)}))
+        else:
+            marks = (f"{name}{'*' * (name in row['present'])} {value:.2f}" for name,
+                     value in top.items())
+            tqdm.write(f"{row['image']}: {'  '.join(marks)}")
+    if args.csv:
+        write_atomically(Path(args.csv), sheet.getvalue())
+    if unreadable:
+        told = f"{', '.join(unreadable[:5])}{' ...' if len(unreadable) > 5 else ''}"
+        text = f"{len(unreadable)} of {len(paths)} files are no readable images and were skipped: {told}"
+        if args.strict or len(unreadable) == len(paths):
+            raise UserError(text)
+        print(text, file=sys.stderr)
+    return 0

@@ -1,0 +1,42 @@
+"""How well the maps that a method shows sit on the boxes of a split (which training never sees).
+
+n images, C categories, N = h*w locations.
+"""
+import numpy as np
+
+
+def localisation(maps, grid, split_boxes, truth):
+    """How well maps (n, C, N) sit on the boxes of a split, over its present categories.
+
+    grid      (h, w);  split_boxes: n arrays (k, 5) of category, x0, y0, x1, y1 in 0..1
+    pointing  share of (image, category) whose highest cell has its centre in a box, % (pointing
+              game)
+    small, medium, large   pointing by the area of the largest box: below 0.02, below 0.1, above
+    mass      share of the map's sum that lies in the boxes (by cell centre), %
+    present, absent        mean peak of the map where the category is there, and where it is not
+    pairs     how many (image, category) there were
+    """
+    h, w = grid
+    cy, cx = np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij")
+    cy, cx = cy.ravel(), cx.ravel()  # (N,)
+    hits, mass, sizes = [], [], []
+    for of_image, boxes in zip(maps, split_boxes):
+        for c in np.unique(boxes[:, 0]).astype(int):
+            x0, y0, x1, y1 = boxes[boxes[:, 0] == c, 1:].T[..., None]  # (k, 1) each
+            inside = ((cx >= x0) & (cy >= y0) & (cx <= x1) & (cy <= y1)).any(0)  # (N,)
+            m = np.clip(of_image[c], 0, None)
+            hits.append(inside[of_image[c].argmax()])
+            mass.append(m[inside].sum() / max(m.sum(), 1e-12))
+            sizes.append(((x1 - x0) * (y1 - y0)).max())
+    hits, sizes, peak = np.array(hits, float), np.array(sizes), maps.max(-1)
+
+    def share(chosen):
+        return round(100 * float(hits[chosen].mean()), 2) if chosen.any() else None
+
+    def mean(values):
+        return round(float(values.mean()), 3) if values.size else None
+
+    return dict(pointing=share(sizes >= 0), small=share(sizes < 0.02),
+                medium=share((sizes >= 0.02) & (sizes < 0.1)), large=share(sizes >= 0.1),
+                mass=round(100 * float(np.mean(mass)), 2) if mass else None,
+                present=mean(peak[truth == 1]), absent=mean(peak[truth == -1]), pairs=len(hits))

@@ -1,0 +1,162 @@
+"""A split or photos, scored by a model; a trained run that does it (paper, Eq. 5; inference).
+
+n images, B of a batch, C categories, N = h*w locations, D dims.
+"""
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import clip
+import data
+from clip.features import FeatureLoader, autocast_dtype
+from config import restored
+from support import UserError
+from support.checkpoint import read_checkpoint
+from support.cli import best_device
+from trm import TRM
+
+
+def evaluation_loader(cfg, split, encoder, device, rank=0, world=1, need_global=True):
+    """Features of a split that is scored: not augmented; one cached view where the run caches."""
+    return FeatureLoader(data.Images(split, cfg.size), encoder, cfg.batch, cfg.workers,
+                         min(1, cfg.cache_features), cfg.cache_dir, device,
+                         autocast_dtype(cfg.amp, device), rank, world, need_global)
+
+
+def select_logits(out, score):
+    """Output -> (B, C). The paper infers with the region score; query and mean are measured too."""
+    if score == "region" or out.logits_q is None:
+        return out.logits_r
+    return out.logits_q if score == "query" else (out.logits_r + out.logits_q) / 2
+
+
+def region_map(out, matching):
+    """The map (B, C, N) that a method shows: the mask of Eq. 2, or DualCoOp's positive
+    similarity."""
+    return out.energy.sigmoid() if matching == "carl" else out.energy
+
+
+@torch.no_grad()
+def score_split(model, g_pos, g_neg, loader, maps=None):
+    """One pass -> {"region", "query", "mean": (n, C) probabilities; a baseline: "region" alone} and
+    {name: (n, C, N)} of maps(out, model), if given. numpy float32."""
+    model.eval()
+    scores, kept = {}, {}
+    for _, f, x in loader.batches(0, shuffle=False):
+        out = model(f, x, g_pos, g_neg)
+        for name in ("region", "query", "mean") if out.logits_q is not None else ("region",):
+            scores.setdefault(name, []).append(select_logits(out, name).sigmoid())
+        for name, part in maps(out, model).items() if maps else ():
+            kept.setdefault(name, []).append(part.half().cpu())  # many: half the memory
+    return ({name: torch.cat(parts).float().cpu().numpy() for name, parts in scores.items()},
+            {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
+
+
+class Lenient(data.Images):
+    """Images in which an unreadable one becomes zeros under a negative index."""
+
+    def __getitem__(self, key):
+        try:
+            return super().__getitem__(key)
+        except UserError:
+            return torch.zeros(3, self.size, self.size), -1 - key[1]
+
+
+class Predictor:
+    """A trained run that scores images. checkpoint: "best" (chosen on validation), "last", or None:
+    best where there is one. places: settings that say where data and weights lie now."""
+
+    def __init__(self, run, checkpoint=None, device=None, encoder=None, places=None):
+        self.run = Path(run)
+        kind = checkpoint or ("best" if (self.run / "best.pt").exists() else "last")
+        state = read_checkpoint(self.run / f"{kind}.pt")
+        cfg = restored(json.loads(state["config"]), self.run / f"{kind}.pt")
+        self.cfg = cfg = dataclasses.replace(cfg, **(places or {}))
+        self.names, self.epoch = state["names"], state["epoch"]
+        self.device = torch.device(device) if device else best_device()
+        if encoder is None or encoder.sha256 != state["clip_sha256"]:
+            encoder = clip.load(cfg.clip, activation=cfg.activation)
+        self.clip = encoder.to(self.device)
+        if self.clip.sha256 != state["clip_sha256"]:
+            raise UserError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {cfg.clip} "
+                            f"is now {self.clip.sha256[:12]}...: give --clip the same weights, or "
+                            "train again")
+        self.grid = self.clip.grid(cfg.size, cfg.size)  # (h, w)
+        self.g_pos = state["g_pos"].to(self.device)  # (C, D)
+        self.g_neg = state["g_neg"].to(self.device)
+        self.threshold = np.asarray(state["threshold"])  # (C,)
+        self.model = TRM(*self.g_pos.shape, matching=cfg.matching,
+                         contrastive=False).to(self.device).eval()
+        self.model.load_state_dict({name: value for name, value in state["model"].items()
+                                    if not name.startswith(("prompts.", "heads."))})
+
+    @torch.no_grad()
+    def score(self, f, x):
+        """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
+        out = self.model(f, x, self.g_pos, self.g_neg)
+        return select_logits(out, self.cfg.score).sigmoid(), out
+
+    def score_split(self, loader):
+        """(n, C) probabilities of the run's score."""
+        scores, _ = score_split(self.model, self.g_pos, self.g_neg, loader)
+        return scores.get(self.cfg.score, scores["region"])
+
+    def predict(self, images, batch=32, workers=0):
+        """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
+        of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
+
+        UserError for one that is no image.
+        """
+        if isinstance(images, (str, Path)):
+            raise UserError(f"expected a list of images, got {str(images)!r}: put it in brackets")
+        return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
+
+    def row(self, image, p):
+        """One image's probabilities (C,) as `predict` returns them."""
+        ranked = np.argsort(-p, kind="stable")
+        name = str(image) if isinstance(image, (str, Path)) else type(image).__name__
+        return {"image": name, "scores": {self.names[c]: float(p[c]) for c in ranked},
+                "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
+
+    def iterate(self, images, batch=32, workers=0, unreadable=None, progress=False):
+        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy.
+
+        What cannot be decoded goes into the list `unreadable`; without one it raises UserError.
+        """
+        split = data.Split("images", images, self.names,
+                           np.zeros((len(images), len(self.names)), np.int8))
+        kind = data.Images if unreadable is None else Lenient
+        loader = FeatureLoader(kind(split, self.cfg.size), self.clip, batch, workers,
+                               device=self.device, amp=autocast_dtype(self.cfg.amp, self.device),
+                               need_global=self.cfg.matching == "global")
+        show = progress and sys.stderr.isatty()
+        with tqdm(total=len(images), disable=not show, leave=False, unit="image") as bar:
+            for index, f, x in loader.batches(0, shuffle=False):
+                p, out = self.score(f, x)
+                maps = region_map(out, self.cfg.matching).float().cpu().numpy()
+                for i, *of_image in zip(index.tolist(), p.float().cpu().numpy(), maps):
+                    if i < 0:
+                        unreadable.append(images[-1 - i])
+                    else:
+                        yield i, *of_image
+                bar.update(len(index))
+
+    def splits(self):
+        """{"train", "val", "test"}: the data.Split that the run was trained on; None where there is
+        none."""
+        parts = data.load(self.cfg)
+        if parts[0].names != self.names:
+            changed = sorted(set(parts[0].names) ^ set(self.names))
+            raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than "
+                            f"{self.run} was trained on "
+                            f"({', '.join(changed[:5]) or 'in another order'}): put the data back, "
+                            "or train anew")
+        return dict(zip(("train", "val", "test"), parts))
+
+    def loader(self, split):
+        return evaluation_loader(self.cfg, split, self.clip, self.device)
