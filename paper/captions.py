@@ -1,12 +1,16 @@
-"""Texts as images: prompts learned from captions alone, without a single photo (TaI-DPT, Guo et al., CVPR 2023; paper, Tables 1, 2).
+"""Texts as images: prompts learned from captions alone, without a single photo (TaI-DPT, Guo et
+al., CVPR 2023; paper, Tables 1, 2).
 
-    python train.py --data scenes --images captions --matching global       the global prompts, matched with whole sentences
-    python train.py --data scenes --images captions --matching dualcoop     the local prompts, matched with single words
+    python train.py --data scenes --images captions --matching global       the global prompts,
+    matched with whole sentences
+    python train.py --data scenes --images captions --matching dualcoop     the local prompts,
+    matched with single words
 
-CLIP puts texts and images into one space, so a caption's features stand in for an image's: the sentence for the global
-feature x (D,), its words for the dense ones f (N, D). Its labels are the categories that it names. What is learned is then
-applied to photos. The double-grained prompts of TaI-DPT do not meet before inference, so they are two runs here, whose scores
-are averaged (`eval.py RUN --ensemble RUN`). Unlike there, our dual prompts and Eq. 14 take the place of its ranking loss.
+CLIP puts texts and images into one space, so a caption's features stand in for an image's: the
+sentence for the global feature x (D,), its words for the dense ones f (N, D). Its labels are the
+categories that it names. What is learned is then applied to photos. The double-grained prompts of
+TaI-DPT do not meet before inference, so they are two runs here, whose scores are averaged (`eval.py
+RUN --ensemble RUN`). Unlike there, our dual prompts and Eq. 14 take the place of its ranking loss.
 """
 import json
 import re
@@ -18,8 +22,9 @@ from clip.features import epoch_order
 from datasets.base import NEGATIVE, POSITIVE, Split, read_bytes
 from support import UserError
 
-# Words that mean the same, a group a line; a category is named by every word of the groups that hold its own name, and by their
-# plurals. Plural names are those of NUS-WIDE. Words that mostly mean something else in captions ("glass", "bat") are left out.
+# Words that mean the same, a group a line; a category is named by every word of the groups that
+# hold its own name, and by their plurals. Plural names are those of NUS-WIDE. Words that mostly
+# mean something else in captions ("glass", "bat") are left out.
 SAME = """
 person, people, man, woman, boy, girl, child, children, kid, baby, guy, lady, player, skier, surfer, skateboarder, rider, crowd
 airplane, aeroplane, plane, jet, airliner    |  bicycle, bike, cyclist          |  motorcycle, motorbike, motor bike, scooter, moped
@@ -44,7 +49,8 @@ sun, sunshine  |  moon  |  cloud, clouds     |  flower, flowers, blossom        
 
 
 def forms(phrase):
-    """"fire truck" -> {("fire", "truck"), ("fire", "trucks")}: words of a phrase, its last one in the singular and the plural."""
+    """"fire truck" -> {("fire", "truck"), ("fire", "trucks")}: words of a phrase, its last one in
+    the singular and the plural."""
     *before, word = words_of(phrase) or [""]
     return {(*before, word), (*before, plural(word))}
 
@@ -65,18 +71,23 @@ def words_of(text):
 
 
 def vocabulary(names):
-    """{words of a phrase: set of category numbers}, from the names and the groups that hold them."""
-    groups = [[" ".join(words_of(phrase)) for phrase in group.split(",")] for line in SAME.strip().splitlines() for group in line.split("|")]
+    """{words of a phrase: set of category numbers}, from the names and the groups that hold
+    them."""
+    groups = [[" ".join(words_of(phrase)) for phrase in group.split(",")]
+              for line in SAME.strip().splitlines() for group in line.split("|")]
     found = {}
     for c, name in enumerate(names):
         own = " ".join(words_of(name))
         if not own:
-            raise UserError(f"captions are searched for words of the letters a to z, and the category {name!r} has none: rename it in the data")
+            raise UserError("captions are searched for words of the letters a to z, and the "
+                            f"category {name!r} has none: rename it in the data")
         for phrase in {own}.union(*(group for group in groups if own in group)):
             for words in forms(phrase):
                 found.setdefault(words, set()).add(c)
-    # A longer phrase of another category takes its words with it: a hot dog is no dog, also where "hot dog" is not asked for.
-    return {words: set() for group in groups for phrase in group if " " in phrase for words in forms(phrase)} | found
+    # A longer phrase of another category takes its words with it: a hot dog is no dog, also where
+    # "hot dog" is not asked for.
+    return {words: set() for group in groups for phrase in group if " " in phrase
+            for words in forms(phrase)} | found
 
 
 def mentioned(text, phrases):
@@ -92,18 +103,23 @@ def mentioned(text, phrases):
 
 
 def load(file, names, prompts, images=None):
-    """captions_*.json as COCO's -> data.Split whose `paths` are the captions that name a category, the first `images` images'."""
+    """captions_*.json as COCO's -> data.Split whose `paths` are the captions that name a category,
+    the first `images` images'."""
     try:
-        raw = json.loads(read_bytes(file))                                         # as bytes: a byte-order mark is understood
+        # as bytes: a byte-order mark is understood
+        raw = json.loads(read_bytes(file))
         wanted = {image["id"] for image in raw["images"][:images]}
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: captions in COCO's format are needed (captions_train2014.json): {type(error).__name__} {error}") from None
+        raise UserError(f"{file}: captions in COCO's format are needed (captions_train2014.json): "
+                        f"{type(error).__name__} {error}") from None
     phrases = vocabulary(names)
     named = [(text, found) for text in texts if (found := mentioned(text, phrases))]
     if not named:
-        raise UserError(f"{file}: none of its {len(texts)} captions names one of the categories: {', '.join(names[:5])}, ...")
-    labels = np.full((len(named), len(names)), NEGATIVE, np.int8)                  # what a caption does not name counts as absent
+        raise UserError(f"{file}: none of its {len(texts)} captions names one of the categories: "
+                        f"{', '.join(names[:5])}, ...")
+    # what a caption does not name counts as absent
+    labels = np.full((len(named), len(names)), NEGATIVE, np.int8)
     for row, (_, found) in zip(labels, named):
         row[list(found)] = POSITIVE
     return Split("captions", [text for text, _ in named], list(names), labels, prompts=prompts,
@@ -111,7 +127,8 @@ def load(file, names, prompts, images=None):
 
 
 class Captions:
-    """The feed of captions, in the form of features.Features: yields (index (B,), f (B, N, D) words, x (B, D) sentences)."""
+    """The feed of captions, in the form of features.Features: yields (index (B,), f (B, N, D)
+    words, x (B, D) sentences)."""
 
     def __init__(self, split, clip, batch=128, seed=0, device="cpu", rank=0, world=1):
         self.split, self.clip, self.batch, self.seed, self.device, self.rank, self.world = split, clip, batch, seed, device, rank, world
@@ -119,7 +136,8 @@ class Captions:
         rows = []
         for text in split.paths:
             words = text.split()
-            while True:                                                            # a text that is too long loses its end
+            # a text that is too long loses its end
+            while True:
                 try:
                     rows.append(clip.tokenize([" ".join(words)])[0].int().cpu())
                     break
@@ -131,24 +149,30 @@ class Captions:
         return len(self.tokens)
 
     def batches(self, epoch, shuffle=True):
-        for part in (epoch_order(len(self), epoch, self.seed) if shuffle else torch.arange(len(self))).split(self.batch):
-            part = torch.cat([part, part[:1].expand(-len(part) % self.world)])[self.rank:: self.world]
+        for part in (epoch_order(len(self), epoch, self.seed) if shuffle
+                     else torch.arange(len(self))).split(self.batch):
+            part = torch.cat([part,
+                              part[:1].expand(-len(part) % self.world)])[self.rank:: self.world]
             yield part.to(self.device), *self.encode(self.tokens[part].long().to(self.device))
 
     @torch.no_grad()
     def encode(self, tokens):
-        """tokens (B, S) -> f (B, N, D), x (B, D). Every token is projected as CLIP projects the end of the text, which is x.
+        """tokens (B, S) -> f (B, N, D), x (B, D). Every token is projected as CLIP projects the end
+        of the text, which is x.
 
-        f holds the words and the end, not the start, which is the same in all texts. N is that of the longest text of the batch,
-        and a shorter one repeats itself, so that no padding has to be kept out of the softmax over the locations.
+        f holds the words and the end, not the start, which is the same in all texts. N is that of
+        the longest text of the batch, and a shorter one repeats itself, so that no padding has to
+        be kept out of the softmax over the locations.
         """
-        eot = tokens.argmax(1)                                                     # (B,) the end of the text has the largest id
+        # (B,) the end of the text has the largest id
+        eot = tokens.argmax(1)
         tokens = tokens[:, : int(eot.max()) + 1]
         h = self.clip.embed(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
         for block in self.clip.transformer.resblocks:
             h = block(h, causal=True)
         h = self.clip.ln_final(h) @ self.clip.text_projection                      # (B, S, D)
         B, N = len(h), h.shape[1] - 1
-        place = 1 + torch.arange(N, device=h.device) % eot[:, None]                # (B, N) 1 ... eot, again and again
+        # (B, N) 1 ... eot, again and again
+        place = 1 + torch.arange(N, device=h.device) % eot[:, None]
         rows = torch.arange(B, device=h.device)
         return h[rows[:, None], place].float(), h[rows, eot].float()

@@ -25,7 +25,6 @@ import fake_datasets as fake
 import eval as evaluation
 from tools.suggest import suggest
 from clip import features
-from paper import run_table as grid
 from support import distributed as ranks
 from paper import reproduce
 from datasets import scenes
@@ -132,9 +131,7 @@ def test_an_empty_value_is_refused(main, arguments, capfd):
     (evaluation.main, ["x", "--image", "a", "--top", 0], ["--top", "from 1"]), (evaluation.main, ["x", "--image", "a", "--workers", -1], ["--workers"]),
     (evaluation.main, ["x", "--csv", "all.csv"], ["--csv", "--image"]), (evaluation.main, ["x", "--out", "d"], ["--out", "--image"]),
     (reproduce.main, ["--table", 3, "--ratio=0.3"], ["--ratio", "drop it"]), (reproduce.main, ["--table", 3, "--without", "kd"], ["--without"]),
-    (reproduce.main, ["--table", 3, "--runs", "a", "b"], ["--runs", "no effect"]), (reproduce.main, ["--table", 5, "--ratios", 0.5], ["--ratios"]),
-    (reproduce.main, ["--figure", 4, "--rows", "all"], ["--rows"]),
-    (reproduce.main, ["--table", 3, "--seeds", 10**30], ["--seeds", "1000"]), (reproduce.main, ["--table", 3, "--jobs", 5000], ["--jobs", "1000"]),
+    (reproduce.main, ["--table", 3, "--seeds", 0], ["--seeds"]),
     (reproduce.main, ["--table", 3, "--ratios", 0.501, 0.504], ["--ratios", "0.501 0.504"]),
     (reproduce.main, ["--table", 3, "--ratios", 0.5, 0.5], ["--ratios"]), (reproduce.main, ["--table", 3, "--resume=x"], ["--resume"])])
 def test_a_value_that_cannot_be_is_refused(world, tmp_path, main, arguments, words, capfd):                      # noqa: F811
@@ -342,40 +339,6 @@ def test_a_name_too_long_for_clip_is_told_before_the_images_are_decoded(world, t
     one_line(train.main, options(world, tmp_path / "run", names=tmp_path / "names.txt"), capfd, "tokens")
 
 
-def test_strange_folders_among_the_runs_of_a_table_and_cut_files(world, tmp_path, capfd, monkeypatch):           # noqa: F811
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
-    arguments = ["--table", 3, "--ratios", 0.5, "--rows", "average", "--seeds", 1, *options(world, tmp_path, ratio=None, epochs=1)]
-    strange = tmp_path / "runs" / "strange"
-    for i, content in enumerate(("{", "[]", '{"config": {}}', '{"config": {"data": "scenes"}, "data": 5}', "[" * 100000, None)):
-        folder = strange.with_name(f"strange{i}")
-        (folder / "config.json" if content is None else folder).mkdir(parents=True)
-        if content is not None:
-            (folder / "config.json").write_text(content)
-    assert command(reproduce.main, arguments, capfd)[0] == 0
-    metrics, = tmp_path.glob("runs/*/metrics.jsonl")
-    whole = metrics.read_text()
-    metrics.write_text(whole[: len(whole) // 2])
-    one_line(reproduce.main, arguments, capfd, "metrics.jsonl", "--resume")
-    metrics.write_text('{"epoch": 1}\n')
-    one_line(reproduce.main, arguments, capfd, "metrics.jsonl", "no epoch with a test score")
-    assert train.main(["--resume", str(metrics.parent)]) == 0                      # the way out that the message names
-    assert metrics.read_text() == whole and command(reproduce.main, arguments, capfd)[0] == 0
-
-
-def test_scores_that_were_cut_are_measured_anew(world, tmp_path, capfd, monkeypatch):                            # noqa: F811
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
-    arguments = ["--table", 1, "--ratios", 0.5, "--rows", "TaI-DPT+DualCoOp", "--seeds", 1, *options(world, tmp_path, ratio=None, epochs=1)]
-    status, out, err = command(reproduce.main, arguments, capfd)
-    assert status == 0, err
-    found = (tmp_path / "table-1-scenes.json").read_text()
-    kept = sorted(tmp_path.glob("runs/*/test-*.npy"))
-    whole = kept[0].read_bytes()
-    for content in (b"", whole[:90], whole[:-5]):
-        kept[0].write_bytes(content)
-        assert command(reproduce.main, arguments, capfd)[0] == 0
-        assert kept[0].read_bytes() == whole and (tmp_path / "table-1-scenes.json").read_text() == found
-
-
 # --------------------------------------------------------------------------------------------- names and terminals
 @posix
 def test_names_that_a_picture_or_a_terminal_cannot_show(trained, tmp_path):
@@ -486,14 +449,6 @@ def test_activations_of_one_file_do_not_share_features(world):                  
     assert told.sha256 != other.sha256 and clip.load(file).sha256 == clip.weights.sha256(file)
 
 
-def test_figure_4_wants_its_two_runs(world, trained, tmp_path, capfd):                                           # noqa: F811
-    arguments = ["--figure", 4, *options(world, tmp_path, ratio=None, epochs=1)]
-    one_line(reproduce.main, [*arguments, "--runs", trained, trained], capfd, "no DualCoOp run")
-    run(world, tmp_path / "dualcoop", epochs=1, matching="dualcoop")
-    one_line(reproduce.main, [*arguments, "--size", 96, "--runs", tmp_path / "dualcoop", trained], capfd, "96 pixels")
-    assert command(reproduce.main, [*arguments, "--runs", tmp_path / "dualcoop", trained], capfd)[0] == 0
-
-
 def test_zero_is_a_value_of_table_2(tmp_path):
     parsed = [reproduce.parse(["--table", "2", *given])[1].assume_negative for given in ([], ["--assume-negative", "0"])]
     assert parsed == [0.3, 0.0]
@@ -517,22 +472,6 @@ def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):           
     os.killpg(at_work.pid, signal.SIGINT)
     out, err = at_work.communicate(timeout=60)
     assert at_work.returncode == 130 and "stopped; what was finished is in last.pt" in err, err
-
-
-def test_training_data_that_changed_are_trained_anew_by_a_table(world, tmp_path, capfd, monkeypatch):            # noqa: F811
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
-    shutil.copytree(world / "scenes", tmp_path / "scenes")
-    arguments = ["--table", 3, "--ratios", 0.5, "--rows", "average", "--seeds", 1,
-                 *options(world, tmp_path / "out", ratio=None, epochs=1, root=tmp_path / "scenes")]
-    for count in (1, 1):                                                           # the second reads the run of the first
-        assert command(reproduce.main, arguments, capfd)[0] == 0 and len(list(tmp_path.glob("out/runs/*"))) == count
-    file = tmp_path / "scenes/annotations/instances_train2014.json"
-    content = json.loads(file.read_text())
-    content["annotations"] = content["annotations"][::2]
-    file.write_text(json.dumps(content))
-    grid._splits.cache_clear()                                                     # as a new process
-    grid._hashes.cache_clear()
-    assert command(reproduce.main, arguments, capfd)[0] == 0 and len(list(tmp_path.glob("out/runs/*"))) == 2
 
 
 @pytest.mark.parametrize("name", ("curves.png", "regions.png"))
