@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from clip.model import MEAN, STD
 from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
                            read_lines, require_unique)
@@ -284,6 +285,7 @@ class Images(Dataset):
 
     def __init__(self, split, size, augment="none", seed=0):
         self.split, self.size, self.augment, self.seed = split, size, augment, seed
+        self.mean, self.std = MEAN, STD  # a FeatureLoader sets those of its CLIP
         # area; TaI-DPT's rn101_nus.yaml
         self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5
 
@@ -306,7 +308,7 @@ class Images(Dataset):
             image = augment.resize(image, self.size)
             if self.augment == "flip":
                 image = augment.flip(image, rng)
-        return augment.normalise(image), index
+        return augment.normalise(image, self.mean, self.std), index
 
     def fingerprint(self):
         """bytes that name all that the pixels depend on: files (path, size, time of change) and the
@@ -319,7 +321,8 @@ class Images(Dataset):
                             "off the list") from None
         code = hashlib.sha256(Path(augment.__file__).read_bytes()).hexdigest()
         seed = self.seed if self.augment != "none" else 0
-        return repr((files, self.size, self.augment, self.smallest_crop, seed, code)).encode()
+        transform = (self.size, self.augment, self.smallest_crop, seed, self.mean, self.std, code)
+        return repr((files, transform)).encode()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A minimal CLIP: model.py, tokenizer.py, weights.py; features.py gives its dense features, batch by batch."""
+"""A minimal CLIP: its model, tokenizer and weights; features.py gives its dense features."""
 from clip.model import CLIP, build
-from clip.tokenizer import Tokenizer, tokenize
+from clip.tokenizer import Tokenizer
 from clip.weights import load

@@ -1,11 +1,12 @@
-"""CLIP (Radford et al. 2021), the frozen backbone of TRM-ML: image features (global, dense) and text features.
+"""CLIP (Radford et al. 2021), the frozen backbone: global, dense and text features.
 
-Parameters carry the names of OpenAI's files, so their weights, open_clip's and our own small ones load into the same
-class, and `build` infers the architecture from the tensors. What TRM-ML asks beyond the original:
-- dense features f: one D-vector per location of the last map, at any input size (section 3.1 of the paper);
+Parameters carry the names of OpenAI's files, and `build` infers the architecture from the tensors.
+What TRM-ML asks beyond the original:
+- dense features f: one D-vector per location of the last map, at any input size (section 3.1);
 - prompts that enter the text encoder as embeddings, so that context tokens can be learned.
 
-B images, T texts, S tokens, W text width, N = h*w locations (row-major), D joint dimension, C channels of the last map.
+B images, T texts, S tokens, W text width, N = h*w locations (row-major), D joint dimension,
+C channels of the last map.
 
     model = clip.load("RN101")
     g = model.encode_text(model.tokenize(["a photo of a cat"]))      # (1, 512)
@@ -19,58 +20,68 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from clip.tokenizer import tokenize
+from clip.tokenizer import tokenizer
 from support import UserError
 
-ACTIVATIONS = {"quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu}  # silu(x) = x sigmoid(x)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1, as OpenAI normalised them
+STD = (0.26862954, 0.26130258, 0.27577711)
+ACTIVATIONS = {"quickgelu": lambda x: F.silu(1.702 * x) / 1.702,  # silu(x) = x sigmoid(x)
+               "gelu": F.gelu}
 
 
 def resize_positions(positions, h, w):
-    """positions (1 + g*g, C) of a g x g grid behind one special token -> (1 + h*w, C), bicubic if the grid differs."""
+    """positions (1 + g*g, C), a special token and a g x g grid -> (1 + h*w, C), bicubic."""
     g = math.isqrt(len(positions) - 1)
     if (h, w) == (g, g):
         return positions
-    grid = positions[1:].T.reshape(1, -1, g, g)                                                  # (1, C, g, g)
-    grid = F.interpolate(grid.float(), size=(h, w), mode="bicubic", align_corners=False).to(positions.dtype)
-    return torch.cat([positions[:1], grid.flatten(2)[0].T])                                      # (1 + h*w, C)
+    grid = positions[1:].T.reshape(1, -1, g, g).float()  # (1, C, g, g)
+    grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.to(positions.dtype).flatten(2)[0].T])  # (1 + h*w, C)
 
 
 def attend(q, k, v, heads, causal=False):
-    """q (B, S, C), k and v (B, S', C) already projected -> (B, S, C): softmax(q k^T / sqrt(C / heads)) v in each head."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))               # (B, heads, S, C/heads)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)  # (B, S, C)
+    """q (B, S, C), k, v (B, S', C), projected -> (B, S, C): softmax(q k^T / sqrt(C/heads)) v."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, S, _)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2).flatten(2)  # (B, S, C)
 
+
+# ---- the ResNet
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck whose stride is an average pool (anti-aliased), in the residual as in the shortcut."""
+    """ResNet bottleneck whose stride is an average pool, in the residual as in the shortcut."""
 
     def __init__(self, c_in, planes, stride):
         super().__init__()
         c_out = 4 * planes
         self.conv1, self.bn1 = nn.Conv2d(c_in, planes, 1, bias=False), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = nn.Conv2d(planes, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = None
         if stride > 1 or c_in != c_out:
             self.downsample = nn.Sequential(OrderedDict({
-                "-1": nn.AvgPool2d(stride), "0": nn.Conv2d(c_in, c_out, 1, bias=False), "1": nn.BatchNorm2d(c_out)}))
+                "-1": nn.AvgPool2d(stride), "0": nn.Conv2d(c_in, c_out, 1, bias=False),
+                "1": nn.BatchNorm2d(c_out)}))
         nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.pool(F.relu(self.bn2(self.conv2(y)), inplace=True))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 class AttentionPool(nn.Module):
-    """The global feature: attention from the mean of the map over the map. Its value and output projections alone,
-    at each location, give the dense features (no mean token, no positions), as DualCoOp and TaI-DPT take them."""
+    """The global feature: attention from the mean of the map over the map. The value and output
+    projections alone give the dense features (no mean token, no positions), as in TaI-DPT."""
 
-    def __init__(self, grid, channels, heads, embed_dim):
+    def __init__(self, grid, channels, embed_dim):
         super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, channels) / channels ** 0.5)
+        self.heads = max(1, channels // 64)
+        positions = torch.randn(grid * grid + 1, channels) / channels ** 0.5
+        self.positional_embedding = nn.Parameter(positions)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
         self.c_proj = nn.Linear(channels, embed_dim)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
@@ -79,49 +90,54 @@ class AttentionPool(nn.Module):
 
     def forward(self, x):
         """x (B, C, h, w) -> (B, D)"""
-        h, w = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)                                                         # (B, N, C)
-        x = torch.cat([x.mean(1, keepdim=True), x], 1) + resize_positions(self.positional_embedding, h, w)
-        x = attend(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)            # (B, 1, C)
+        positions = resize_positions(self.positional_embedding, *x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + positions
+        x = attend(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)  # (B, 1, C)
         return self.c_proj(x[:, 0])
 
     def dense(self, x):
         """x (B, C, h, w) -> (B, N, D)"""
-        x = x.flatten(2).transpose(1, 2)                                                         # (B, N, C)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
         return self.c_proj(self.v_proj(x)) if self.folded is None else self.folded(x)
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet: a stem of three convolutions, anti-aliased strides, attention pooling. Stride 32."""
+    """CLIP's ResNet: a stem of three convolutions, pooled strides, attention pooling. Stride 32."""
 
     def __init__(self, layers, width, resolution, embed_dim):
         super().__init__()
         half = width // 2
-        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)
-        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, 1, 1, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         c_in = width
         for i, depth in enumerate(layers):
-            planes, stride = width * 2 ** i, 1 if i == 0 else 2
-            blocks = [Bottleneck(c_in if b == 0 else 4 * planes, planes, stride if b == 0 else 1) for b in range(depth)]
+            planes = width * 2 ** i
+            blocks = [Bottleneck(c_in, planes, 1 if i == 0 else 2)]
+            blocks += [Bottleneck(4 * planes, planes, 1) for _ in range(depth - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
             c_in = 4 * planes
-        self.attnpool = AttentionPool(resolution // 32, c_in, max(1, c_in // 64), embed_dim)
+        self.attnpool = AttentionPool(resolution // 32, c_in, embed_dim)
 
     def grid(self, H, W):
         return (H + 1) // 2 // 16, (W + 1) // 2 // 16
 
     def trunk(self, x):
-        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = F.relu(bn(conv(x)), inplace=True)
-        return self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))            # (B, C, h, w)
+        for i in (1, 2, 3):
+            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))
+            x = F.relu(x, inplace=True)
+        x = F.avg_pool2d(x, 2)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, h, w)
 
     def pool(self, x):
-        return self.attnpool(x)
+        return self.attnpool(x)  # (B, D)
 
     def dense(self, x):
-        return self.attnpool.dense(x)
+        return self.attnpool.dense(x)  # (B, N, D)
 
+
+# ---- the transformers of texts and images
 
 class Attention(nn.Module):
     def __init__(self, width, heads):
@@ -138,13 +154,16 @@ class Attention(nn.Module):
         return self.out_proj(attend(q, k, v, self.heads, causal))
 
     def last(self, x, at):
-        """Causal attention for one query a text: token at[t] attends to tokens 0..at[t]. x (T, S, W), at (T,) -> (T, W)"""
+        """Causal attention for one query a text: token at[t] attends to tokens 0..at[t].
+        x (T, S, W), at (T,) -> (T, W)"""
         q, k, v = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q = F.linear(x[torch.arange(len(x), device=x.device), at], *q)                           # (T, W)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, F.linear(x, *k), F.linear(x, *v)))
-        s = torch.einsum("thc,tshc->ths", q, k) / q.shape[-1] ** 0.5                             # (T, heads, S)
-        s = s.masked_fill((torch.arange(x.shape[1], device=x.device) > at[:, None])[:, None], -torch.inf)
-        return self.out_proj(torch.einsum("ths,tshc->thc", s.softmax(-1).to(v.dtype), v).flatten(1))
+        q = F.linear(x[torch.arange(len(x), device=x.device), at], *q)  # (T, W)
+        k, v = F.linear(x, *k), F.linear(x, *v)  # (T, S, W)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
+        s = torch.einsum("thc,tshc->ths", q, k) / q.shape[-1] ** 0.5  # (T, heads, S)
+        later = torch.arange(x.shape[1], device=x.device) > at[:, None]  # (T, S)
+        s = s.masked_fill(later[:, None], -torch.inf).softmax(-1)
+        return self.out_proj(torch.einsum("ths,tshc->thc", s.to(v.dtype), v).flatten(1))
 
     def values(self, x):
         """Each token attends to itself alone."""
@@ -155,43 +174,45 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width, heads, activation):
+    def __init__(self, width, heads, mlp, activation):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, mlp), "c_proj": nn.Linear(mlp, width)})
         self.activation = activation
 
     def forward(self, x, causal=False, values_only=False, at=None):
-        """x (B, S, C) -> the same, or with at (B,) only token at[b] of each: (B, C), as if causal."""
+        """x (B, S, C) -> the same, or with at (B,) token at[b] alone, as if causal: (B, C)."""
         y = self.ln_1(x)
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at] + self.attn.last(y, at)
+        elif values_only:
+            x = x + self.attn.values(y)
         else:
-            x = x + (self.attn.values(y) if values_only else self.attn(y, causal))
-        return x + self.mlp["c_proj"](ACTIVATIONS[self.activation](self.mlp["c_fc"](self.ln_2(x))))
+            x = x + self.attn(y, causal)
+        y = ACTIVATIONS[self.activation](self.mlp["c_fc"](self.ln_2(x)))
+        return x + self.mlp["c_proj"](y)
 
 
-class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, activation):
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+def transformer(width, layers, *block):
+    blocks = [Block(width, *block) for _ in range(layers)]
+    return nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
 
 
 class VisionTransformer(nn.Module):
-    """Dense features: the patch tokens after the last block with value-only attention (its attention is replaced by
-    out_proj(v_proj(ln_1(x))), residual and MLP as usual), then ln_post and proj, the path the class token takes."""
+    """Dense features: the last block takes the patch tokens with value-only attention, then they
+    go through ln_post and proj as the class token does."""
 
-    def __init__(self, layers, width, patch, resolution, embed_dim, activation):
+    def __init__(self, width, layers, patch, resolution, embed_dim, *block):
         super().__init__()
         self.patch = patch
         scale = width ** -0.5
-        heads = 16 if width == 1280 else max(1, width // 64)  # 64 wide in all but open_clip's ViT-H
+        tokens = (resolution // patch) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch) ** 2 + 1, width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation)
+        self.transformer = transformer(width, layers, *block)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def grid(self, H, W):
@@ -199,77 +220,91 @@ class VisionTransformer(nn.Module):
 
     def trunk(self, x):
         """x (B, 3, H, W) -> all blocks but the last, (B, 1 + N, C)"""
-        x = self.conv1(x)                                                                        # (B, C, h, w)
-        h, w = x.shape[-2:]
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
-        x = self.ln_pre(x + resize_positions(self.positional_embedding, h, w))
+        x = self.conv1(x)  # (B, C, h, w)
+        positions = resize_positions(self.positional_embedding, *x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)  # (B, 1 + N, C)
+        x = self.ln_pre(x + positions)
         for block in self.transformer.resblocks[:-1]:
             x = block(x)
         return x
 
     def pool(self, x):
-        return self.ln_post(self.transformer.resblocks[-1](x)[:, 0]) @ self.proj                 # (B, D)
+        x = self.transformer.resblocks[-1](x)
+        return self.ln_post(x[:, 0]) @ self.proj  # (B, D)
 
     def dense(self, x):
-        return self.ln_post(self.transformer.resblocks[-1](x[:, 1:], values_only=True)) @ self.proj  # (B, N, D)
+        x = self.transformer.resblocks[-1](x[:, 1:], values_only=True)
+        return self.ln_post(x) @ self.proj  # (B, N, D)
 
+
+# ---- both together
 
 class CLIP(nn.Module):
     """CLIP from plain dimensions, with CLIP's own initialisation.
 
-    embed_dim: D. resolution: native image size. layers: blocks of each of the four stages (a ResNet) or the number of
-    blocks (a ViT). vision_width: channels of the stem (even) or of the tokens. patch: ViT only. text_heads: None for heads
-    of 64 channels, the only choice that `build` can infer. activation: "quickgelu" (OpenAI's) or "gelu".
-    Attributes: D, W, context_length, vocab_size, resolution, and from `load` the name and the sha256 of the file."""
+    embed_dim: D. resolution: native image size. layers: blocks of each of the four stages (a
+    ResNet) or their number (a ViT). vision_width: channels of the stem (even) or of the tokens.
+    patch, vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels a head, 16 heads at
+    most in a ViT, as in all released models. *_mlp: None for four times the width.
+    activation: "quickgelu" (OpenAI's) or "gelu".
 
-    def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length, vocab_size, text_width,
-                 text_heads=None, text_layers=12, activation="quickgelu"):
+    What it also tells: mean and std of the pixels that it wants, and, from `load`, name and sha256.
+    """
+
+    def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,
+                 vocab_size, text_width, text_layers=12, text_heads=None, text_mlp=None,
+                 vision_heads=None, vision_mlp=None, activation="quickgelu"):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise UserError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-        self.D, self.W = embed_dim, text_width
-        self.context_length, self.vocab_size, self.resolution = context_length, vocab_size, resolution
-        self.sha256, self.name = "", ""
-        if isinstance(layers, int):
-            self.visual = VisionTransformer(layers, vision_width, patch, resolution, embed_dim, activation)
-        else:
+        self.D, self.W, self.resolution = embed_dim, text_width, resolution
+        self.context_length, self.vocab_size = context_length, vocab_size
+        self.name, self.sha256, self.mean, self.std = "", "", MEAN, STD
+        if patch is None:
             self.visual = ModifiedResNet(layers, vision_width, resolution, embed_dim)
-        self.transformer = Transformer(text_width, text_layers, text_heads or max(1, text_width // 64), activation)
+        else:
+            heads = vision_heads or max(1, min(16, vision_width // 64))
+            self.visual = VisionTransformer(vision_width, layers, patch, resolution, embed_dim,
+                                            heads, vision_mlp or 4 * vision_width, activation)
+        heads = text_heads or max(1, text_width // 64)
+        self.transformer = transformer(text_width, text_layers, heads, text_mlp or 4 * text_width,
+                                       activation)
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -0.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.transformer.resblocks:  # outputs that enter the residual stream shrink with depth
+        small = text_width ** -0.5 * (2 * text_layers) ** -0.5  # the residual stream stays small
+        for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=text_width ** -0.5 * (2 * text_layers) ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=small)
             nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * text_width) ** -0.5)
-            nn.init.normal_(block.mlp["c_proj"].weight, std=text_width ** -0.5 * (2 * text_layers) ** -0.5)
+            nn.init.normal_(block.mlp["c_proj"].weight, std=small)
 
     def tokenize(self, texts):
-        """list of T strings -> (T, context_length) int64. A text that is too long raises UserError."""
-        return tokenize(texts, self.context_length, self.vocab_size).to(self.positional_embedding.device)
+        """list of T strings -> (T, context_length) int64. A text that is too long is refused."""
+        device = self.positional_embedding.device
+        return tokenizer(self.vocab_size)(texts, self.context_length).to(device)
 
     def embed(self, tokens):
         """tokens (T, S) -> (T, S, W), without positions."""
         return self.token_embedding(tokens)
 
     def encode_prompts(self, embeddings, eot):
-        """embeddings (T, S, W), S up to context_length, without positions; eot (T,) index of the end-of-text token
-        -> (T, D), not normalised. Differentiable in embeddings."""
-        x = embeddings + self.positional_embedding[:embeddings.shape[1]]                         # (T, S, W)
+        """embeddings (T, S, W), S up to context_length, without positions; eot (T,) index of the
+        end-of-text token -> (T, D), not normalised. Differentiable in embeddings."""
+        x = embeddings + self.positional_embedding[:embeddings.shape[1]]  # (T, S, W)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x, causal=True)
-        return self.ln_final(last(x, at=eot)) @ self.text_projection  # of the last block only one token is asked
+        x = last(x, at=eot)  # (T, W): of the last block one token is asked
+        return self.ln_final(x) @ self.text_projection
 
     def encode_text(self, tokens):
-        """tokens (T, S) -> (T, D). The causal mask keeps what follows the end-of-text token from mattering, so all texts
-        are cut after the longest."""
+        """tokens (T, S) -> (T, D). What follows the end-of-text token cannot matter under the
+        causal mask, so all texts are cut after the longest."""
         eot = tokens.argmax(1)  # end of text is the last id of the vocabulary
-        tokens = tokens[:, :int(eot.max()) + 1]
-        return self.encode_prompts(self.embed(tokens), eot)
+        return self.encode_prompts(self.embed(tokens[:, :int(eot.max()) + 1]), eot)
 
     def grid(self, H, W):
         """Rows and columns of the dense features of an H x W image: N = h * w."""
@@ -279,11 +314,11 @@ class CLIP(nn.Module):
         H, W = x.shape[-2:]
         if 0 in self.grid(H, W):
             raise UserError(f"images of {H} x {W} pixels are too small for a single feature: "
-                            f"enlarge them, best to {self.resolution} x {self.resolution} or more")
+                            f"enlarge them, best to {self.resolution} x {self.resolution}")
         return self.visual.trunk(x)
 
     def encode_image(self, x):
-        """x (B, 3, H, W), CLIP-normalised, any size -> the global feature (B, D), not normalised."""
+        """x (B, 3, H, W), normalised by mean and std, any size -> global (B, D), not normalised."""
         return self.visual.pool(self.trunk(x))
 
     def encode_dense(self, x):
@@ -297,13 +332,14 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def fold(self):
-        """The same outputs from fewer operations, for a CLIP that stays frozen: BatchNorm goes into the convolutions,
-        v_proj and c_proj into one map for the dense features, images into channels-last order. In place; returns self."""
+        """Fewer operations for a CLIP that stays frozen: BatchNorm goes into the convolutions,
+        v_proj and c_proj into one map, images into channels-last order. In place."""
         self.eval()
         for module in list(self.visual.modules()):
             for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
                 if isinstance(getattr(module, bn, None), nn.BatchNorm2d):
-                    setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn)))
+                    fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
+                    setattr(module, conv, fused)
                     setattr(module, bn, nn.Identity())
         pool = getattr(self.visual, "attnpool", None)
         if pool is not None and pool.folded is None:
@@ -314,54 +350,58 @@ class CLIP(nn.Module):
         return self.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def dimensions(sd):
-    """state dict with OpenAI's names -> the keyword arguments of CLIP, read off the shapes."""
-    def depth(prefix):  # number of consecutive blocks prefix0., prefix1., ...
-        return len({k[len(prefix):].split(".")[0] for k in sd if k.startswith(prefix)})
+# ---- from tensors
 
-    text_width, embed_dim = sd["text_projection"].shape
-    d = dict(embed_dim=embed_dim, text_width=text_width, context_length=len(sd["positional_embedding"]),
-             vocab_size=len(sd["token_embedding.weight"]), text_layers=depth("transformer.resblocks."))
-    if "visual.proj" in sd:
-        width, _, patch, _ = sd["visual.conv1.weight"].shape
-        grid = math.isqrt(len(sd["visual.positional_embedding"]) - 1)
-        return d | dict(layers=depth("visual.transformer.resblocks."), vision_width=width, patch=patch,
-                        resolution=grid * patch)
-    grid = math.isqrt(len(sd["visual.attnpool.positional_embedding"]) - 1)
-    return d | dict(layers=tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)), patch=None, resolution=32 * grid,
-                    vision_width=len(sd["visual.layer1.0.conv1.weight"]))
+def dimensions(state):
+    """State dict with OpenAI's names -> the keyword arguments of CLIP, read off the shapes."""
+    def depth(prefix):  # number of blocks prefix0., prefix1., ...
+        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
 
-
-def build(state_dict, fold=False, activation="quickgelu"):
-    """state_dict: OpenAI's names -> CLIP in evaluation mode, float32, with its own copy of the tensors.
-    Tensors missing, left over or of the wrong shape raise UserError."""
-    skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # archives carry these, no weights
-    sd = {k: v.detach() for k, v in state_dict.items() if k not in skipped and not k.endswith("num_batches_tracked")}
     try:
-        shape = dimensions(sd)
-    except (KeyError, ValueError, TypeError) as e:  # a tensor missing, or one without the axes it should have
-        raise UserError(f"not a CLIP with OpenAI's parameter names, {e} is missing or odd among {len(sd)} tensors "
-                        f"({', '.join(list(sd)[:3])}, ...)") from None
-    if empty := [k for k, v in sd.items() if not v.numel()]:
-        raise UserError(f"{empty[0]} has no elements: expected the tensors of a trained CLIP")
-    with torch.device("meta"):  # shapes alone: nothing is initialised only to be overwritten
-        model = CLIP(**shape, activation=activation).eval()
-    want = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    wrong = [f"{k} missing" for k in want if k not in sd] + [f"{k} unexpected" for k in sd if k not in want]
-    wrong += [f"{k} is {tuple(sd[k].shape)}, expected {tuple(want[k])}" for k in want
-              if k in sd and sd[k].shape != want[k]]
-    wrong += [f"{k} is {sd[k].dtype}, expected dense floating-point numbers" for k in want if k in sd and not (
-        sd[k].is_floating_point() and sd[k].layout == torch.strided and sd[k].device.type != "meta" and not sd[k].is_quantized)]
-    wrong += [] if wrong else [f"{k} is not finite everywhere" for k in want if not sd[k].float().isfinite().all()]
-    if wrong:
-        raise UserError(f"{len(wrong)} tensors do not fit the architecture that the others show: {'; '.join(wrong[:4])}"
-                        + ("; ..." if len(wrong) > 4 else ""))
-    try:  # layers that are missing altogether, widths that no number of heads divides
-        with torch.device("meta"), torch.no_grad():
+        if empty := [name for name, t in state.items() if not t.numel()]:
+            raise ValueError(empty[0])
+        blocks = "transformer.resblocks."
+        shape = dict(embed_dim=state["text_projection"].shape[1],
+                     context_length=len(state["positional_embedding"]),
+                     vocab_size=len(state["token_embedding.weight"]),
+                     text_width=len(state["text_projection"]), text_layers=depth(blocks),
+                     text_mlp=len(state[blocks + "0.mlp.c_fc.weight"]))
+        if "visual.proj" in state:
+            width, _, patch, _ = state["visual.conv1.weight"].shape
+            grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
+            mlp = len(state[f"visual.{blocks}0.mlp.c_fc.weight"])
+            return shape | dict(layers=depth("visual." + blocks), vision_width=width,
+                                vision_mlp=mlp, patch=patch, resolution=grid * patch)
+        grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
+        layers = tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4))
+        width = len(state["visual.layer1.0.conv1.weight"])
+        return shape | dict(layers=layers, vision_width=width, patch=None, resolution=32 * grid)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise UserError(f"not a CLIP: {error} is missing or odd among {len(state)} tensors "
+                        f"({', '.join(list(state)[:3])}, ...)") from None
+
+
+def build(state_dict, fold=False, activation="quickgelu", **heads):
+    """State dict with OpenAI's names -> CLIP in evaluation mode, float32, its tensors copied.
+
+    heads: text_heads, vision_heads, see CLIP
+    UserError: a tensor is missing, left over, of another shape than the others show, or not finite
+    """
+    skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask", "logit_bias")
+    state = {name: t.detach() for name, t in state_dict.items()  # the encoders' weights alone
+             if name not in skipped and not name.endswith("num_batches_tracked")}
+    shape = dimensions(state)
+    try:
+        with torch.device("meta"), torch.no_grad():  # shapes alone: nothing is computed
+            model = CLIP(**shape, activation=activation, **heads).eval()
             model.encode(torch.empty(1, 3, model.resolution, model.resolution))
             model.encode_prompts(torch.empty(1, 3, model.W), torch.zeros(1, dtype=torch.long))
-    except Exception as e:
-        raise UserError(f"no CLIP has tensors of these sizes ({shape}): {e}") from None
-    counters = {k: torch.tensor(0) for k in model.state_dict() if k.endswith("num_batches_tracked")}
-    model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in sd.items()} | counters, assign=True)
+        for name, t in state.items():
+            dense = t.layout == torch.strided and t.is_floating_point()
+            if not (dense and t.isfinite().all()):
+                raise ValueError(f"{name} is {t.dtype}, expected dense, finite, floating-point")
+        copied = {name: t.to(torch.float32, copy=True) for name, t in state.items()}
+        model.load_state_dict(copied, assign=True)
+    except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise UserError(f"no CLIP has these tensors: {str(error)[:400]}") from None
     return model.fold() if fold else model

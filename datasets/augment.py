@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of pixels in 0..1
-STD = (0.26862954, 0.26130258, 0.27577711)
 GREY = (128, 128, 128)
 TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
           5: Image.TRANSPOSE,
@@ -76,13 +74,13 @@ def resize(image, size):
     return image.resize((size, size), Image.BICUBIC)
 
 
-def normalise(image):
-    """RGB image -> (3, H, W) float32. numpy, as torch's threads would quarrel with the loader's
-    processes."""
+def normalise(image, mean, std):
+    """RGB image -> (3, H, W) float32, mean and std of pixels in 0..1. numpy, as torch's threads
+    would quarrel with the loader's processes."""
     out = np.empty((3, image.height, image.width), np.float32)
-    for plane, band, mean, std in zip(out, image.split(), MEAN, STD):
-        np.multiply(np.asarray(band), np.float32(1 / (255 * std)), out=plane)
-        plane -= np.float32(mean / std)
+    for plane, band, m, s in zip(out, image.split(), mean, std):
+        np.multiply(np.asarray(band), np.float32(1 / (255 * s)), out=plane)
+        plane -= np.float32(m / s)
     return torch.from_numpy(out)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 
+from clip.model import MEAN, STD
 from datasets import augment
 import data
 import fake_datasets as fake
@@ -122,8 +123,9 @@ def test_random_crop_statistics(monkeypatch):
 def test_normalise_is_clips():
     image = picture((20, 30))
     x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).double() / 255
-    x = (x - torch.tensor(augment.MEAN).double().view(3, 1, 1)) / torch.tensor(augment.STD).double().view(3, 1, 1)
-    out = augment.normalise(image)
+    mean, std = (torch.tensor(value).double().view(3, 1, 1) for value in (MEAN, STD))
+    x = (x - mean) / std
+    out = augment.normalise(image, MEAN, STD)
     assert out.dtype == torch.float32 and out.is_contiguous() and torch.allclose(out.double(), x, atol=1e-6)
 
 

@@ -243,8 +243,9 @@ NINE = {  # embed_dim, resolution, layers, vision_width, patch, text_width, and 
 @pytest.mark.parametrize("name", NINE)
 def test_openai_architectures_have_their_size_and_are_inferred(name):
     d, resolution, layers, width, patch, text, size = NINE[name]
-    shape = dict(embed_dim=d, resolution=resolution, layers=layers, vision_width=width, patch=patch, context_length=77,
-                 vocab_size=49408, text_width=text, text_layers=12)
+    shape = dict(embed_dim=d, resolution=resolution, layers=layers, vision_width=width,
+                 patch=patch, context_length=77, vocab_size=49408, text_width=text, text_layers=12,
+                 text_mlp=4 * text, **({"vision_mlp": 4 * width} if patch else {}))
     with torch.device("meta"):
         model = clip.CLIP(**shape)
     assert sum(p.numel() for p in model.parameters()) == size
@@ -286,7 +287,7 @@ def test_initialisation():
 def test_known_ids(text, ids):
     """Ids of CLIP's own vocabulary, checked with another implementation (open_clip 3.3)."""
     assert clip.Tokenizer().encode(text) == ids
-    assert clip.tokenize(text, 12).tolist() == [[49406, *ids, 49407] + [0] * (10 - len(ids))]
+    assert clip.Tokenizer()([text], 12).tolist() == [[49406, *ids, 49407] + [0] * (10 - len(ids))]
 
 
 def test_small_vocabulary_is_a_prefix():
@@ -309,7 +310,7 @@ def test_small_vocabulary_is_a_prefix():
 
 def test_a_text_that_is_too_long_is_named():
     with pytest.raises(UserError, match="8 tokens .* has 9: 'one two three"):
-        clip.tokenize(["a cat", "one two three four five six seven"], context_length=8)
+        clip.Tokenizer()(["a cat", "one two three four five six seven"], 8)
 
 
 def test_channels_last_input_gives_the_same_features():

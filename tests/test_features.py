@@ -119,6 +119,24 @@ def test_key(made):
     is_new()
 
 
+def test_images_are_normalised_as_this_clip_wants_them(made):
+    """Another mean and std than OpenAI's: other pixels, and another cache."""
+    (_, f, _), = cached(made, views=0, batch=21).batches(0, shuffle=False)
+    cached(made, views=1)
+    made.clip.mean, made.clip.std = (0.5, 0.5, 0.5), (0.25, 0.5, 1.0)
+    loader = cached(made, views=0, batch=21)
+    image, _ = loader.images[0, 3]
+    made.clip.mean, made.clip.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    pixels, _ = cached(made, views=0).images[0, 3]
+    for channel, std in enumerate((0.25, 0.5, 1.0)):
+        assert torch.allclose(image[channel], (pixels[channel] - 0.5) / std, atol=1e-6)
+    assert 0 <= pixels.min() and 0.5 < pixels.max() <= 1
+    (_, g, _), = cached(made, views=0, batch=21).batches(0, shuffle=False)
+    assert not torch.allclose(f, g, rtol=1e-2)
+    cached(made, views=1)
+    assert len(list(made.folder.iterdir())) == 2
+
+
 def test_disk_need_is_told_before_and_a_full_disk_refused(made, capsys, monkeypatch):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the feature cache needs .* GiB, .* has 0.0 GiB free: choose fewer"):

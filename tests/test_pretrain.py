@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from sklearn.metrics import average_precision_score
 
 from datasets import scenes
 from clip import CLIP, build
@@ -29,12 +28,6 @@ def test_info_nce_against_loops():
     torch.testing.assert_close(pretrain.info_nce(image, text, 10.0, same), total / 10)
 
 
-def test_average_precision_against_sklearn():
-    g = torch.Generator().manual_seed(1)
-    scores, truth = torch.randn(200, generator=g), torch.rand(200, generator=g) < 0.2
-    assert pretrain.average_precision(scores, truth) == pytest.approx(average_precision_score(truth, scores))
-
-
 def test_grouped_texts_equal_ungrouped():
     torch.manual_seed(0)
     model = CLIP(**LITTLE).eval()
@@ -47,7 +40,7 @@ def test_a_small_run_learns_and_writes(tmp_path, capsys):
     score = pretrain.pretrain(out, canvases=96, epochs=3, batch=16, lr=3e-3, tune=16, amp=False, dimensions=LITTLE, command="a test")
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
     assert len(losses) == 3 and losses[-1] < losses[0]
-    assert 0 < score["global"] < 100 and 0 < score["dense"] < 100 and set(score["classes"]) <= set(scenes.NAMES)
+    assert 0 < score["global"] < 100 and 0 < score["dense"] < 100
     with safe_open(out, "pt") as file:
         metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
     assert metadata["command"] == "a test" and json.loads(metadata["dimensions"])["embed_dim"] == 16
@@ -64,4 +57,4 @@ def test_the_shipped_weights():
     assert float(metadata["zero_shot_tune2014_global"]) >= 80
     assert metadata["command"].startswith("python -m clip.pretrain")
     captions = pretrain.draw("pretrain", 50, json.loads(metadata["dimensions"])["resolution"], (1, 3))[2]
-    assert metadata["captions_sha256"] == pretrain.told(captions), "the drawing changed after pre-training"
+    assert metadata["captions_sha256"] == pretrain.captions_sha256(captions), "the drawing changed after pre-training"

@@ -116,9 +116,9 @@ def test_things_keep_company():
 
 def test_captions_of_all_lengths():
     """Prompts of 16 learned tokens and a name end at positions 17 to 22 of the text: captions must train those, and later ones."""
-    from clip import tokenize
+    from clip import Tokenizer
     texts = [t for i in range(60) for t in scenes.scene(scenes.seed_of(0, "pretrain", i), 128, (1, 3))[2]]
-    lengths = tokenize(texts, 77, 4514).argmax(1)
+    lengths = Tokenizer(4514)(texts, 77).argmax(1)
     assert lengths.min() < 8 and (lengths > 18).float().mean() > 0.25 and (lengths > 30).float().mean() > 0.05
 
 

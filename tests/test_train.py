@@ -218,9 +218,9 @@ def test_a_wrong_weights_file_ends_in_one_line(world, tmp_path, capfd, damage): 
 def test_weights_by_name_offline_end_in_one_line(world, tmp_path, capfd, monkeypatch):                           # noqa: F811
     from clip import weights
     monkeypatch.setattr(weights, "BASE", "http://127.0.0.1:9/models")              # nobody answers there
-    monkeypatch.setattr(weights, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
     one_line(train.main, options(world, tmp_path / "run", clip="RN50"), capfd, "RN50", "give the path of a weights file")
-    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*"))
+    assert not (tmp_path / "run").exists() and not list((tmp_path / ".cache/clip").glob("*"))
 
 
 @pytest.mark.parametrize("damage, cached, workers", (("cut", 0, 0), ("cut", 0, 2), ("cut", 1, 0), ("text", 0, 0), ("gone", 1, 0)))
