@@ -48,22 +48,24 @@ def attend(q, k, v, heads, causal=False):
 
 # ---- the ResNet
 
+def conv(c_in, c_out, size=1, stride=1):
+    return nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
+
+
 class Bottleneck(nn.Module):
     """ResNet bottleneck whose stride is an average pool, in the residual as in the shortcut."""
 
     def __init__(self, c_in, planes, stride):
         super().__init__()
         c_out = 4 * planes
-        self.conv1, self.bn1 = nn.Conv2d(c_in, planes, 1, bias=False), nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3, self.bn3 = nn.Conv2d(planes, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv1, self.bn1 = conv(c_in, planes), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = conv(planes, c_out), nn.BatchNorm2d(c_out)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = None
         if stride > 1 or c_in != c_out:
             self.downsample = nn.Sequential(OrderedDict({
-                "-1": nn.AvgPool2d(stride), "0": nn.Conv2d(c_in, c_out, 1, bias=False),
-                "1": nn.BatchNorm2d(c_out)}))
+                "-1": nn.AvgPool2d(stride), "0": conv(c_in, c_out), "1": nn.BatchNorm2d(c_out)}))
         nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
 
     def forward(self, x):
@@ -108,9 +110,9 @@ class ModifiedResNet(nn.Module):
     def __init__(self, layers, width, resolution, embed_dim):
         super().__init__()
         half = width // 2
-        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half)
-        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, 1, 1, bias=False), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = conv(3, half, 3, stride=2), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = conv(half, half, 3), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = conv(half, width, 3), nn.BatchNorm2d(width)
         c_in = width
         for i, depth in enumerate(layers):
             planes = width * 2 ** i
@@ -124,10 +126,9 @@ class ModifiedResNet(nn.Module):
         return (H + 1) // 2 // 16, (W + 1) // 2 // 16
 
     def trunk(self, x):
-        for i in (1, 2, 3):
-            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))
-            x = F.relu(x, inplace=True)
-        x = F.avg_pool2d(x, 2)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x)), inplace=True), 2)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, h, w)
 
     def pool(self, x):
@@ -357,51 +358,40 @@ def dimensions(state):
     def depth(prefix):  # number of blocks prefix0., prefix1., ...
         return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
 
-    try:
-        if empty := [name for name, t in state.items() if not t.numel()]:
-            raise ValueError(empty[0])
-        blocks = "transformer.resblocks."
-        shape = dict(embed_dim=state["text_projection"].shape[1],
-                     context_length=len(state["positional_embedding"]),
-                     vocab_size=len(state["token_embedding.weight"]),
-                     text_width=len(state["text_projection"]), text_layers=depth(blocks),
-                     text_mlp=len(state[blocks + "0.mlp.c_fc.weight"]))
-        if "visual.proj" in state:
-            width, _, patch, _ = state["visual.conv1.weight"].shape
-            grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-            mlp = len(state[f"visual.{blocks}0.mlp.c_fc.weight"])
-            return shape | dict(layers=depth("visual." + blocks), vision_width=width,
-                                vision_mlp=mlp, patch=patch, resolution=grid * patch)
-        grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-        layers = tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4))
-        width = len(state["visual.layer1.0.conv1.weight"])
-        return shape | dict(layers=layers, vision_width=width, patch=None, resolution=32 * grid)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f"not a CLIP: {error} is missing or odd among {len(state)} tensors "
-                        f"({', '.join(list(state)[:3])}, ...)") from None
+    blocks = "transformer.resblocks."
+    text_width, embed_dim = state["text_projection"].shape
+    shape = dict(embed_dim=embed_dim, context_length=len(state["positional_embedding"]),
+                 vocab_size=len(state["token_embedding.weight"]), text_width=text_width,
+                 text_layers=depth(blocks), text_mlp=len(state[blocks + "0.mlp.c_fc.weight"]))
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
+        mlp = len(state[f"visual.{blocks}0.mlp.c_fc.weight"])
+        return shape | dict(layers=depth("visual." + blocks), vision_width=width, vision_mlp=mlp,
+                            patch=patch, resolution=grid * patch)
+    grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
+    layers = tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4))
+    width = len(state["visual.layer1.0.conv1.weight"])
+    return shape | dict(layers=layers, vision_width=width, patch=None, resolution=32 * grid)
 
 
 def build(state_dict, fold=False, activation="quickgelu", **heads):
     """State dict with OpenAI's names -> CLIP in evaluation mode, float32, its tensors copied.
 
-    heads: text_heads, vision_heads, see CLIP
-    UserError: a tensor is missing, left over, of another shape than the others show, or not finite
+    heads: text_heads, vision_heads, see CLIP.  KeyError, ValueError, RuntimeError: a tensor is
+    missing, left over, of another shape than the others show, or not finite.
     """
     skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask", "logit_bias")
     state = {name: t.detach() for name, t in state_dict.items()  # the encoders' weights alone
              if name not in skipped and not name.endswith("num_batches_tracked")}
-    shape = dimensions(state)
-    try:
-        with torch.device("meta"), torch.no_grad():  # shapes alone: nothing is computed
-            model = CLIP(**shape, activation=activation, **heads).eval()
-            model.encode(torch.empty(1, 3, model.resolution, model.resolution))
-            model.encode_prompts(torch.empty(1, 3, model.W), torch.zeros(1, dtype=torch.long))
-        for name, t in state.items():
-            dense = t.layout == torch.strided and t.is_floating_point()
-            if not (dense and t.isfinite().all()):
-                raise ValueError(f"{name} is {t.dtype}, expected dense, finite, floating-point")
-        copied = {name: t.to(torch.float32, copy=True) for name, t in state.items()}
-        model.load_state_dict(copied, assign=True)
-    except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"no CLIP has these tensors: {str(error)[:400]}") from None
+    for name, t in state.items():
+        dense = t.layout == torch.strided and t.is_floating_point()
+        if not (t.numel() and dense and t.isfinite().all()):
+            raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected dense finite numbers")
+    with torch.device("meta"), torch.no_grad():  # shapes alone: nothing is computed
+        model = CLIP(**dimensions(state), activation=activation, **heads).eval()
+        model.encode(torch.empty(1, 3, model.resolution, model.resolution))
+        model.encode_prompts(torch.empty(1, 3, model.W), torch.zeros(1, dtype=torch.long))
+    copied = {name: t.to(torch.float32, copy=True) for name, t in state.items()}
+    model.load_state_dict(copied, assign=True)
     return model.fold() if fold else model

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -38,18 +39,11 @@ FILES = {
 # What is looked for in a folder, in this order.
 IN_FOLDER = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
              "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
 QUICK = ("quickgelu", "openai")  # in a file's name, they tell its activation
 
 
 def sha256(file):
-    """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
 
 
 def download(name):
@@ -57,16 +51,15 @@ def download(name):
     sha256 is right, so an interrupted or a second download cannot harm."""
     file, digest = FILES[name]
     path = Path(os.path.expanduser("~/.cache/clip")) / file  # as OpenAI's own package
-    if path.is_file() and sha256(path) == digest:
-        return path
     url = f"{BASE}/{digest}/{file}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digest, progress=sys.stderr.isatty())
+        if not path.is_file() or sha256(path) != digest:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest, progress=sys.stderr.isatty())
+        return path
     except (OSError, RuntimeError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"could not get CLIP {name} from {url} ({error}): try again online, put "
                         f"the file at {path}, or give the path of a weights file") from None
-    return path
 
 
 def find(name):
@@ -90,75 +83,62 @@ def find(name):
 def weights_in(path):
     """A weights file, an index of shards or a folder with one of IN_FOLDER -> the files to read."""
     if path.is_dir():
-        inside = [path / name for name in IN_FOLDER if (path / name).is_file()]
-        if not inside:
-            raise UserError(f"{path} holds no weights: expected one of {', '.join(IN_FOLDER)}")
-        path = inside[0]
+        path = next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
+    if path is None:
+        raise UserError(f"it holds none of {', '.join(IN_FOLDER)}")
     if not path.name.endswith(".index.json"):
         return [path]
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{path} is no index of shards: expected a weight_map")
-    return [path.with_name(Path(str(shard)).name) for shard in sorted(set(shards.values()))]
+    shards = read_json(path)["weight_map"].values()
+    return [path.with_name(Path(shard).name) for shard in sorted(set(shards))]
 
 
 def read(file):
-    """One weights file -> its tensors. Its kind is told from its bytes, not from its name."""
-    try:
-        with open(file, "rb") as handle:
-            head = handle.read(40)
-        if head.startswith(b"version https://git-lfs"):
-            raise UserError(f"{file} is Git LFS's pointer to the weights: run git lfs pull")
-        if head[8:9] == b"{":
-            return load_file(file)
-        if head[:2] == b"PK":
-            with zipfile.ZipFile(file) as archive:
-                script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-                unpacked = sum(part.file_size for part in archive.infolist())
-            if script:
-                return read_archive(file)
-            if unpacked > file.stat().st_size:  # torch.save does not compress
-                raise ValueError(f"it would unpack to {unpacked} bytes")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with the file is said below
-            state = unwrap(file, torch.load(file, map_location="cpu", weights_only=True))
-        if any(t.numel() * t.element_size() > file.stat().st_size for t in state.values()):
-            raise ValueError("a tensor is larger than the file")
-        return state
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged or foreign file makes a reader raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds more than tensors (save a state_dict), or none at all"
-        raise UserError(f"{file} is no readable weights file (state dict, safetensors or OpenAI's "
-                        f"archive), or it is incomplete: {reason}") from None
+    """One weights file -> {name: tensor}. Its kind is told from its bytes, not from its name."""
+    with open(file, "rb") as handle:
+        head = handle.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file.name} is Git LFS's pointer to the weights: run git lfs pull")
+    if head[8:9] == b"{":
+        return load_file(file)
+    if head[:2] == b"PK":
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+        if any(part.filename.endswith("/constants.pkl") for part in parts):
+            return read_archive(file)
+        if sum(part.file_size for part in parts) > file.stat().st_size:  # torch.save does not pack
+            raise ValueError("it would unpack to more than its size")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with the file is said in `load`
+        state = tensors(torch.load(file, map_location="cpu", weights_only=True))
+    if any(t.numel() * t.element_size() > file.stat().st_size for t in state.values()):
+        raise ValueError("a tensor is larger than the file")
+    return state
 
 
 def read_archive(file):
     """A TorchScript archive holds code that runs while it is loaded: OpenAI's own are loaded."""
     if sha256(file) not in [digest for _, digest in FILES.values()]:
-        raise UserError(f"{file} is a TorchScript archive, but not one of OpenAI's, and loading it "
-                        "would run its code. If you trust it, convert it with python -c \"import "
-                        f"torch; torch.save(torch.jit.load('{file}').state_dict(), 'clip.pt')\"")
+        raise UserError("it is a TorchScript archive, but not one of OpenAI's, and loading it runs "
+                        "its code; if you trust it, convert it: python -c \"import torch; "
+                        f"torch.save(torch.jit.load('{file}').state_dict(), 'clip.pt')\"")
     return torch.jit.load(file, map_location="cpu").state_dict()
 
 
-def unwrap(file, state):
+def tensors(saved):
     """What torch.load gave -> {name: tensor}, also where a training program put it under a key."""
-    def tensors(value):
+    def inside(value):
         found = value.items() if isinstance(value, dict) else ()
         return {str(name): t for name, t in found if isinstance(t, torch.Tensor)}
 
-    if tensors(state):
-        return tensors(state)
-    inside = {key: tensors(value) for key, value in state.items()} if isinstance(state, dict) else {}
-    inside = {key: value for key, value in inside.items() if value}
-    if len(inside) != 1 and "state_dict" not in inside:
-        keys = ", ".join(map(str, inside or state or ["nothing"])) if isinstance(state, dict) else ""
-        raise UserError(f"{file} holds a {type(state).__name__} ({keys[:80]}), expected one state "
-                        "dict of CLIP: save that alone")
-    return inside.get("state_dict") or inside.popitem()[1]
+    if not isinstance(saved, dict):
+        raise UserError(f"it holds a {type(saved).__name__}, expected a state dict")
+    if inside(saved):
+        return inside(saved)
+    nested = {key: inside(value) for key, value in saved.items() if inside(value)}
+    if len(nested) != 1 and "state_dict" not in nested:
+        keys = ", ".join(map(str, nested or saved)) or "nothing"
+        raise UserError(f"it holds {keys[:80]}, expected one state dict: save that alone")
+    return nested.get("state_dict") or nested.popitem()[1]
 
 
 def load(name_or_path="tiny", fold=True, activation=None):
@@ -170,6 +150,20 @@ def load(name_or_path="tiny", fold=True, activation=None):
     """
     name = str(name_or_path)
     path = find(name)
+    try:
+        return from_files(path, name, fold, activation)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:300]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors, or none"
+        raise UserError(f"{path} is no CLIP, or it is incomplete: {reason}; expected a state dict "
+                        "or safetensors with the names of OpenAI, open_clip or Hugging Face, or "
+                        "OpenAI's archive") from None
+
+
+def from_files(path, name, fold, activation):
     files = weights_in(path)
     state = {}
     for file in files:
@@ -177,20 +171,17 @@ def load(name_or_path="tiny", fold=True, activation=None):
     digests = [sha256(file) for file in files]
     known = (path == TINY or digests[0] in [digest for _, digest in FILES.values()]
              or "input_resolution" in state)  # OpenAI's archives carry it beside the weights
-    try:
-        state, hugging_face = openai_names(state)
-        folder = path if path.is_dir() else path.parent
-        told = {} if known else configuration(folder, hugging_face, dimensions(state))
-        quick = known or any(word in path.name.lower().replace("_", "") for word in QUICK)
-        activation = activation or told.get("activation") or ("quickgelu" if quick else None)
-        if activation is None:
-            raise UserError("it does not tell its activation: add --activation quickgelu (OpenAI's "
-                            "models, open_clip's -quickgelu) or --activation gelu (its others)")
-        heads = {key: told[key] for key in ("text_heads", "vision_heads") if key in told}
-        model = build(state, fold, activation, **heads)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    model.mean, model.std = told.get("mean", MEAN), told.get("std", STD)
+    state, hugging_face = openai_names(state)
+    folder = path if path.is_dir() else path.parent
+    told = {} if known else configuration(folder, hugging_face, dimensions(state))
+    quick = known or any(word in path.name.lower().replace("_", "") for word in QUICK)
+    activation = activation or told.get("activation") or ("quickgelu" if quick else None)
+    if activation is None:
+        raise UserError("it does not tell its activation: add --activation quickgelu (OpenAI's "
+                        "models, open_clip's -quickgelu) or --activation gelu (its others)")
+    heads = {key: told[key] for key in ("text_heads", "vision_heads") if key in told}
+    model = build(state, fold, activation, **heads)
+    model.mean, model.std = told.get("mean") or MEAN, told.get("std") or STD
     model.name, model.sha256 = name, digests[0]
     described = (digests, activation, heads, model.mean, model.std)
     if described != (digests[:1], "quickgelu", {}, MEAN, STD):  # the file alone does not tell all

@@ -199,18 +199,6 @@ def test_checker_in_its_own_process(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- training
-@pytest.fixture(scope="module")
-def small_clip(tmp_path_factory):
-    """The CLIP that ships, or one of the same shape with random weights while it is not there."""
-    from tools import pretrain
-    from clip.model import CLIP
-    if pretrain.TINY.is_file():
-        return "tiny"
-    path = tmp_path_factory.mktemp("clip") / "quickgelu.safetensors"
-    pretrain.save(CLIP(**pretrain.DIMENSIONS), path, {})
-    return path
-
-
 @pytest.fixture
 def one_thread():
     """Batches this small lose more to a second thread than they gain."""
@@ -222,13 +210,13 @@ def one_thread():
 
 @pytest.mark.parametrize("name,setting", [(name, setting) for name in fake.MAKERS for setting in ("partial", "largeloss")]
                          + [(name, "splc") for name in data.LISTS] + [("sheet", "partial"), ("sheet", "largeloss")])
-def test_one_epoch_through_the_command_line(trees, tmp_path, small_clip, name, setting, capsys, one_thread):
+def test_one_epoch_through_the_command_line(trees, tmp_path, name, setting, capsys, one_thread):
     import train
     if name == "sheet":
         fake.sheet(tmp_path)
     where = ["--data", tmp_path / "photos.csv"] if name == "sheet" else ["--data", name, "--root", trees / name]
     labels = ["--ratio", 0.5] if setting == "partial" else ["--single-positive", setting]
-    code = train.main([str(a) for a in (*where, *labels, "--clip", small_clip, "--epochs", 1, "--size", 64, "--batch", 5,
+    code = train.main([str(a) for a in (*where, *labels, "--clip", "tiny", "--epochs", 1, "--size", 64, "--batch", 5,
                                         "--context", 4, "--workers", 0, "--out", tmp_path / "run")])
     assert code == 0, capsys.readouterr().err
     about = json.loads((tmp_path / "run/config.json").read_text())["data"]

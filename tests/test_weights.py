@@ -236,13 +236,13 @@ def test_hugging_face_configuration_is_obeyed(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(model_type="siglip"), 'model_type is "siglip", this CLIP has clip'),
-    (dict(text_config=dict(hidden_act="relu")), "hidden_act is relu"),
+    (dict(model_type="siglip"), 'model_type "siglip", this CLIP has clip'),
+    (dict(text_config=dict(hidden_act="relu")), 'hidden_act "quick_gelu", this CLIP has relu'),
     (dict(text_config=dict(hidden_act="gelu")), "hidden_act"),  # the images' is quick_gelu
-    (dict(text_config=dict(num_hidden_layers=12)), "num_hidden_layers is 12, this CLIP has 2"),
+    (dict(text_config=dict(num_hidden_layers=12)), "num_hidden_layers 12, this CLIP has 2"),
     (dict(vision_config=dict(layer_norm_eps=1e-6)), "layer_norm_eps"),
-    (dict(vision_config=dict(patch_size=32)), "patch_size is 32, this CLIP has 16"),
-    (dict(vision_config=dict(num_attention_heads=5)), "no CLIP has these tensors"),
+    (dict(vision_config=dict(patch_size=32)), "patch_size 32, this CLIP has 16"),
+    (dict(vision_config=dict(num_attention_heads=5)), "is no CLIP"),
     (dict(text_config="none"), "no configuration of CLIP"),
 ])
 def test_a_hugging_face_configuration_of_another_model_is_refused(change, says, tmp_path):
@@ -250,7 +250,7 @@ def test_a_hugging_face_configuration_of_another_model_is_refused(change, says, 
 
 
 def test_pixels_that_are_not_normalised_are_refused(tmp_path):
-    refused(hf_folder(tmp_path, pixels=dict(do_normalize=False)), "do_normalize is false")
+    refused(hf_folder(tmp_path, pixels=dict(do_normalize=False)), "do_normalize false")
     refused(hf_folder(tmp_path, pixels=dict(image_mean=[0.5], image_std=[0.5])), "three channels")
 
 
@@ -306,12 +306,12 @@ def test_heads_of_released_models_without_a_configuration(width, heads):
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(vision_cfg=dict(pool_type="avg")), 'pool_type is "avg", this CLIP has tok'),
-    (dict(vision_cfg=dict(attentional_pool=True)), "attentional_pool is true"),
+    (dict(vision_cfg=dict(pool_type="avg")), 'pool_type "avg", this CLIP has tok'),
+    (dict(vision_cfg=dict(attentional_pool=True)), "attentional_pool true"),
     (dict(vision_cfg=dict(global_average_pool=True)), "global_average_pool"),
     (dict(vision_cfg=dict(no_ln_pre=True)), "no_ln_pre"),
     (dict(vision_cfg=dict(timm_model_name="vit")), "timm_model_name"),
-    (dict(vision_cfg=dict(layers=12)), "layers is 12, this CLIP has 3"),
+    (dict(vision_cfg=dict(layers=12)), "layers 12, this CLIP has 3"),
     (dict(vision_cfg=dict(norm_kwargs=dict(eps=1e-6))), "norm_kwargs"),
     (dict(vision_cfg=dict(something_new=3)), "something_new"),
     (dict(text_cfg=dict(no_causal_mask=True)), "no_causal_mask"),
@@ -325,7 +325,7 @@ def test_heads_of_released_models_without_a_configuration(width, heads):
 ])
 def test_an_open_clip_configuration_that_this_clip_cannot_obey_is_refused(change, says, tmp_path):
     folder = oc_folder(tmp_path, small("vit"), **change)
-    refused(folder, says, "open_clip_config.json")
+    refused(folder, says, str(folder))
     assert clip.load(oc_folder(tmp_path, small("vit"), vision_cfg=dict(attentional_pool=False,
                                                                        patch_dropout=0.5)))
 
@@ -350,7 +350,7 @@ def test_activation_is_told_or_asked_for(tmp_path):
     torch.save(small("vit") | {"input_resolution": torch.tensor(48)}, path)  # of OpenAI's archive
     assert equal(clip.load(path), features(quick))
     torch.save({"model.layer.weight": torch.ones(2)}, path)  # names first
-    refused(path, "not a CLIP")
+    refused(path, "is no CLIP")
 
 
 # ---- what is refused
@@ -382,16 +382,16 @@ def without(word):
     (edited(ln_final__bias=torch.ones(5)), "ln_final.bias"),
     (edited(ln_final__bias=torch.full((128,), float("nan"))), "ln_final.bias"),
     (edited(ln_final__bias=torch.ones(128, dtype=torch.int8)), "ln_final.bias"),
-    (edited(text_projection=None), "not a CLIP: 'text_projection' is missing"),
-    (edited(positional_embedding=torch.tensor(1.0)), "not a CLIP"),
-    (edited(text_projection=torch.ones(0, 24)), "not a CLIP: text_projection"),
-    (edited(visual__attnpool__positional_embedding=torch.ones(1, 256)), "no CLIP"),
-    (without("transformer.resblocks"), "not a CLIP"),
+    (edited(text_projection=None), "no CLIP, or it is incomplete: 'text_projection' is missing"),
+    (edited(positional_embedding=torch.tensor(1.0)), "is no CLIP"),
+    (edited(text_projection=torch.ones(0, 24)), "text_projection is (0, 24)"),
+    (edited(visual__attnpool__positional_embedding=torch.ones(1, 256)), "too small"),
+    (without("transformer.resblocks"), "is no CLIP"),
     (without("layer4"), "layer4"),
-    ({"model.layer.weight": torch.ones(2)}, "not a CLIP"),
-    ({}, "holds a dict (nothing)"),
-    ({"epoch": 3, "optimizer": {}}, "holds a dict (epoch, optimizer)"),
-    ({"model": small("vit"), "ema": small("vit")}, "holds a dict (model, ema)"),
+    ({"model.layer.weight": torch.ones(2)}, "is no CLIP"),
+    ({}, "holds nothing"),
+    ({"epoch": 3, "optimizer": {}}, "holds epoch, optimizer"),
+    ({"model": small("vit"), "ema": small("vit")}, "holds model, ema"),
     ([1], "holds a list"),
     (torch.ones(3), "holds a Tensor"),
 ])
@@ -401,12 +401,12 @@ def test_what_a_file_holds_is_said(state, says, tmp_path):
 
 
 @pytest.mark.parametrize("width", (129, 200))
-def test_a_width_that_no_heads_divide_is_refused(width):
+def test_a_width_that_no_heads_divide_is_refused(width, tmp_path):
     torch.manual_seed(0)
     state = clip.CLIP(16, 32, (1, 1, 1, 1), 4, None, 20, 600, width, text_heads=1,
                       text_layers=1).state_dict()
-    with pytest.raises(UserError, match="no CLIP has these tensors"):
-        clip.build(state)
+    torch.save(state, tmp_path / "quickgelu.pt")
+    refused(tmp_path / "quickgelu.pt", "is no CLIP", "unflatten")
 
 
 def test_damaged_and_foreign_files(tmp_path):
@@ -418,13 +418,13 @@ def test_damaged_and_foreign_files(tmp_path):
             path.write_bytes(whole[:size])
             refused(path, "incomplete", activation="gelu")
     (tmp_path / "page.pt").write_text("<html>not found</html>")
-    refused(tmp_path / "page.pt", "no readable weights file")
+    refused(tmp_path / "page.pt", "is no CLIP")
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"
                                                 "oid sha256:4d7a\nsize 605157884\n")
     refused(tmp_path / "model.safetensors", "Git LFS", "git lfs pull")
     refused(tmp_path, "Git LFS")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "expected one of", "pytorch_model.bin")
+    refused(tmp_path / "empty", "it holds none of", "pytorch_model.bin")
     for name in ("RN18", tmp_path / "absent.pt"):
         refused(name, "is no file and no folder, not one of tiny, RN50", "ViT-L/14@336px")
 
@@ -439,7 +439,7 @@ def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path):
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     refused(tmp_path / "evil.pt", "more than tensors")
     torch.save(clip.build(small("vit")), tmp_path / "module.pt")  # a whole module, pickled
-    refused(tmp_path / "module.pt", "save a state_dict")
+    refused(tmp_path / "module.pt", "more than tensors")
     assert not Evil.target.exists()
 
 
@@ -489,7 +489,7 @@ def test_an_archive_that_is_not_openais_is_not_run(tmp_path):
     torch.jit.script(NeverEnds()).save(hangs)
     start = time.monotonic()
     for path in (writes, hangs):
-        refused(path, "not one of OpenAI's", "would run its code", "torch.jit.load")
+        refused(path, "not one of OpenAI's", "runs its code", "torch.jit.load")
         refused(path, "not one of OpenAI's", activation="quickgelu")
     assert victim.read_text() == "alias" and time.monotonic() - start < 30
     torch.jit.load(writes)
@@ -510,7 +510,7 @@ def test_what_would_unpack_to_more_than_the_file_is_refused(tmp_path):
     refused(bomb, "larger than the file")
     header = (1 << 60).to_bytes(8, "little") + b"{" + b" " * 100
     (tmp_path / "header.safetensors").write_bytes(header)
-    refused(tmp_path / "header.safetensors", "no readable weights file")
+    refused(tmp_path / "header.safetensors", "is no CLIP")
 
 
 def test_the_missing_small_clip_is_said(monkeypatch, tmp_path):

@@ -95,14 +95,10 @@ def score(model, pictures, truth):
     return {how: metrics(cosines, truth)["mAP"] for how, cosines in found.items()}
 
 
-def save(model, path, metadata):
-    """Matrices in float16, vectors in float32. Returns the model as it is stored."""
-    tensors = {name: (t.half() if t.ndim > 1 else t).contiguous()
-               for name, t in model.state_dict().items() if "num_batches" not in name}
-    model = build(tensors)  # refuses what is not finite, before it replaces what is there
-    metadata = {name: str(value) for name, value in metadata.items()}
-    write_atomically(Path(path), as_bytes(tensors, metadata))
-    return model
+def stored(model):
+    """The tensors of the file: matrices in float16, vectors in float32."""
+    return {name: (t.half() if t.ndim > 1 else t).contiguous()
+            for name, t in model.state_dict().items() if "num_batches" not in name}
 
 
 def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tune=1000, amp=True,
@@ -116,20 +112,17 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
     held_out = draw("tune2014", tune, 256, scenes.OBJECTS, seed)[:2]
     about = dict(command=command, seed=seed, canvases=canvases, dimensions=json.dumps(dimensions),
                  captions_sha256=captions_sha256(captions))
-    ids = {text: None for texts in captions for text in texts}  # each text once, in order
-    ids = {text: k for k, text in enumerate(ids)}
-    tokens = model.tokenize(list(ids)).to(torch.int16)
-    captions = torch.tensor([[ids[text] for text in texts] for texts in captions])  # (canvases, 5)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}]
+    texts = list(dict.fromkeys(text for texts in captions for text in texts))  # each once
+    row = {text: k for k, text in enumerate(texts)}
+    tokens = model.tokenize(texts).to(torch.int16)
+    captions = torch.tensor([[row[text] for text in texts] for texts in captions])  # (canvases, 5)
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
     steps = epochs * (canvases // batch)
-
-    def warm_up_and_cosine(step):
-        return min((step + 1) / min(200, steps), 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_cosine)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # warm-up, then a cosine
+        optimizer, lambda step: (min((step + 1) / min(200, steps), 1)
+                                 * (0.5 + 0.5 * math.cos(math.pi * step / steps))))
     for epoch in range(1, epochs + 1):
         model.train()
         losses = []
@@ -152,11 +145,14 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
             model.logit_scale.data.clamp_(max=math.log(100))
             losses.append(loss.item())
             bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-        mAP = score(save(model, out, {}), *held_out)  # as it is stored
+        tensors = stored(model)
+        mAP = score(build(tensors), *held_out)
         seconds = round(time.time() - start)
-        save(model, out, about | dict(epochs=f"{epoch} of {epochs}", seconds=seconds,
-                                      zero_shot_tune2014_global=mAP["global"],
-                                      zero_shot_tune2014_dense=mAP["dense"]))
+        about |= dict(epochs=f"{epoch} of {epochs}", seconds=seconds,
+                      zero_shot_tune2014_global=mAP["global"],
+                      zero_shot_tune2014_dense=mAP["dense"])
+        metadata = {name: str(value) for name, value in about.items()}
+        write_atomically(Path(out), as_bytes(tensors, metadata))
         print(f"epoch {epoch}: loss {sum(losses) / len(losses):.3f}, zero-shot mAP on {tune} "
               f"scenes of tune2014: global {mAP['global']:.1f}, dense {mAP['dense']:.1f}; "
               f"{seconds} s, written to {out}", flush=True)
