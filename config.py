@@ -65,7 +65,8 @@ class Config:
     size: int = option(448, "side of the input in pixels", low=32, high=4096)
     augment: str = option("taidpt", "of training images", choices=("none", "flip", "taidpt"))
     # ---- model
-    clip: str = option("RN101", " ".join(CLIPS) + ", or a weights file")
+    clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
+                                           "in Hugging Face's local cache")
     activation: Optional[str] = option(
         None, "of CLIP, where its file does not tell", choices=("quickgelu", "gelu"))
     matching: str = option(
@@ -229,10 +230,12 @@ def parse(argv, about=""):
 
 def is_path(name, value):
     """Whether a setting names a file or folder; data, val and clip may hold a name or a number
-    instead."""
+    instead, and clip a repository's."""
     if name in ("data", "val"):
         return value.lower().endswith((".csv", ".tsv"))
-    return name in PLACES and not (name == "clip" and value in CLIPS)
+    if name == "clip":
+        return value not in CLIPS and os.path.exists(value)
+    return name in PLACES
 
 
 def load_config(run):

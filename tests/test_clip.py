@@ -1,4 +1,5 @@
-"""clip/model.py, clip/tokenizer.py: against a slow transcription of CLIP in this file, known ids, sizes and logits."""
+"""clip/model.py, clip/tokenizer.py: against a slow transcription of CLIP in this file, known ids,
+sizes and logits."""
 import copy
 import functools
 import math
@@ -13,7 +14,8 @@ from clip.model import dimensions, resize_positions
 from support import UserError
 
 TEXTS = ["a photo of a cat", "two dogs", "a red boat on the sea behind a house"]
-TEXT = dict(embed_dim=24, context_length=20, vocab_size=2514, text_width=128, text_heads=2, text_layers=2)
+TEXT = dict(embed_dim=24, context_length=20, vocab_size=2514, text_width=128, text_heads=2,
+            text_layers=2)
 SMALL = {"resnet": dict(layers=(1, 2, 1, 1), vision_width=8, patch=None, resolution=64, **TEXT),
          "vit": dict(layers=3, vision_width=128, patch=16, resolution=48, **TEXT)}
 kinds = pytest.mark.parametrize("kind", SMALL)
@@ -21,7 +23,8 @@ kinds = pytest.mark.parametrize("kind", SMALL)
 
 @functools.cache
 def small(kind, half=False):
-    """A state dict with random values that depend neither on torch's generator nor on CLIP's initialisation."""
+    """A state dict with random values that depend neither on torch's generator nor on CLIP's
+    initialisation."""
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in clip.CLIP(**SMALL[kind]).state_dict().items()}
     rng, state = np.random.RandomState(0), {}
@@ -32,11 +35,16 @@ def small(kind, half=False):
         elif key.endswith("running_var"):
             value = rng.uniform(0.5, 2, shape)
         elif len(shape) < 2:  # gains, biases, class embedding
-            value = rng.normal(0.1, 0.3, shape) + (0.8 if key.endswith("weight") else 3 if key == "logit_scale" else 0)
+            value = rng.normal(0.1, 0.3, shape)
+            if key.endswith("weight"):
+                value = value + 0.8
+            if key == "logit_scale":
+                value = value + 3
         else:
             gain = 5 if "embedding" in key else 2 if len(shape) == 4 else 1
             value = rng.normal(0, gain * math.prod(shape[1:]) ** -0.5, shape)
-        state[key] = torch.as_tensor(value, dtype=torch.long if key.endswith("tracked") else torch.float32)
+        dtype = torch.long if key.endswith("tracked") else torch.float32
+        state[key] = torch.as_tensor(value, dtype=dtype)
         if half and state[key].is_floating_point():
             state[key] = state[key].half()
     return state
@@ -52,21 +60,24 @@ def images(*size, n=2):
 def close(got, want, tolerance=1e-5):
     """Largest deviation relative to the largest value."""
     assert got.shape == want.shape
-    assert (got - want).abs().max() <= tolerance * want.abs().max(), (got - want).abs().max() / want.abs().max()
+    difference = (got - want).abs().max() / want.abs().max()
+    assert difference <= tolerance, difference
 
 
-# ---- the transcription: float64, one operation a line, torch's own multi-head attention, nothing shared with clip/
+# ---- the transcription: float64, one operation a line, torch's own multi-head attention, nothing
+# shared with clip/
 
 def mha(q, kv, heads, s, p, mask=None):
     """torch's attention, with one input projection (transformers) or three (attention pool)."""
     joint = p + "in_proj_weight" in s
     bias = s[p + "in_proj_bias"] if joint else torch.cat([s[p + f"{n}_proj.bias"] for n in "qkv"])
     out = p + ("out_proj" if joint else "c_proj")
+    separate = {f"{n}_proj_weight": s.get(p + f"{n}_proj.weight") for n in "qkv"}
     return F.multi_head_attention_forward(
-        q.transpose(0, 1), kv.transpose(0, 1), kv.transpose(0, 1), q.shape[-1], heads, s.get(p + "in_proj_weight"), bias,
-        None, None, False, 0.0, s[out + ".weight"], s[out + ".bias"], training=False, need_weights=False, attn_mask=mask,
-        use_separate_proj_weight=not joint,
-        **({} if joint else {f"{n}_proj_weight": s[p + f"{n}_proj.weight"] for n in "qkv"}))[0].transpose(0, 1)
+        q.transpose(0, 1), kv.transpose(0, 1), kv.transpose(0, 1), q.shape[-1], heads,
+        s.get(p + "in_proj_weight"), bias, None, None, False, 0.0, s[out + ".weight"],
+        s[out + ".bias"], training=False, need_weights=False, attn_mask=mask,
+        use_separate_proj_weight=not joint, **separate)[0].transpose(0, 1)
 
 
 def norm(x, s, p):
@@ -92,12 +103,14 @@ def oracle_text(s, tokens):
 
 
 def bn(x, s, p):
-    return F.batch_norm(x, s[p + ".running_mean"], s[p + ".running_var"], s[p + ".weight"], s[p + ".bias"])
+    return F.batch_norm(x, s[p + ".running_mean"], s[p + ".running_var"], s[p + ".weight"],
+                        s[p + ".bias"])
 
 
 def oracle_resnet(s, x):
     for i, (stride, pad) in enumerate([(2, 1), (1, 1), (1, 1)], 1):
-        x = bn(F.conv2d(x, s[f"visual.conv{i}.weight"], stride=stride, padding=pad), s, f"visual.bn{i}").relu()
+        x = bn(F.conv2d(x, s[f"visual.conv{i}.weight"], stride=stride, padding=pad), s,
+               f"visual.bn{i}").relu()
     x = F.avg_pool2d(x, 2)
     for layer, depth in enumerate(SMALL["resnet"]["layers"], 1):
         for b in range(depth):
@@ -107,7 +120,8 @@ def oracle_resnet(s, x):
             y = F.avg_pool2d(y, 2) if pool else y
             y = bn(F.conv2d(y, s[p + "conv3.weight"]), s, p + "bn3")
             if b == 0:
-                x = bn(F.conv2d(F.avg_pool2d(x, 2) if pool else x, s[p + "downsample.0.weight"]), s, p + "downsample.1")
+                x = bn(F.conv2d(F.avg_pool2d(x, 2) if pool else x, s[p + "downsample.0.weight"]), s,
+                       p + "downsample.1")
             x = (x + y).relu()
     x, p = x.flatten(2).transpose(1, 2), "visual.attnpool."
     dense = F.linear(x, s[p + "v_proj.weight"], s[p + "v_proj.bias"])
@@ -118,18 +132,21 @@ def oracle_resnet(s, x):
 
 def oracle_vit(s, x):
     x = F.conv2d(x, s["visual.conv1.weight"], stride=16).flatten(2).transpose(1, 2)
-    x = torch.cat([s["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + s["visual.positional_embedding"]
+    x = torch.cat([s["visual.class_embedding"].expand(len(x), 1, -1), x], 1)
+    x = x + s["visual.positional_embedding"]
     x = norm(x, s, "visual.ln_pre")
     for i in range(2):
         x = block(x, s, f"visual.transformer.resblocks.{i}.", 2)
     last = "visual.transformer.resblocks.2."
     out = norm(block(x, s, last, 2), s, "visual.ln_post") @ s["visual.proj"]
-    return out[:, 0], (norm(block(x, s, last, 2, values_only=True), s, "visual.ln_post") @ s["visual.proj"])[:, 1:]
+    dense = norm(block(x, s, last, 2, values_only=True), s, "visual.ln_post") @ s["visual.proj"]
+    return out[:, 0], dense[:, 1:]
 
 
 def oracle(kind, x, tokens):
     s = {k: v.double() for k, v in small(kind).items()}
-    return *{"resnet": oracle_resnet, "vit": oracle_vit}[kind](s, x.double()), oracle_text(s, tokens)
+    image = {"resnet": oracle_resnet, "vit": oracle_vit}[kind]
+    return *image(s, x.double()), oracle_text(s, tokens)
 
 
 # ---- the model
@@ -152,7 +169,8 @@ def test_equals_the_slow_transcription_and_the_recorded_logits(kind):
         close(model.encode_image(x).double(), image)
         close(model.encode_dense(x).double(), dense)
         close(model.encode_text(tokens).double(), text)
-        assert all(torch.equal(a, b) for a, b in zip(model.encode(x), (model.encode_image(x), model.encode_dense(x))))
+        both = model.encode_image(x), model.encode_dense(x)
+        assert all(torch.equal(a, b) for a, b in zip(model.encode(x), both))
         got = logits(model.state_dict(), model.encode_image(x), model.encode_text(tokens))
     torch.testing.assert_close(got, torch.tensor(LOGITS[kind]), atol=2e-4, rtol=0)
 
@@ -183,7 +201,8 @@ def test_any_size(kind):
 
 
 def test_locations_are_row_major_and_local():
-    """A change in the bottom right corner changes the last location most and the first ones of a wide image not at all."""
+    """A change in the bottom right corner changes the last location most and the first ones of a
+    wide image not at all."""
     model = clip.build(small("resnet"))
     x = images(64, 640, n=1)
     y = x.clone()
@@ -197,10 +216,12 @@ def test_positions():
     assert resize_positions(p, 7, 7) is p
     q = resize_positions(p, 5, 9)
     assert q.shape == (46, 6) and torch.equal(q[0], p[0])
-    p[1:] = torch.arange(7.0).repeat_interleave(7)[:, None]  # the row number, constant along the columns
+    # the row number, constant along the columns
+    p[1:] = torch.arange(7.0).repeat_interleave(7)[:, None]
     q = resize_positions(p, 14, 3)[1:].view(14, 3, 6)
     assert torch.allclose(q, q[:, :1, :1].expand_as(q), atol=1e-5) and (q[1:] > q[:-1] - 1e-2).all()
-    assert torch.allclose(q[4:10, 0, 0], torch.arange(4, 10) / 2 - 0.25, atol=0.06)  # bicubic is not exact on a ramp
+    # bicubic is not exact on a ramp
+    assert torch.allclose(q[4:10, 0, 0], torch.arange(4, 10) / 2 - 0.25, atol=0.06)
 
 
 @kinds
@@ -224,10 +245,13 @@ def test_gradient_through_prompts():
     model.encode_prompts(embeddings, eot).square().sum().backward()
     assert (embeddings.grad[0, 3:] == 0).all() and (embeddings.grad[0, :3] != 0).any(1).all()
     assert (embeddings.grad[1] != 0).any(1).all()
-    assert torch.autograd.gradcheck(lambda e: model.encode_prompts(e, eot), embeddings, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda e: model.encode_prompts(e, eot), embeddings,
+                                    fast_mode=True)
 
 
-NINE = {  # embed_dim, resolution, layers, vision_width, patch, text_width, and the published number of parameters
+# embed_dim, resolution, layers, vision_width, patch, text_width, and the published number of
+# parameters
+NINE = {
     "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512, 102_007_137),
     "RN101": (512, 224, (3, 4, 23, 3), 64, None, 512, 119_688_033),
     "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 640, 178_300_601),
@@ -251,7 +275,8 @@ def test_openai_architectures_have_their_size_and_are_inferred(name):
     assert sum(p.numel() for p in model.parameters()) == size
     assert dimensions(model.state_dict()) == shape
     if name == "RN101":  # what Table 5 of the paper counts as frozen
-        out = model.token_embedding.weight.numel() + model.visual.attnpool.positional_embedding.numel()
+        out = model.token_embedding.weight.numel()
+        out += model.visual.attnpool.positional_embedding.numel()
         assert round((size - out) / 2 ** 20, 2) == 89.92
 
 
@@ -278,8 +303,9 @@ def test_initialisation():
     ("12 monkeys", [272, 273, 15781]),
     ("don't WE'LL", [847, 713, 649, 1342]),
     ("Café au lait", [15304, 2566, 572, 585]),
-    ("ﬁancé", [34039]),                                       # a ligature, repaired by ftfy
-    ("&lt;b&gt; dog &amp;amp; cat", [283, 321, 285, 1929, 261, 2368]),  # HTML entities, escaped once and twice
+    ("ﬁancé", [34039]),  # a ligature, repaired by ftfy
+    # HTML entities, escaped once and twice
+    ("&lt;b&gt; dog &amp;amp; cat", [283, 321, 285, 1929, 261, 2368]),
     ("😀", [7334]),
     ("日本語", [39121, 44353, 34002, 508]),
     ("", []),

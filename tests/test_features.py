@@ -1,4 +1,5 @@
-"""The feature cache: equal to what it stands for, found again, never mistaken, unharmed by a kill; and the loader around it."""
+"""The feature cache: equal to what it stands for, found again, never mistaken, unharmed by a kill;
+and the loader around it."""
 import dataclasses
 import os
 import sys
@@ -40,7 +41,8 @@ def make_clip():
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "CHUNK", 4)  # 21 images: five full chunks and one of a single image
+    # 21 images: five full chunks and one of a single image
+    monkeypatch.setattr(features, "CHUNK", 4)
     torch.set_num_threads(1)
     return SimpleNamespace(split=make_split(tmp_path), clip=make_clip(), folder=tmp_path / "cache")
 
@@ -68,16 +70,18 @@ def encoded_images(made, monkeypatch, **changes):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_cached_equals_uncached_up_to_bf16(made, shuffle):
     with_cache, without = cached(made), cached(made, views=0)
-    for epoch in (0, 1, 2):                                                        # view 0, view 1, and view 0 again
+    for epoch in (0, 1, 2):  # view 0, view 1, and view 0 again
         rows = 0
-        for (i, f, x), (j, g, y) in zip(with_cache.batches(epoch, shuffle), without.batches(epoch % 2, shuffle)):
+        for (i, f, x), (j, g, y) in zip(with_cache.batches(epoch, shuffle),
+                                        without.batches(epoch % 2, shuffle)):
             rows += len(i)
             if epoch < 2:
                 assert torch.equal(i, j) and f.dtype == torch.float32
-                for a, b in ((f, g), (x, y)):                                      # bf16 keeps 8 bits: half a unit is 2^-9
+                for a, b in ((f, g), (x, y)):  # bf16 keeps 8 bits: half a unit is 2^-9
                     assert ((a - b).abs() <= 2**-8 * b.abs() + 1e-5).all()
         assert rows == 21
-    a, b = (dict(zip(i.tolist(), f)) for i, f, _ in [next(iter(with_cache.batches(0))), next(iter(with_cache.batches(2)))])
+    first = [next(iter(with_cache.batches(epoch))) for epoch in (0, 2)]
+    a, b = (dict(zip(index.tolist(), f)) for index, f, _ in first)
     assert all(torch.equal(a[i], b[i]) for i in a.keys() & b.keys())
 
 
@@ -85,7 +89,8 @@ def test_found_again(made, monkeypatch):
     assert encoded_images(made, monkeypatch) == 42
     assert encoded_images(made, monkeypatch) == 0
     assert encoded_images(made, monkeypatch, batch=5) == 0  # the batch does not matter
-    assert encoded_images(made, monkeypatch, views=7, augment="none") == 21        # without augmentation there is one view
+    # without augmentation there is one view
+    assert encoded_images(made, monkeypatch, views=7, augment="none") == 21
 
 
 def test_mask_and_labels_do_not_matter(made, monkeypatch):
@@ -109,13 +114,14 @@ def test_key(made):
     is_new(augment="flip")
     is_new(augment="none")
     is_new(size=96)
-    cached(made, views=1, augment="none", seed=5)                                  # what is not random does not depend on the seed
+    cached(made, views=1, augment="none", seed=5)  # what is not random does not depend on the seed
     assert folders() == seen
     made.clip.sha256 = "another file"
     is_new()
-    photo(made.split.paths[20], seed=99, size=(70, 60))                            # another picture under the same name
+    photo(made.split.paths[20], seed=99, size=(70, 60))  # another picture under the same name
     is_new()
-    made.split = dataclasses.replace(made.split, paths=made.split.paths[:20], labels=made.split.labels[:20])
+    made.split = dataclasses.replace(made.split, paths=made.split.paths[:20],
+                                     labels=made.split.labels[:20])
     is_new()
 
 
@@ -139,7 +145,8 @@ def test_images_are_normalised_as_this_clip_wants_them(made):
 
 def test_disk_need_is_told_before_and_a_full_disk_refused(made, capsys, monkeypatch):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="the feature cache needs .* GiB, .* has 0.0 GiB free: choose fewer"):
+    with pytest.raises(UserError, match="the feature cache needs .* GiB, .* has 0.0 GiB free: "
+                                        "choose fewer"):
         cached(made)
     monkeypatch.undo()
     cached(made)
@@ -147,7 +154,7 @@ def test_disk_need_is_told_before_and_a_full_disk_refused(made, capsys, monkeypa
     f = cached(made)
     assert "21 images x 2 views" in line and str(made.folder) in line
     assert f.stored.shape[:2] == (2, 21)
-    assert capsys.readouterr().out == ""                                           # nothing to announce the second time
+    assert capsys.readouterr().out == ""  # nothing to announce the second time
 
 
 def test_a_cache_is_complete_or_absent(made, monkeypatch):
@@ -187,8 +194,9 @@ def test_workers_stay_and_change_nothing(made):
             assert torch.equal(i, j) and torch.equal(f, g) and torch.equal(x, y)
         workers.append([w.pid for w in helped.loader._iterator._workers])
     assert workers[0] == workers[1] and helped.waited > 0
-    next(iter(helped.batches(2)))                                                  # left in the middle, then begun anew
-    assert sorted(torch.cat([i for i, _, _ in helped.batches(3, shuffle=False)]).tolist()) == list(range(21))
+    next(iter(helped.batches(2)))  # left in the middle, then begun anew
+    seen = torch.cat([index for index, _, _ in helped.batches(3, shuffle=False)])
+    assert sorted(seen.tolist()) == list(range(21))
 
 
 def test_a_broken_image_is_one_line_from_workers_too(made):
@@ -203,7 +211,8 @@ def test_a_broken_image_is_one_line_from_workers_too(made):
 
 
 def test_attention_pool_is_skipped_unless_asked_for(made):
-    (_, f, x), (_, g, y) = (next(iter(cached(made, views=0, need_global=wanted).batches(0))) for wanted in (True, False))
+    (_, f, x), (_, g, y) = (next(iter(cached(made, views=0, need_global=wanted).batches(0)))
+                            for wanted in (True, False))
     assert torch.equal(f, g) and x is not None and y is None
 
 
@@ -217,7 +226,8 @@ def test_the_runs_random_numbers_are_untouched(made):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shares_of_the_ranks(made, ranks):
-    """Training: equal shares that interleave to the batch, padded by its first image. Evaluation: every image once."""
+    """Training: equal shares that interleave to the batch, padded by its first image. Evaluation:
+    every image once."""
     feeds = [cached(made, views=0, rank=rank, world=ranks, batch=6) for rank in range(ranks)]
     for f in feeds:
         f.encode = lambda images, need_global: (images.new_zeros(len(images), 1, 1), None)
@@ -233,25 +243,27 @@ def test_shares_of_the_ranks(made, ranks):
 
 def test_precision():
     cpu = torch.device("cpu")
-    assert [features.autocast_dtype(amp, cpu) for amp in ("auto", "none", "bf16", "fp16")] == [None, None, torch.bfloat16, torch.float16]
+    found = [features.autocast_dtype(amp, cpu) for amp in ("auto", "none", "bf16", "fp16")]
+    assert found == [None, None, torch.bfloat16, torch.float16]
 
 
 @gpu
 @pytest.mark.parametrize("amp", ["auto", "none", "fp16"])
 def test_a_step_never_waits_for_the_gpu(made, amp):
-    """Training steps of both stages, fed from the backbone and from the cache, without a single host synchronisation."""
+    """Training steps of both stages, fed from the backbone and from the cache, without a single
+    host synchronisation."""
     import train
     from small_world import make, options
     folder = make(made.folder.parent / "world")
     for cache in (0, 1):
         # Without Eq. 13, whose number of samples the host has to know.
-        cfg, _ = train.parse(options(folder, folder / f"run-{amp}-{cache}", amp=amp, cache_features=cache,
-                                     without="mmcl"))
+        cfg, _ = train.parse(options(folder, folder / f"run-{amp}-{cache}", amp=amp,
+                                     cache_features=cache, without="mmcl"))
         step, calls = train.training_step, []
 
         def strict(*arguments):
             calls.append(1)
-            if len(calls) in (1, 4):                        # compiles, allocates
+            if len(calls) in (1, 4):  # compiles, allocates
                 return step(*arguments)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
@@ -262,16 +274,18 @@ def test_a_step_never_waits_for_the_gpu(made, amp):
 
         with mock.patch.object(train, "training_step", strict):
             train.train(cfg)
-        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (amp != "none")
+        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        assert allowed == (amp != "none", amp != "none")
 
 
 @gpu
 def test_auto_is_bf16_where_the_gpu_has_it():
     device = torch.device("cuda")
-    assert features.autocast_dtype("auto", device) is (torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else None)
+    has_it = torch.cuda.get_device_capability()[0] >= 8
+    assert features.autocast_dtype("auto", device) is (torch.bfloat16 if has_it else None)
 
 
-if __name__ == "__main__":                                                         # a process to kill: fills the cache, slowly
+if __name__ == "__main__":  # a process to kill: fills the cache, slowly
     features.CHUNK = 4
     torch.set_num_threads(1)
     encode = FeatureLoader.encode
@@ -284,4 +298,5 @@ if __name__ == "__main__":                                                      
     folder = Path(sys.argv[1])
     paths = [str(folder / f"{i}.png") for i in range(21)]
     split = data.Split("photos", paths, ["a", "b"], np.ones((21, 2), np.int8))
-    FeatureLoader(data.Images(split, SIZE, "taidpt"), make_clip(), batch=8, views=2, cache=Path(sys.argv[2]))
+    FeatureLoader(data.Images(split, SIZE, "taidpt"), make_clip(), batch=8, views=2,
+                  cache=Path(sys.argv[2]))

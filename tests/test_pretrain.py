@@ -10,8 +10,8 @@ from datasets import scenes
 from clip import CLIP, build
 from tools import pretrain
 
-LITTLE = dict(embed_dim=16, resolution=64, layers=(1, 1, 1, 1), vision_width=8, patch=None, context_length=77, vocab_size=1514,
-              text_width=32, text_layers=1)
+LITTLE = dict(embed_dim=16, resolution=64, layers=(1, 1, 1, 1), vision_width=8, patch=None,
+              context_length=77, vocab_size=1514, text_width=32, text_layers=1)
 
 
 def test_info_nce_against_loops():
@@ -21,7 +21,8 @@ def test_info_nce_against_loops():
     same[0, 3] = same[4, 1] = True
     total = 0.0
     for i in range(5):
-        cosine = [[10 * F.cosine_similarity(image[a], text[b], dim=0) for b in range(5)] for a in range(5)]
+        cosine = [[10 * F.cosine_similarity(image[a], text[b], dim=0) for b in range(5)]
+                  for a in range(5)]
         row = [cosine[i][j].exp() for j in range(5) if j == i or not same[i, j]]
         column = [cosine[j][i].exp() for j in range(5) if j == i or not same[j, i]]
         total -= (cosine[i][i].exp() / sum(row)).log() + (cosine[i][i].exp() / sum(column)).log()
@@ -31,14 +32,18 @@ def test_info_nce_against_loops():
 def test_grouped_texts_equal_ungrouped():
     torch.manual_seed(0)
     model = CLIP(**LITTLE).eval()
-    tokens = model.tokenize(scenes.scene("a", 128, (1, 3))[2] + scenes.scene("b", 128, (1, 3))[2] + ["a cat"])
-    torch.testing.assert_close(pretrain.encode_text(model, tokens), model.encode_text(tokens), rtol=1e-4, atol=1e-5)
+    tokens = model.tokenize(scenes.scene("a", 128, (1, 3))[2] + scenes.scene("b", 128, (1, 3))[2]
+                            + ["a cat"])
+    torch.testing.assert_close(pretrain.encode_text(model, tokens), model.encode_text(tokens),
+                               rtol=1e-4, atol=1e-5)
 
 
 def test_a_small_run_learns_and_writes(tmp_path, capsys):
     out = tmp_path / "little.safetensors"
-    score = pretrain.pretrain(out, canvases=96, epochs=3, batch=16, lr=3e-3, tune=16, amp=False, dimensions=LITTLE, command="a test")
-    losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    score = pretrain.pretrain(out, canvases=96, epochs=3, batch=16, lr=3e-3, tune=16, amp=False,
+                              dimensions=LITTLE, command="a test")
+    losses = [float(line.split("loss ")[1].split(",")[0])
+              for line in capsys.readouterr().out.splitlines() if "loss" in line]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert 0 < score["global"] < 100 and 0 < score["dense"] < 100
     with safe_open(out, "pt") as file:
@@ -50,11 +55,13 @@ def test_a_small_run_learns_and_writes(tmp_path, capsys):
 
 
 def test_the_shipped_weights():
-    """They fit their size, and the file says how they were made and that they are good enough to compare methods with."""
+    """They fit their size, and the file says how they were made and that they are good enough to
+    compare methods with."""
     assert pretrain.TINY.stat().st_size <= 8_000_000
     with safe_open(pretrain.TINY, "pt") as file:
         metadata = file.metadata()
     assert float(metadata["zero_shot_tune2014_global"]) >= 80
     assert metadata["command"].startswith("python -m clip.pretrain")
-    captions = pretrain.draw("pretrain", 50, json.loads(metadata["dimensions"])["resolution"], (1, 3))[2]
-    assert metadata["captions_sha256"] == pretrain.captions_sha256(captions), "the drawing changed after pre-training"
+    captions = pretrain.draw("pretrain", 50, json.loads(metadata["dimensions"])["resolution"],
+                             (1, 3))[2]
+    assert metadata["captions_sha256"] == pretrain.captions_sha256(captions)  # drawn as then

@@ -21,6 +21,7 @@ from test_clip import TEXTS, images, kinds, small
 import clip
 from clip import weights
 from clip.weights import sha256
+from config import parse
 from support import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -208,6 +209,8 @@ def test_a_repository_of_the_local_hub_cache(tmp_path, monkeypatch):
     for name in ("openai/clip-tiny", "hf-hub:openai/clip-tiny"):
         model = clip.load(name)
         assert equal(model, want) and model.name == name
+    cfg, _ = parse(["--clip", "openai/clip-tiny"])
+    assert cfg.clip == "openai/clip-tiny"  # no path below this folder
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "other"))
     assert equal(clip.load("openai/clip-tiny"), want)
