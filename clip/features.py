@@ -180,6 +180,9 @@ class FeatureLoader:
             print(f"features of {self.split.name}: {n} images x {views} views = "
                   f"{needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
             file.parent.mkdir(parents=True, exist_ok=True)
+            for part in file.parent.glob("*.part"):
+                if time.time() - part.stat().st_mtime > 3600:  # of a process that was killed
+                    part.unlink()
             free = shutil.disk_usage(file.parent).free
             if needed > free:
                 raise UserError(f"the feature cache needs {needed / 2**30:.1f} GiB, {file.parent} "
@@ -201,7 +204,7 @@ class FeatureLoader:
                         bar.update(len(index) * self.world)
             barrier()
             if self.rank == 0:
-                temporary.rename(file)
+                temporary.replace(file)
             barrier()
         finally:
             temporary.unlink(missing_ok=True)

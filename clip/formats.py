@@ -12,20 +12,14 @@ import torch
 
 from support import UserError
 
-RENAMED = (("text_model.embeddings.token_embedding", "token_embedding"),  # CLIPModel's -> OpenAI's
-           ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-           ("text_model.final_layer_norm", "ln_final"),
-           ("text_model.encoder.layers", "transformer.resblocks"),
-           ("text_projection.weight", "text_projection"),
-           ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-           ("vision_model.embeddings.patch_embedding", "visual.conv1"),
-           ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-           ("vision_model.pre_layrnorm", "visual.ln_pre"),
-           ("vision_model.post_layernorm", "visual.ln_post"),
-           ("vision_model.encoder.layers", "visual.transformer.resblocks"),
-           ("visual_projection.weight", "visual.proj"), ("self_attn.q_proj.", "attn.in_proj_"),
-           ("self_attn", "attn"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-           ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"))
+# Parts of CLIPModel's names, in this order, and what OpenAI calls them.
+RENAMED = (("visual_projection.weight", "visual.proj"), ("projection.weight", "projection"),
+           ("text_model.", ""), ("vision_model.", "visual."), ("embeddings.", ""),
+           ("patch_embedding", "conv1"), ("position_embedding.weight", "positional_embedding"),
+           ("encoder.layers", "transformer.resblocks"), ("final_layer_norm", "ln_final"),
+           ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"), ("layer_norm", "ln_"),
+           ("self_attn.q_proj.", "attn.in_proj_"), ("self_attn", "attn"), ("fc1", "c_fc"),
+           ("fc2", "c_proj"))
 # Settings of open_clip that the tensors tell, that are obeyed here, or that matter in training.
 FREE = ("vision_cfg", "text_cfg", "quick_gelu", "custom_text", "image_size", "mlp_ratio", "heads",
         "head_width", "patch_dropout", "output_tokens", "output_dict", "init_logit_scale",

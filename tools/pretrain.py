@@ -61,18 +61,6 @@ def normalised(pictures):
     return (pictures.permute(0, 3, 1, 2) / 255 - mean) / std
 
 
-def encode_text(model, tokens):
-    """tokens (B, S) -> (B, D). In four groups by length, so that short texts do not pay for long
-    ones; cut to multiples of 8, because bfloat16 kernels are compiled anew for each shape."""
-    eot = tokens.argmax(1)
-    order = eot.argsort()
-    groups = []
-    for rows in order.chunk(4):
-        longest = int(eot[rows].max()) // 8 * 8 + 8
-        groups.append(model.encode_prompts(model.embed(tokens[rows, :longest]), eot[rows]))
-    return torch.cat(groups)[order.argsort()]
-
-
 def info_nce(image, text, scale, same):
     """CLIP's symmetric loss. image, text (B, D); scale = 1/temperature; same (B, B) bool: text j is
     one of image i's own captions word for word, so off the diagonal it is no negative."""
@@ -133,7 +121,7 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
             same = (own[:, None, :] == text[None, :, :]).any(2)  # (B, B)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 image = model.encode_image(normalised(pictures[rows]))
-                text = encode_text(model, tokens[text[:, 0]].long())
+                text = model.encode_text(tokens[text[:, 0]].long())
             loss = info_nce(image.float(), text.float(), model.logit_scale.exp(), same)
             if not loss.isfinite():
                 raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower --lr")
@@ -161,12 +149,13 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
 
 def main(argv=None):
     parser = make_parser("tools.pretrain", __doc__)
-    parser.add_argument("--out", type=Path, default=TINY, help="the file to write")
-    parser.add_argument("--canvases", type=int, default=50000, help="drawn pictures, 49 KB each")
-    parser.add_argument("--epochs", type=int, default=6, help="passes; more raises mAP slowly")
-    parser.add_argument("--batch", type=int, default=128, help="pairs per step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest, after warm-up")
-    parser.add_argument("--seed", type=int, default=0, help="of drawing, initialisation and order")
+    for name, default, text in (("--out", TINY, "the file to write"),
+                                ("--canvases", 50000, "drawn pictures, 49 KB each"),
+                                ("--epochs", 6, "passes; more raises mAP slowly"),
+                                ("--batch", 128, "pairs per step"),
+                                ("--lr", 1e-3, "highest, after warm-up"),
+                                ("--seed", 0, "of drawing, initialisation and order")):
+        parser.add_argument(name, type=type(default), default=default, help=text)
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                         help="bfloat16; --no-amp on CPUs that do not compute in it")
 
