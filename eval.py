@@ -249,13 +249,14 @@ def main(argv=None):
                         help="default: test, or val where there is none")
     parser.add_argument("--image", nargs="+", metavar="PATH", help="photos or folders")
     parser.add_argument("--suggest", metavar="FILE", help="write the unknown labels that it "
-                                                          "believes to this CSV")
+                        "believes to this CSV, and a page to review them")
     parser.add_argument("--ensemble", nargs="+", metavar="RUN",
                         help="average the probabilities with these runs")
     parser.add_argument("--compare", nargs="+", metavar="RUN",
                         help="zero-shot, this run and these, side by side")
     parser.add_argument("--top", type=int, default=5, help="--image: categories shown (default: 5)")
-    parser.add_argument("--pictures", type=int, help="--image, --suggest: pictures drawn at most")
+    parser.add_argument("--pictures", type=int,
+                        help="--image: pictures drawn at most; --suggest: cells on the page")
     parser.add_argument("--out", help="--image: folder of the pictures (default: RUN/regions)")
     parser.add_argument("--csv", metavar="FILE", help="--image: all probabilities as "
                                                       "image,<category>,...")
@@ -263,7 +264,7 @@ def main(argv=None):
                         help="--image: fail where a photo cannot be read")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--batch", type=int, default=32,
-                        help="--image, --suggest: images at once (default: 32)")
+                        help="--image: images at once (default: 32)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: 0)")
     for name in sorted(PLACES):
         parser.add_argument("--" + name.replace("_", "-"),

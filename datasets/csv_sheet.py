@@ -61,23 +61,30 @@ def aligned(split, parts, path):
     return split
 
 
-def table(path):
-    """(header, [(line number, cells)]) of a text file with commas, semicolons or tabs, UTF-8 or
-    UTF-16."""
+def sheet_text(path):
+    """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding) of a text file
+    with commas, semicolons or tabs, UTF-8 or UTF-16."""
     raw = read_bytes(path)
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    encoding = "utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it "
                         "as 'CSV UTF-8'") from None
-    first, _, rest = text.partition("\n")
-    skipped = first.strip().lower().startswith("sep=")  # Excel's own line
-    head = rest.partition("\n")[0] if skipped else first
-    delimiter = first.strip()[4:5] if skipped else max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(rest if skipped else text, newline=""), delimiter=delimiter
-                        or ",", strict=True)
+    first, end, rest = text.partition("\n")
+    if first.strip().lower().startswith("sep="):
+        return first + end, rest, first.strip()[4:5] or ",", encoding
+    return "", text, max(",;\t", key=first.count), encoding
+
+
+def table(path):
+    """(header, [(line number, cells)]) of such a file."""
+    before, text, delimiter, _ = sheet_text(path)
+    skipped = bool(before)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         rows = [(reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:

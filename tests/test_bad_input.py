@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -23,7 +22,6 @@ import data
 from tools import check
 import fake_datasets as fake
 import eval as evaluation
-from tools.suggest import suggest
 from clip import features
 from support import distributed as ranks
 from paper import reproduce
@@ -79,8 +77,8 @@ def test_nothing_that_is_there_is_overwritten(sheet, tmp_path, capfd):
     for _ in range(2):                                                             # RUN/regions is the run's own
         assert command(evaluation.main, [folder, "--image", photo], capfd)[0] == 0
     assert command(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd)[0] == 0
-    (tmp_path / "s.csv").unlink()                                                  # its pictures are still there
-    one_line(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd, "s-regions is there already")
+    (tmp_path / "s.csv").unlink()                                                  # its page is still there
+    one_line(evaluation.main, [folder, "--suggest", tmp_path / "s.csv"], capfd, "s.html is there already")
 
 
 def test_a_run_finds_its_data_from_any_folder(sheet, tmp_path, capfd, monkeypatch):
@@ -100,7 +98,7 @@ def test_a_run_finds_its_data_from_any_folder(sheet, tmp_path, capfd, monkeypatc
 
 
 def test_a_place_for_no_file_is_told_before_the_work(trained, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(evaluation.Predictor, "iterate", None)                        # not reached
+    monkeypatch.setattr(evaluation.Predictor, "splits", None)                        # not reached
     one_line(evaluation.main, [trained, "--suggest", tmp_path / "none" / "s.csv"], capfd, "--suggest", "folder is missing")
     one_line(evaluation.main, [trained, "--suggest", "x" * 300], capfd, "too long", "check the path")
     one_line(evaluation.main, [trained, "--image", sorted(trained.parent.glob("scenes/val2014/*"))[0], "--csv", tmp_path / "none" / "s.csv"], capfd,
@@ -215,24 +213,6 @@ def test_one_image_under_two_paths_is_one_image(tmp_path, monkeypatch):
     (tmp_path / "val.csv").write_text("image,cup\nlink.png,1\n")
     with pytest.raises(UserError, match="keep them apart"):
         fake.load("x.csv", "real", val="val.csv")
-
-
-@pytest.mark.parametrize("names", (["./in/{}", "in//{}", "in/../in/{}"], ["{here}/in/{}"], ["link/{}"]))
-@pytest.mark.parametrize("root", (None, ".", "../work"))
-def test_suggestions_name_the_images_as_the_sheet_does(trained, tmp_path, capfd, monkeypatch, names, root):
-    shutil.copytree(trained.parent / "scenes" / "val2014", tmp_path / "work" / "in")
-    (tmp_path / "work" / "link").symlink_to("in")
-    monkeypatch.chdir(tmp_path / "work")
-    photos = sorted(os.listdir("in"))
-    rows = [names[i % len(names)].format(photo, here=tmp_path / "work") for i, photo in enumerate(photos)]
-    (tmp_path / "work" / "x.csv").write_text("image,sun,cup\n" + "".join(f"{row},{i % 2},\n" for i, row in enumerate(rows)))
-    model = evaluation.Predictor(trained)
-    model.cfg, model.names = Config(data=str(tmp_path / "work" / "x.csv"), root=root), ["sun", "cup"]
-    model.threshold = np.zeros(2)
-    model.iterate = lambda paths, *_, **__: ((i, np.full(2, 0.5), None) for i in range(len(paths)))
-    suggest(model, SimpleNamespace(suggest=f"s{root and len(root)}.csv", batch=4, workers=0, pictures=0))
-    suggested = [line.split(",")[0] for line in open(f"s{root and len(root)}.csv").read().splitlines()[1:]]
-    assert set(suggested) == set(rows)
 
 
 @pytest.mark.parametrize("content", ("object", "text", "huge", "1e400", "zip", "two"))

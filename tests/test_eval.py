@@ -1,4 +1,4 @@
-"""What a practitioner does with a run: predictions, pictures, suggestions of missing labels, tables; and what is refused."""
+"""What a practitioner does with a run: predictions, pictures, tables; and what is refused."""
 import csv
 import json
 import os
@@ -151,57 +151,6 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
     status, out, _ = command(evaluation.main, [trained, "--compare", trained], capfd)
     assert status == 0 and [line.split(",")[0].split(" ")[0] for line in out[-10:]] == ["zero-shot"] * 2 + [str(trained)] * 8
     assert all(f"{trained}, {what} " in line for what, line in zip(("region score", "query score", "mean score", "mask"), out[-4:]))
-
-
-# ------------------------------------------------------------------------------------------------------------ suggestions
-def test_suggestions_of_a_benchmark_are_the_hidden_cells_in_order_of_belief(trained, tmp_path, capfd):
-    status, out, err = command(evaluation.main, [trained, "--suggest", tmp_path / "s.csv", "--pictures", 4], capfd)
-    assert status == 0 and err == []
-    model = Predictor(trained)
-    split = model.splits()["train"]
-    rows = list(csv.DictReader(open(tmp_path / "s.csv", encoding="utf-8")))
-    assert list(rows[0]) == ["image", "category", "label", "probability", "region"]
-    at = {os.path.relpath(path, model.cfg.root): i for i, path in enumerate(split.paths)}
-    p = np.empty(split.labels.shape)
-    for i, row, _ in model.iterate(split.paths):
-        p[i] = row
-    present = (p >= model.threshold) & (split.labels == 0)
-    listed = [(at[row["image"]], model.names.index(row["category"])) for row in rows]
-    assert len(set(listed)) == len(rows) and all(split.labels[cell] == 0 for cell in listed)         # no known cell, none twice
-    first = [row for row in rows if row["label"] == "1"]
-    assert rows[: len(first)] == first and {cell for cell in listed[: len(first)]} == set(zip(*np.nonzero(present)))
-    belief = [float(row["probability"]) for row in rows]
-    assert belief[: len(first)] == sorted(belief[: len(first)], reverse=True) and belief[len(first):] == sorted(belief[len(first):])
-    assert all(abs(b - p[cell]) < 1e-3 for b, cell in zip(belief, listed))
-    pictures = [row["region"] for row in rows if row["region"]]
-    assert pictures == [row["region"] for row in rows[:4]] and all((tmp_path / name).is_file() for name in pictures)
-    known = [split.truth[cell] == 1 for cell in listed[: len(first)]]
-    assert f"suggested present: {100 * np.mean(known):.1f} % of {len(first)} agree" in "\n".join(out)
-
-
-def test_a_half_filled_sheet_is_trained_suggested_for_filled_and_trained_again(world, tmp_path, capfd):           # noqa: F811
-    images = sorted((world / "scenes" / "train2014").iterdir())[:24]
-    (tmp_path / "in").mkdir()
-    lines, rng = ["image,sun, a tree ,red/blue"], np.random.RandomState(0)
-    for image in images:
-        shutil.copy(image, tmp_path / "in")
-        lines.append(",".join([f"in/{image.name}", *rng.choice(["1", "0", "", ""], 3)]))
-    sheet = tmp_path / "labels.csv"
-    sheet.write_text("\n".join(lines))
-    run(world, tmp_path / "run", data=sheet, root=None, ratio=None, epochs=2, cache_features=0)
-    status, out, err = command(evaluation.main, [tmp_path / "run", "--suggest", tmp_path / "more.csv"], capfd)
-    assert status == 0 and err == [] and "hidden" not in "\n".join(out)
-
-    filled = [line.split(",") for line in lines]
-    rows = list(csv.DictReader(open(tmp_path / "more.csv", encoding="utf-8")))
-    assert rows and f"of {sum(line.count('') for line in filled)} unknown labels" in out[-2]          # validation's rows too
-    column, row_of = {"sun": 1, "a tree": 2, "red/blue": 3}, {line[0]: line for line in filled}
-    for row in rows:                                                               # named as the sheet names them
-        assert row_of[row["image"]][column[row["category"]]] == ""
-        row_of[row["image"]][column[row["category"]]] = row["label"]
-        assert not row["region"] or (tmp_path / row["region"]).is_file()
-    sheet.write_text("\n".join(",".join(line) for line in filled))
-    run(world, tmp_path / "again", data=sheet, root=None, ratio=None, epochs=1, cache_features=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -1,76 +1,127 @@
-"""Which unknown labels of the training images a run believes: `eval.py RUN --suggest FILE`."""
-import csv
+"""Which unknown labels of the training images a run believes: `eval.py RUN --suggest out.csv`.
+
+out.csv lists the cells; out.html is the page on which a person reviews them (tools/review.py).
+n images, C categories, N = h*w locations.
+"""
+import base64
 import io
 import os
-import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
-from support.checkpoint import save_atomically, write_atomically
-from tools.plots import grid_of, region_tiles
+from datasets import augment
+from support.checkpoint import write_atomically
+from tools.plots import fit
 from tools.predict import new
+from tools.predictor import region_map
+from tools.review import csv_text, write_page
+
+MOST = 10_000  # rows of a kind in the list
+SHOWN = 200  # cells on the page
+LABELS = {"present": 1, "uncertain": "", "absent": 0}
+
+
+def choose_cells(p, labels, threshold, most=MOST):
+    """p (n, C) probabilities, labels (n, C) int8, threshold (C,) -> {kind: (image, category)} of
+    unknown cells, at most `most` of a kind:
+
+    present    passes its category's threshold; the most probable first
+    uncertain  nearest to the threshold on the scale of logits; half as many as pass, at least 10
+    absent     the least probable, as many as pass
+    """
+    def logit(x):
+        x = np.clip(x, 1e-6, 1 - 1e-6)
+        return np.log(x / (1 - x))
+
+    image, category = np.nonzero(labels == data.UNKNOWN)
+    believed = p[image, category]
+    margin = logit(believed) - logit(threshold)[category]
+    order = np.argsort(-believed, kind="stable")
+    passed = order[margin[order] >= 0]
+    nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, len(passed) // 2)]
+    taken = np.zeros(len(image), bool)
+    taken[nearest] = True
+    below = order[::-1][margin[order[::-1]] < 0][:len(passed)]
+    chosen = {"present": passed[~taken[passed]], "uncertain": nearest,
+              "absent": below[~taken[below]]}
+    return {kind: (image[cells[:most]], category[cells[:most]]) for kind, cells in chosen.items()}
+
+
+def region_maps(predictor, loader, rows):
+    """{row: (C, N) map} of some images of the loader's split, from its cache where it has one."""
+    maps = {}
+    if loader.stored is None:
+        paths = [loader.split.paths[row] for row in rows]
+        return {rows[k]: of_image for k, _, of_image in predictor.iterate(paths)}
+    for row in rows:
+        both = loader.stored[0][row:row + 1].to(predictor.device).float()  # (1, 1+N, D)
+        with torch.no_grad():
+            _, out = predictor.score(both[:, 1:], both[:, 0])
+        maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
+    return maps
+
+
+def jpeg(path, side=256):
+    """The photo as the text of a small JPEG."""
+    buffer = io.BytesIO()
+    fit(augment.read(path).convert("RGB"), side).save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def suggest(predictor, args):
-    """Rows image, category, label, probability, region, to check by eye.
+    """Writes the list and its page. Rows kept out of a sheet for validation are included.
 
-    First label 1, all unknown cells whose probability passes the category's threshold, most
-    probable first; then label 0, the least probable unknown cells, as many. The first --pictures
-    rows come with a picture of the region. Rows kept out of a sheet for validation are included.
+    predictor: names, threshold (C,), grid, cfg, splits(), loader(split), score_split(loader) and,
+    for the regions, score(f, x) and iterate(paths), as tools.predictor.Predictor has them.
     """
     file = new(args.suggest, "--suggest")
-    folder = new(file.with_name(f"{file.stem}-regions"), "--suggest")
+    page = new(file.with_name(file.name.removesuffix(".csv") + ".html"), "--suggest")
     splits = predictor.splits()
-    parts = [part for part in (splits["train"], splits["val"]) if part]
-    paths = [path for part in parts for path in part.paths]
-    labels = np.concatenate([part.labels for part in parts])  # (n, C)
-    truth = np.concatenate([part.truth for part in parts])
-    p = np.empty(labels.shape, np.float32)
-    for i, row, _ in predictor.iterate(paths, args.batch, args.workers, progress=True):
-        p[i] = row
-    image, category = np.nonzero(labels == data.UNKNOWN)
-    order = np.argsort(-p[image, category], kind="stable")
-    believed = (p[image, category] >= predictor.threshold[category])[order]
-    present = order[believed]
-    absent = order[~believed][::-1][:len(present)]
-
-    regions, shown = {}, present[:100 if args.pictures is None else args.pictures]
-    drawn = np.unique(image[shown])
-    if len(drawn):
-        folder.mkdir()
-    for k, row, maps in predictor.iterate([paths[i] for i in drawn], args.batch, args.workers):
-        for rank in np.flatnonzero(image[shown] == drawn[k]):
-            c = category[shown[rank]]
-            name = f"{rank + 1:04d}_{Path(paths[drawn[k]]).stem[:30]}_{predictor.names[c][:20]}.png"
-            name = re.sub(r"[^\w.-]+", "_", name)
-            tiles = grid_of([region_tiles(predictor, paths[drawn[k]], row, maps, [c])])
-            save_atomically(lambda buffer: tiles.save(buffer, "PNG"), folder / name)
-            regions[shown[rank]] = f"{folder.name}/{name}"
+    loaders = [predictor.loader(splits[name]) for name in ("train", "val") if splits[name]]
+    parts = [loader.split for loader in loaders]
+    p = np.concatenate([predictor.score_split(loader) for loader in loaders])  # (n, C)
+    labels = np.concatenate([part.labels for part in parts])
+    chosen = choose_cells(p, labels, predictor.threshold)
 
     # images are named as the sheet does, or below the root
     root = predictor.cfg.root or data.SCENES
     listed = [name for part in parts
               for name in part.listed or [os.path.relpath(path, root) for path in part.paths]]
-    sheet = io.StringIO()
-    writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerow(["image", "category", "label", "probability", "region"])
-    for label, cells in ((1, present), (0, absent)):
-        for cell in cells:
-            i, c = image[cell], category[cell]
-            writer.writerow([listed[i], predictor.names[c], label, f"{p[i, c]:.4f}",
-                             regions.get(cell, "")])
-    write_atomically(file, sheet.getvalue())
+    rows = [[listed[i], predictor.names[c], LABELS[kind], f"{p[i, c]:.4f}", kind]
+            for kind, cells in chosen.items() for i, c in zip(*cells)]
+    write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
 
-    print(f"{file}: of {len(order)} unknown labels {len(present)} are likely present (label 1, "
-          f"most probable first) and the {len(absent)} least probable are listed as absent (label "
-          f"0); {len(regions)} pictures in {folder}/")
-    for word, cells, code in (("present", present, 1), ("absent", absent, -1)):
-        known = truth[image[cells], category[cells]]
+    most = SHOWN if args.pictures is None else args.pictures
+    shares = {"present": most // 2, "uncertain": most // 4, "absent": most // 4}
+    shown = [(kind, int(i), int(c)) for kind, cells in chosen.items()
+             for i, c in zip(*(index[:shares[kind]] for index in cells))]
+    maps, photos, first = {}, {}, 0
+    for loader in loaders:
+        last = first + len(loader.split.paths)
+        here = sorted({i - first for _, i, _ in shown if first <= i < last})
+        maps |= {first + i: found for i, found in region_maps(predictor, loader, here).items()}
+        photos |= {first + i: jpeg(loader.split.paths[i]) for i in here}
+        first = last
+    cells = []
+    for kind, i, c in shown:
+        region = maps[i][c].clip(0) / max(maps[i][c].max(), 1e-6)  # scaled by its peak
+        cells.append({"photo": i, "image": listed[i], "category": predictor.names[c], "kind": kind,
+                      "probability": round(float(p[i, c]), 2),
+                      "region": (255 * region).astype(int).tolist()})
+    write_page(page, Path(predictor.cfg.data).name, cells, photos, predictor.grid)
+
+    counts = ", ".join(f"{len(cells[0])} {kind}" for kind, cells in chosen.items())
+    print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
+          f"{len(shown)} of them to look at in {page}")
+    truth = np.concatenate([part.truth for part in parts])
+    for kind, code in (("present", data.POSITIVE), ("absent", data.NEGATIVE)):
+        known = truth[chosen[kind]]
         known = known[known != data.UNKNOWN]
         if len(known):  # a benchmark whose labels were hidden
-            print(f"suggested {word}: {100 * np.mean(known == code):.1f} % of {len(known)} agree "
+            print(f"suggested {kind}: {100 * np.mean(known == code):.1f} % of {len(known)} agree "
                   "with the hidden labels")
-    print("A probability ranks, it is no frequency: look at the rows, fill the right ones into the "
-          "sheet, train again.")
+    print("A probability ranks, it is no frequency: look at the cells, save the answers, then "
+          "python -m tools.review merge SHEET ANSWERS, and train again.")

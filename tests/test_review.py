@@ -1,0 +1,179 @@
+"""The review page in a browser, and answers on their way into the sheet."""
+import base64
+import csv
+import io
+import json
+import time
+
+import pytest
+from browser import Browser, needs_browser
+from PIL import Image
+from small_world import command, one_line
+
+from tools.review import main, write_page
+
+SHEET = 'image;dog;"small; cat";Hünd\r\nb.jpg;1;;\r\n"a.jpg";;"0";\r\n\r\nsub/c.jpg;;;1\r\n'
+
+
+def answers(tmp_path, *rows, head="image,category,label"):
+    (tmp_path / "answers.csv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    return tmp_path / "answers.csv"
+
+
+@pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16"))
+@pytest.mark.parametrize("first", ("", "sep=;\r\n"))
+def test_a_merge_fills_empty_cells_and_leaves_every_other_byte(tmp_path, capfd, encoding, first):
+    sheet = tmp_path / "labels.csv"
+    sheet.write_bytes((first + SHEET).encode(encoding))
+    file = answers(tmp_path, "sub/c.jpg,dog,0", "a.jpg,small; cat,0", "b.jpg,Hünd,1", "b.jpg,dog,0",
+                   "a.jpg,dog,", "gone.jpg,dog,1", "b.jpg,no such,1")
+    status, out, _ = command(main, ["merge", sheet, file], capfd)
+    expected = first + SHEET.replace("b.jpg;1;;", "b.jpg;1;;1").replace("c.jpg;;", "c.jpg;0;")
+    assert status == 0 and sheet.read_bytes() == expected.encode(encoding)
+    assert (tmp_path / "labels.csv.1.bak").read_bytes() == (first + SHEET).encode(encoding)
+    text = "\n".join(out)
+    assert "6 answers: 2 new, 1 were there, 1 conflicts, 2 without a cell" in text
+    assert "b.jpg, dog: the sheet says 1, the answer 0" in text and "gone.jpg, dog" in text
+
+    sheet.write_bytes((first + SHEET).encode(encoding))  # a second backup does not replace the first
+    assert command(main, ["merge", sheet, file], capfd)[0] == 0
+    assert len(list(tmp_path.glob("*.bak"))) == 2
+    done = sheet.read_bytes()
+    assert command(main, ["merge", sheet, file], capfd)[0] == 0  # nothing is new: no third one
+    assert sheet.read_bytes() == done and len(list(tmp_path.glob("*.bak"))) == 2
+
+
+def test_answers_that_contradict_each_other_are_a_conflict(tmp_path, capfd):
+    (tmp_path / "x.csv").write_text("image,dog\na.jpg,\n")
+    file = answers(tmp_path, "a.jpg,dog,1", "a.jpg,dog,0")
+    _, out, _ = command(main, ["merge", tmp_path / "x.csv", file], capfd)
+    assert "1 conflicts" in out[1] and (tmp_path / "x.csv").read_text() == "image,dog\na.jpg,1\n"
+
+
+def test_labels_are_written_in_the_words_of_the_sheet(tmp_path, capfd):
+    sheet = tmp_path / "x.csv"
+    file = answers(tmp_path, "a.jpg,dog,1", "b.jpg,dog,0")
+    sheet.write_text("image,dog\na.jpg,?\nb.jpg,NA\nc.jpg,yes\nd.jpg,no\n")
+    assert command(main, ["merge", sheet, file], capfd)[0] == 0
+    assert sheet.read_text() == "image,dog\na.jpg,yes\nb.jpg,no\nc.jpg,yes\nd.jpg,no\n"
+    sheet.write_text("image,dog\na.jpg,0\nb.jpg,0\nc.jpg,1\n")
+    assert command(main, ["merge", sheet, file, "--minus-one", "absent"], capfd)[0] == 0
+    assert sheet.read_text() == "image,dog\na.jpg,1\nb.jpg,-1\nc.jpg,1\n"
+
+
+def test_a_merge_that_cannot_be_is_refused(tmp_path, capfd):
+    (tmp_path / "x.csv").write_text("image,dog\na.jpg,\n")
+    bad = lambda file, *words: one_line(main, ["merge", tmp_path / "x.csv", file], capfd, *words)
+    bad(answers(tmp_path, "a.jpg,1", head="image,label"), "category", "missing")
+    bad(answers(tmp_path, "a.jpg,dog,maybe"), "answers.csv:2", "maybe")
+    bad(answers(tmp_path, "z.jpg,dog,1"), "none of its 1 answers")
+    bad(tmp_path / "none.csv", "none.csv")
+    (tmp_path / "t.json").write_text('[{"id": 1}]')
+    bad(tmp_path / "t.json", "--unlisted")
+    assert (tmp_path / "x.csv").read_text() == "image,dog\na.jpg,\n" and not list(tmp_path.glob("*.bak"))
+
+
+def test_a_new_sheet_lists_the_images_and_is_not_written_twice(tmp_path, capfd):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jpg", "-a.png", "sub/größe.webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    status, out, _ = command(main, ["new-sheet", tmp_path, "--categories", "dog, cat,Hünd"], capfd)
+    assert status == 0 and "3 images, 3 categories" in out[0] and "1 files are no images" in out[1]
+    raw = (tmp_path / "labels.csv").read_bytes()
+    assert raw.decode("utf-8") == "\ufeffimage,dog,cat,Hünd\n./-a.png,,,\nb.jpg,,,\nsub/größe.webp,,,\n"
+    one_line(main, ["new-sheet", tmp_path, "--categories", "a"], capfd, "is there already")
+
+
+def test_label_studio_gets_tasks_and_its_answers_come_back(tmp_path, capfd):
+    (tmp_path / "s.csv").write_text("image,category,label,probability,kind\nin/a b.jpg,dog,1,0.9,present\n"
+                                    "in/a b.jpg,cat,,0.5,uncertain\nin/c.jpg,cat,0,0.1,absent\n")
+    status, out, _ = command(main, ["export", tmp_path / "s.csv", tmp_path / "t.json"], capfd)
+    tasks = json.loads((tmp_path / "t.json").read_text())
+    assert status == 0 and '<Choice value="cat"/><Choice value="dog"/>' in out[-1]
+    assert [task["predictions"][0]["result"][0]["value"]["choices"] for task in tasks] == [["dog"], []]
+    for task, chosen in zip(tasks, (["dog", "cat"], None)):  # as it exports them; the second is left open
+        del task["data"]["name"], task["predictions"]
+        task["annotations"] = [] if chosen is None else [
+            {"was_cancelled": False, "result": [{"type": "choices", "value": {"choices": chosen}}]}]
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    (tmp_path / "x.csv").write_text("image,dog,cat,cow\nin/c.jpg,,,\nin/a b.jpg,,,\n")
+    arguments = ["merge", tmp_path / "x.csv", tmp_path / "export.json", "--unlisted", "absent"]
+    assert command(main, arguments, capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text() == "image,dog,cat,cow\nin/c.jpg,,,\nin/a b.jpg,1,1,0\n"
+
+
+# ---- the page
+
+NAMES = ("=a,b.jpg", "größe.jpg", "<script>alert(1)</script>.jpg")
+
+
+@pytest.fixture
+def page(tmp_path):
+    """12 cells: two categories, three kinds, two photos each."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "teal").save(buffer, "JPEG")
+    photos = {i: base64.b64encode(buffer.getvalue()).decode() for i in range(3)}
+    cells = [{"photo": i % 3, "image": NAMES[i % 3], "category": category, "kind": kind, "probability": 0.5,
+              "region": [0, 255, 0, 60]} for kind in ("present", "uncertain", "absent")
+             for category in ("</script>dog", "cat") for i in (0, 1)]
+    write_page(tmp_path / "out.html", "x.csv", cells, photos, (2, 2))
+    return tmp_path / "out.html"
+
+
+def saved(browser, folder):
+    browser.click("#save")
+    file = folder / "out-answers.csv"
+    for _ in range(100):
+        if file.is_file():
+            break
+        time.sleep(0.1)
+    raw = file.read_bytes()
+    file.unlink()
+    assert raw.startswith(b"\xef\xbb\xbf")
+    return list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"))))
+
+
+@needs_browser
+def test_keys_answer_undo_and_survive_a_closed_tab(page, tmp_path, capfd):
+    count = "return document.getElementById('count').textContent"
+    with Browser(profile=tmp_path / "profile", downloads=tmp_path) as browser:
+        browser.open(page)
+        assert browser.run("return [...document.querySelectorAll('h2')].map(h => h.firstChild.textContent)") == (
+            ["</script>dog"] * 3 + ["cat"] * 3)
+        assert browser.run("return [...document.images].every(i => i.complete && i.naturalWidth)")
+        browser.keys("rwsr" + "u")  # dog: present right and wrong, uncertain skipped, then taken back
+        assert browser.run(count) == "3 of 12"
+        time.sleep(1)
+        errors = browser.errors()
+    with Browser(profile=tmp_path / "profile", downloads=tmp_path) as browser:
+        browser.open(page)
+        assert browser.run(count) == "3 of 12"
+        browser.keys("w")
+        browser.keys("a")  # both likely absent dogs are absent
+        assert browser.run(count) == "6 of 12"
+        browser.keys("u")
+        assert browser.run(count) == "4 of 12"
+        browser.keys("a")
+        browser.run("scrollTo(0, 0)")
+        browser.click("article:nth-of-type(1) .row button:nth-child(2)")  # an answer is changed by a click
+        rows = saved(browser, tmp_path)
+        browser.keys("rrrrrr")
+        assert "All are answered" in browser.run("return document.getElementById('told').textContent")
+        assert errors + browser.errors() == []
+    dog = "</script>dog"
+    assert rows == [{"image": image, "category": dog, "label": "0"} for image in
+                    ("'=a,b.jpg", "größe.jpg", "größe.jpg", "'=a,b.jpg", "größe.jpg")]
+    (tmp_path / "x.csv").write_text('image,</script>dog,cat\n"=a,b.jpg",,\n', encoding="utf-8")
+    file = answers(tmp_path, *(",".join(f'"{cell}"' for cell in row.values()) for row in rows[:1]))
+    assert command(main, ["merge", tmp_path / "x.csv", file], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text() == 'image,</script>dog,cat\n"=a,b.jpg",0,\n'
+
+
+@needs_browser
+@pytest.mark.parametrize("size", ((390, 844), (1280, 900)))
+def test_the_page_fits_its_window(page, size):
+    with Browser(size) as browser:
+        browser.open(page)
+        assert browser.run("return document.documentElement.scrollWidth") <= size[0]
+        assert browser.errors() == []

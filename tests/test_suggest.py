@@ -1,0 +1,152 @@
+"""Which unknown cells are suggested, how they are listed, and from which features."""
+import csv
+import io
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small_world import command, run, world  # noqa: F401
+
+import eval as evaluation
+from clip.features import FeatureLoader
+from config import Config
+from eval import Predictor
+from tools.suggest import choose_cells, suggest
+
+
+@pytest.fixture
+def trained(world):  # noqa: F811
+    """A run of two epochs on the small world, made once."""
+    out = world / "trained"
+    if not out.exists():
+        run(world, out, epochs=2)
+    return out
+
+
+def rows_of(file):
+    return list(csv.DictReader(open(file, encoding="utf-8-sig")))
+
+
+def page_of(file):
+    """What the page holds: cells, photos, grid."""
+    text = file.read_text(encoding="utf-8")
+    start = text.index('id="data">') + len('id="data">')
+    return json.loads(text[start:text.index("</script>", start)])
+
+
+def test_certain_cells_and_cells_near_the_threshold():
+    rng = np.random.RandomState(0)
+    p = rng.rand(40, 5).astype(np.float32)
+    labels = rng.choice([1, -1, 0, 0, 0], (40, 5)).astype(np.int8)
+    threshold = np.array([0.2, 0.5, 0.5, 0.8, 0.0])  # 0: every cell passes
+    chosen = choose_cells(p, labels, threshold)
+    passed = int(((p >= threshold) & (labels == 0)).sum())
+    every = [cell for cells in chosen.values() for cell in zip(*cells)]
+    assert len(set(every)) == len(every) and all(labels[cell] == 0 for cell in every)
+    assert len(chosen["uncertain"][0]) == passed // 2
+
+    def distance(cells):
+        odds = [np.log(np.clip(x, 1e-6, 1) / np.clip(1 - x, 1e-6, 1))
+                for x in (p[cells], threshold[cells[1]])]
+        return np.abs(odds[0] - odds[1])
+    for kind in ("present", "absent"):
+        assert distance(chosen["uncertain"]).max() <= distance(chosen[kind]).min()
+    assert (np.diff(p[chosen["present"]]) <= 0).all() and (np.diff(p[chosen["absent"]]) >= 0).all()
+    assert (p[chosen["present"]] >= threshold[chosen["present"][1]]).all()
+    assert (p[chosen["absent"]] < threshold[chosen["absent"][1]]).all()
+    assert all(len(cells[0]) <= 3 for cells in choose_cells(p, labels, threshold, 3).values())
+
+
+def test_the_list_of_a_benchmark_and_its_page(trained, tmp_path, capfd):
+    arguments = [trained, "--suggest", tmp_path / "s.csv", "--pictures", 20]
+    status, out, err = command(evaluation.main, arguments, capfd)
+    assert status == 0 and err == []
+    model = Predictor(trained)
+    split = model.splits()["train"]
+    rows = rows_of(tmp_path / "s.csv")
+    assert list(rows[0]) == ["image", "category", "label", "probability", "kind"]
+    at = {os.path.relpath(path, model.cfg.root): i for i, path in enumerate(split.paths)}
+    p = model.score_split(model.loader(split))
+    listed = [(at[row["image"]], model.names.index(row["category"])) for row in rows]
+    assert len(set(listed)) == len(rows) and all(split.labels[cell] == 0 for cell in listed)
+    assert {row["kind"]: row["label"] for row in rows} == {"present": "1", "uncertain": "",
+                                                           "absent": "0"}
+    assert all(abs(float(row["probability"]) - p[cell]) < 1e-3 for row, cell in zip(rows, listed))
+    sure = [cell for row, cell in zip(rows, listed) if row["kind"] == "present"]
+    share = 100 * np.mean([split.truth[cell] == 1 for cell in sure])
+    assert f"suggested present: {share:.1f} % of {len(sure)} agree" in "\n".join(out)
+
+    page = page_of(tmp_path / "s.html")
+    assert page["grid"] == list(model.grid) and len(page["cells"]) <= 20
+    shown = {(cell["image"], cell["category"], cell["kind"]) for cell in page["cells"]}
+    assert shown <= {(row["image"], row["category"], row["kind"]) for row in rows}
+    assert len({kind for _, _, kind in shown}) == 3
+    assert {str(cell["photo"]) for cell in page["cells"]} == set(page["photos"])
+    for cell in page["cells"]:
+        _, _, maps = next(model.iterate([split.paths[at[cell["image"]]]]))
+        mask = maps[model.names.index(cell["category"])]
+        # the cache holds 8 bits of each feature
+        assert np.allclose(cell["region"], 255 * mask / mask.max(), atol=6)
+    text = (tmp_path / "s.html").read_text()
+    assert "://" not in text and text.count("<script") == 2  # asks the network for nothing
+
+
+def test_cached_features_are_used_and_the_backbone_is_not_run(trained, tmp_path, monkeypatch):
+    assert evaluation.main([str(trained), "--suggest", str(tmp_path / "first.csv")]) == 0
+
+    monkeypatch.setattr(FeatureLoader, "load", None)  # what reads photos and runs the backbone
+    monkeypatch.setattr(Predictor, "iterate", None)
+    assert evaluation.main([str(trained), "--suggest", str(tmp_path / "second.csv")]) == 0
+    assert rows_of(tmp_path / "first.csv") == rows_of(tmp_path / "second.csv")
+
+
+@pytest.mark.parametrize("cached", (0, 1))
+def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(world, tmp_path, capfd, cached):  # noqa: F811
+    from tools import review
+    images = sorted((world / "scenes" / "train2014").iterdir())[:24]
+    (tmp_path / "in").mkdir()
+    lines, rng = ["image,sun, a tree ,=Hünd"], np.random.RandomState(0)
+    for i, image in enumerate(images):
+        name = f"größe{i}.jpg" if i % 2 else f"-{i}.jpg"
+        shutil.copy(image, tmp_path / "in" / name)
+        lines.append(",".join([f"in/{name}", *rng.choice(["1", "0", "", ""], 3)]))
+    sheet = tmp_path / "labels.csv"
+    sheet.write_text("\n".join(lines), encoding="utf-8")
+    run(world, tmp_path / "run", data=sheet, root=None, ratio=None, epochs=2, cache_features=cached)
+    before = [line.split(",") for line in lines[1:]]
+    status, out, err = command(evaluation.main, [tmp_path / "run", "--suggest", tmp_path / "more.csv"], capfd)
+    assert status == 0 and err == [] and "hidden" not in "\n".join(out)
+    assert f"of {sum(row.count('') for row in before)} unknown labels" in out[-2]  # validation's rows too
+    raw = (tmp_path / "more.csv").read_bytes()
+    assert raw.startswith(b"\xef\xbb\xbf") and not any(
+        cell[:1] in ("=", "+", "-", "@") for row in csv.reader(io.StringIO(raw.decode("utf-8-sig"))) for cell in row)
+
+    suggested = [row for row in rows_of(tmp_path / "more.csv") if row["label"]]
+    assert command(review.main, ["merge", sheet, tmp_path / "more.csv"], capfd)[0] == 0
+    after = [line.split(",") for line in sheet.read_text(encoding="utf-8").splitlines()[1:]]
+    assert sum(row.count("") for row in before) - sum(row.count("") for row in after) == len(suggested)
+    column = {"sun": 1, "a tree": 2, "'=Hünd": 3}
+    filled = {row[0]: row for row in after}
+    assert all(filled[row["image"]][column[row["category"]]] == row["label"] for row in suggested)
+    run(world, tmp_path / "again", data=sheet, root=None, ratio=None, epochs=1, cache_features=0)
+
+
+@pytest.mark.parametrize("names", (["./in/{}", "in//{}", "in/../in/{}"], ["{here}/in/{}"], ["link/{}"]))
+@pytest.mark.parametrize("root", (None, ".", "../work"))
+def test_suggestions_name_the_images_as_the_sheet_does(trained, tmp_path, monkeypatch, names, root):
+    shutil.copytree(trained.parent / "scenes" / "val2014", tmp_path / "work" / "in")
+    (tmp_path / "work" / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path / "work")
+    photos = sorted(os.listdir("in"))
+    rows = [names[i % len(names)].format(photo, here=tmp_path / "work") for i, photo in enumerate(photos)]
+    (tmp_path / "work" / "x.csv").write_text("image,sun,cup\n" + "".join(f"{row},{i % 2},\n" for i, row in enumerate(rows)))
+    model = Predictor(trained)
+    model.cfg = Config(data=str(tmp_path / "work" / "x.csv"), root=root, size=64, workers=0)
+    model.names = ["sun", "cup"]
+    model.threshold = np.zeros(2)
+    model.score_split = lambda loader: np.full((len(loader), 2), 0.5)
+    suggest(model, SimpleNamespace(suggest="s.csv", pictures=0))
+    assert {row["image"] for row in rows_of("s.csv")} == set(rows)

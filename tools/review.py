@@ -1,0 +1,252 @@
+"""Suggestions to a person and answers into the sheet.
+
+    python -m tools.review new-sheet photos --categories dog,cat     an empty photos/labels.csv
+    python eval.py RUN --suggest out.csv                             out.html asks, saves answers
+    python -m tools.review merge photos/labels.csv answers.csv       fills the sheet's empty cells
+    python -m tools.review export out.csv tasks.json                 the same for Label Studio
+    python -m tools.review merge photos/labels.csv export.json       its answers, JSON as it exports
+
+A merge touches empty cells only: all else stays byte for byte, and a copy of the sheet is kept.
+Where the sheet says otherwise it keeps its label, and the conflict is told.
+"""
+import collections
+import csv
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import urllib.parse
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+from PIL import Image
+
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json
+from datasets.csv_sheet import CODES, SIGNED, UNCERTAIN, sheet_text, table
+from support import UserError
+from support.checkpoint import write_atomically
+from support.cli import make_parser, run_main, words
+from tools.predict import images_in, new
+
+FORMULA = re.compile(r"'*[=+\-@]")  # a spreadsheet computes such a cell; ' makes it text
+
+
+def guard(cell):
+    return f"'{cell}" if FORMULA.match(str(cell)) else cell
+
+
+def unguard(cell):
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def csv_text(header, rows):
+    """A CSV that a spreadsheet opens with its umlauts (a mark says UTF-8) and without formulas."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([guard(cell) for cell in header])
+    writer.writerows([guard(cell) for cell in row] for row in rows)
+    return text.getvalue().encode("utf-8-sig", errors="surrogateescape")
+
+
+def write_page(file, title, cells, photos, grid):
+    """cells: list of dicts photo, image, category, kind, probability, region (N values 0..255);
+    photos {photo: base64 JPEG}; grid (h, w)."""
+    cells = sorted(cells, key=lambda cell: cell["category"])  # kinds stay in their order
+    content = {"title": title, "cells": cells, "photos": photos, "grid": grid}
+    # answers are kept in the browser under the name of the list
+    key = hashlib.sha256(json.dumps([(c["image"], c["category"]) for c in cells]).encode())
+    content |= {"key": key.hexdigest()[:16], "save": f"{file.stem}-answers.csv"}
+    text = json.dumps(content).replace("<", "\\u003c")
+    template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
+    write_atomically(file, template.replace("{{DATA}}", text))
+
+
+# ---- answers into the sheet
+
+def read_answers(path, names, unlisted):
+    """[(image, category, code)] of a CSV with these columns, or of Label Studio's JSON, in which
+    `names` are the categories that could have been chosen."""
+    if Path(path).suffix.lower() == ".json":
+        return read_label_studio(path, names, unlisted)
+    header, body = table(path)
+    if missing := {"image", "category", "label"} - set(header):
+        raise UserError(f"{path}: expected columns image, category and label; "
+                        f"{', '.join(sorted(missing))} is missing")
+    answers = []
+    for line, row in body:
+        cells = dict(zip(header, row))
+        label = cells.get("label", "").lower()
+        if label not in CODES:
+            raise UserError(f"{path}:{line}: a label is 1 (present), 0 (absent) or empty, got "
+                            f"{label!r}: correct it")
+        answers.append((unguard(cells["image"]), unguard(cells.get("category", "")), CODES[label]))
+    return [answer for answer in answers if answer[2] != UNKNOWN]
+
+
+def read_label_studio(path, names, unlisted):
+    """Its JSON: a task an image, the choices of its annotations. What is not chosen is `unlisted`:
+    absent or unknown."""
+    if unlisted is None:
+        raise UserError(f"{path}: is what was not chosen absent or unknown? Say --unlisted absent "
+                        "or --unlisted unknown")
+    answers = []
+    try:
+        for task in read_json(path):
+            address = task["data"].get("name") or task["data"]["image"].split("?d=")[-1]
+            done = [note for note in task["annotations"] if not note.get("was_cancelled")]
+            chosen = {name for note in done for part in note["result"]
+                      for name in part["value"].get("choices", ())}
+            codes = {name: NEGATIVE for name in names if unlisted == "absent" and done}
+            codes |= {name: POSITIVE for name in chosen}
+            answers += [(urllib.parse.unquote(address), *pair) for pair in codes.items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: expected the JSON that Label Studio exports, a list of tasks "
+                        f"with data and annotations ({error!r} is missing): choose the format JSON") from None
+    return answers
+
+
+def split_cells(text, delimiter):
+    """text -> rows of [cell as it stands, what follows it]; joined they are the text again."""
+    end = re.escape(delimiter)
+    cell = re.compile(rf'("(?:[^"]|"")*"|[^{end}\r\n]*)({end}|\r\n|\n|\r|\Z)')
+    rows, row, at = [], [], 0
+    while at < len(text):
+        found = cell.match(text, at)
+        row.append(list(found.groups()))
+        at = found.end()
+        if found[2] != delimiter:
+            rows.append(row)
+            row = []
+    return rows + [row] * bool(row)
+
+
+def plain(cell):
+    cell = cell.strip()
+    return cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell
+
+
+def merge(args):
+    """Fills empty cells of the sheet with the answers. -> exit status"""
+    sheet = Path(args.sheet)
+    skipped, text, delimiter, encoding = sheet_text(sheet)
+    rows = split_cells(text, delimiter)
+    codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(args.minus_one, CODES)
+    column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
+    image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
+    short = collections.Counter(os.path.basename(name) for name in image)
+    image |= {os.path.basename(name): row for name, row in image.items()
+              if short[os.path.basename(name)] == 1}
+    answers = read_answers(args.answers, list(column), args.unlisted)
+
+    # 1 and 0 are written as this sheet writes them
+    used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
+    usual = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
+    word = {code: max((w for w in used if codes.get(w) == code), key=used.get, default=usual[code])
+            for code in usual}
+    filled, same, strangers, conflicts = 0, 0, [], []
+    for name, category, code in answers:
+        row = image.get(name) or image.get(os.path.basename(name), [])
+        c = column.get(category, len(row))
+        said = codes.get(plain(row[c][0]).lower()) if c < len(row) else None
+        if said is None:
+            strangers.append(f"{name}, {category}")
+        elif said == UNKNOWN:
+            row[c][0] = word[code]
+            filled += 1
+        elif said == code:
+            same += 1
+        else:
+            conflicts.append(f"{name}, {category}: the sheet says {plain(row[c][0])}, the answer "
+                             f"{word[code]}")
+    if strangers and len(strangers) == len(answers):
+        raise UserError(f"{args.answers}: none of its {len(answers)} answers has a cell in {sheet} "
+                        f"(first {strangers[0]}): is it the answers' sheet? A sheet with -1 needs "
+                        "--minus-one, one with a column of lists cannot be filled")
+    if filled:
+        kept = next(name for k in itertools.count(1)
+                    if not os.path.lexists(name := sheet.with_name(f"{sheet.name}.{k}.bak")))
+        write_atomically(kept, sheet.read_bytes())
+        text = skipped + "".join(cell + end for row in rows for cell, end in row)
+        write_atomically(sheet, text.encode(encoding))
+        print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
+    print(f"{len(answers)} answers: {filled} new, {same} were there, {len(conflicts)} conflicts, "
+          f"{len(strangers)} without a cell")
+    for lines in (conflicts, strangers):
+        print("\n".join("  " + line for line in lines[:50]), end="\n" if lines else "")
+
+
+# ---- other doors
+
+def new_sheet(args):
+    """FOLDER/labels.csv: a row an image that Pillow opens, every cell empty."""
+    folder = Path(args.folder)
+    file = new(args.out or folder / "labels.csv", "--out")
+    rows, skipped = [], []
+    categories = [name.strip() for name in args.categories.split(",") if name.strip()]
+    for path in images_in([folder]):
+        try:
+            with Image.open(path):
+                name = Path(os.path.relpath(path, file.parent)).as_posix()
+        except Exception:  # whatever a decoder raises
+            skipped.append(path)
+            continue
+        # ./ is the same file, and no formula
+        rows.append([f"./{name}" if FORMULA.match(name) else name, *[""] * len(categories)])
+    write_atomically(file, csv_text(["image", *categories], rows))
+    print(f"{file}: {len(rows)} images, {len(categories)} categories; 1 present, 0 absent, empty "
+          "unknown")
+    if skipped:
+        print(f"{len(skipped)} files are no images and were left out, first {skipped[0]}")
+
+
+def export(args):
+    """Suggestions -> Label Studio's tasks; what is likely present is chosen beforehand."""
+    file = new(args.tasks, "TASKS")
+    header, body = table(args.suggestions)
+    rows = [dict(zip(header, map(unguard, row))) for _, row in body]
+    chosen = {}
+    for row in rows:
+        chosen.setdefault(row["image"], [])
+        if CODES.get(row["label"]) == POSITIVE:
+            chosen[row["image"]].append(row["category"])
+    tasks = [{"data": {"image": "/data/local-files/?d=" + urllib.parse.quote(image), "name": image},
+              "predictions": [{"result": [{"from_name": "category", "to_name": "image",
+                                           "type": "choices", "value": {"choices": names}}]}]}
+             for image, names in chosen.items()]
+    write_atomically(file, json.dumps(tasks, indent=1))
+    choices = "".join(f"<Choice value={quoteattr(name)}/>"
+                      for name in sorted({row["category"] for row in rows}))
+    print(f"{file}: {len(tasks)} tasks. The labelling interface of the project:\n"
+          '<View><Image name="image" value="$image"/><Choices name="category" toName="image" '
+          f'choice="multiple">{choices}</Choices></View>')
+
+
+def main(argv=None):
+    parser = make_parser("tools.review", __doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(function, name, *arguments):
+        command = commands.add_parser(name, help=function.__doc__)
+        command.set_defaults(work=function)
+        for argument in arguments:
+            command.add_argument(argument)
+        return command
+
+    add(new_sheet, "new-sheet", "folder", "--out").add_argument(
+        "--categories", required=True, help="a,b,c")
+    command = add(merge, "merge", "sheet", "answers")
+    for option in ("--minus-one", "--unlisted"):
+        command.add_argument(option, choices=("absent", "unknown"), help="as train.py has it")
+    add(export, "export", "suggestions", "tasks")
+
+    def work():
+        args = parser.parse_args(words(argv))
+        return args.work(args)
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
