@@ -1,4 +1,4 @@
-"""CLIP's weights as people have them, always as float32. No code from a file is run.
+"""CLIP's weights as people have them, always as float32. No code is run but OpenAI's own.
 
     clip.load("tiny")                                  the small CLIP that ships (tools/pretrain.py)
     clip.load("RN101")                                 OpenAI's, downloaded once into ~/.cache/clip
@@ -132,9 +132,9 @@ def tensors(saved):
 
     if not isinstance(saved, dict):
         raise UserError(f"it holds a {type(saved).__name__}, expected a state dict")
-    if inside(saved):
-        return inside(saved)
     nested = {key: inside(value) for key, value in saved.items() if inside(value)}
+    if not nested and inside(saved):
+        return inside(saved)
     if len(nested) != 1 and "state_dict" not in nested:
         keys = ", ".join(map(str, nested or saved)) or "nothing"
         raise UserError(f"it holds {keys[:80]}, expected one state dict: save that alone")
@@ -177,8 +177,9 @@ def from_files(path, name, fold, activation):
     quick = known or any(word in path.name.lower().replace("_", "") for word in QUICK)
     activation = activation or told.get("activation") or ("quickgelu" if quick else None)
     if activation is None:
-        raise UserError("it does not tell its activation: add --activation quickgelu (OpenAI's "
-                        "models, open_clip's -quickgelu) or --activation gelu (its others)")
+        raise UserError("it does not tell its activation: put its configuration beside it, or add "
+                        "--activation quickgelu (OpenAI's models, open_clip's -quickgelu) or "
+                        "--activation gelu (open_clip's others)")
     heads = {key: told[key] for key in ("text_heads", "vision_heads") if key in told}
     model = build(state, fold, activation, **heads)
     model.mean, model.std = told.get("mean") or MEAN, told.get("std") or STD

@@ -109,7 +109,8 @@ def custom_text(state):
 @kinds
 @pytest.mark.parametrize("wrap", [
     lambda s: prefixed(s, "module."),
-    lambda s: {"epoch": 3, "state_dict": prefixed(s, "module._orig_mod."), "optimizer": {"a": {}}},
+    lambda s: {"epoch": torch.tensor(3), "state_dict": prefixed(s, "module._orig_mod."),
+               "optimizer": {"state": {}}},
     lambda s: {"model": prefixed(s, "clip."), "step": 7},
     lambda s: {"model_state_dict": s, "args": ["x"]},
     custom_text,
@@ -343,7 +344,7 @@ def test_a_configuration_that_is_none(tmp_path):
 def test_activation_is_told_or_asked_for(tmp_path):
     path = tmp_path / "vit_b_32-laion.pt"
     torch.save(small("vit"), path)
-    refused(path, "does not tell its activation: add --activation quickgelu")
+    refused(path, "does not tell its activation: ", "add --activation quickgelu")
     quick, gelu = clip.load(path, activation="quickgelu"), clip.load(path, activation="gelu")
     assert not torch.allclose(*(m.encode_image(images(48, 48)) for m in (quick, gelu)))
     assert quick.sha256 == sha256(path) != gelu.sha256
