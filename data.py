@@ -212,7 +212,7 @@ def load(cfg):
     train.labels, train.truth, train.mask_sha256 = labels, truth, digest
     if not (labels == POSITIVE).any():
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
-                        "raise --ratio or --train-images, or lower --val")
+                        "raise --ratio or --train-images, lower --val, or fill in the sheet")
     test = parts.get("test")
     splits = {"train": train, "val": held and held.used(), "test": test and test.used()}
     label = Path(cfg.data).stem if is_sheet(cfg.data) else cfg.data

@@ -3,6 +3,7 @@
     python eval.py runs/demo                                  the table of its test split
     python eval.py runs/demo --image photo.jpg folder/        ranked categories, their regions
     python eval.py runs/demo --suggest suggested.csv          unknown labels that it believes
+    python eval.py --zero-shot --data sheet.csv --suggest suggested.csv       without a run
     python eval.py runs/demo --compare runs/other             zero-shot CLIP and runs side by side
     python eval.py runs/demo --ensemble runs/other            averaged scores of several runs
 
@@ -15,17 +16,21 @@ A probability is the sigmoid of Eq. 5's logit. The asymmetric loss and the few k
 uncalibrated: it ranks, it is no frequency. What is called present passes the category's threshold.
 n images, C categories, N = h*w locations. Labels: 1 present, -1 absent, 0 unknown.
 """
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import PLACES, is_path
+import clip
+import data
+from config import PLACES, PRESETS, Config, is_path
 from support import UserError
-from support.cli import make_parser, run_main, words
+from support.cli import best_device, make_parser, run_main, words
 from support.distributed import gather_scores
 from tools.localise import localisation
 from tools.predictor import Predictor, region_map, score_split
@@ -184,6 +189,36 @@ def zero_shot(encoder, g, loader):
     return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
 
+class ZeroShot(Predictor):
+    """CLIP without training in the place of a run, for a sheet whose labels are still to come.
+
+    A probability is sigmoid(2 (z - 1)): z is the cosine to a category's prompts, standardised over
+    the images of the split. The region is the map of the cosines.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
+        parts = data.complete(self.cfg)
+        self.parts = {name: parts.get(name) for name in ("train", "val", "test")}
+        self.names = self.parts["train"].names
+        self.threshold = np.full(len(self.names), 0.5)
+        self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)
+        self.grid = self.clip.grid(cfg.size, cfg.size)
+        self.g = zero_shot_text(self.clip, data.prompts_for(cfg, self.parts["train"]))  # (C, D)
+
+    def splits(self):
+        return self.parts
+
+    def score_split(self, loader):
+        cosine = zero_shot(self.clip, self.g, loader)["global"]  # (n, C)
+        z = (cosine - cosine.mean(0)) / np.maximum(cosine.std(0), 1e-6)
+        return 1 / (1 + np.exp(-2 * (z - 1)))
+
+    def score(self, f, x):
+        energy = self.g @ F.normalize(f, dim=-1).mT  # (B, C, N)
+        return energy.amax(-1), SimpleNamespace(energy=energy)
+
+
 # ---- command line
 
 
@@ -242,7 +277,11 @@ def maps_of(out, model):
 
 def main(argv=None):
     parser = make_parser("eval.py", __doc__)
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", nargs="?", help="run folder")
+    parser.add_argument("--zero-shot", action="store_true",
+                        help="--suggest by CLIP without training: --data, --clip and --size in the "
+                             "place of a run")
+    parser.add_argument("--size", type=int, help="--zero-shot: side of the input in pixels")
     parser.add_argument("--checkpoint", choices=("best", "last"),
                         help="default: best, where there was validation")
     parser.add_argument("--split", choices=("train", "val", "test"),
@@ -284,6 +323,13 @@ def main(argv=None):
         places = {name: value for name in PLACES if (value := getattr(args, name)) is not None}
         places = {name: str(Path(value).absolute()) if is_path(name, value) else value
                   for name, value in places.items()}
+        if args.zero_shot and args.suggest and args.data and not args.run:
+            from tools.suggest import suggest
+            size = {"size": args.size} if args.size else {}
+            return suggest(ZeroShot(Config(**PRESETS.get(args.data, {}) | places | size)), args)
+        if args.zero_shot or args.size or not args.run:
+            raise UserError("expected a run folder, or --zero-shot with --data, --suggest and, if "
+                            "need be, --size in its place")
         predictors = load_runs([args.run, *(args.ensemble or args.compare or ())], args.checkpoint,
                                places)
         if args.image:

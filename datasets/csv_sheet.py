@@ -177,9 +177,6 @@ def read(path, root, cfg):
         except UserError as error:
             problems.append(str(error))
     labels = np.array(cells, np.int8).reshape(-1, len(names))
-    if not problems and not (labels == POSITIVE).any():
-        problems.append(f"{path}:1: no cell is 1 in {len(labels)} rows: there is nothing to learn; "
-                        "mark what is present")
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)" if len(problems) > 1 else ""
         error = UserError(problems[0] + more)

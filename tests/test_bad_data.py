@@ -255,7 +255,7 @@ def test_folders_and_arguments(coco, tmp_path):
             ("exclude each other", dict(ratio=0.5, single_positive="largeloss")),
             ("--val is a share", dict(val=1.5)), ("--val is a share", dict(val="x.csv")),
             ("cannot be read", dict(names=tmp_path / "none.txt")), ("the file is empty", dict(mask=tmp_path / "file")),
-            ("no positive label", dict(ratio=1e-9)), ("or lower --val", dict(val=0.99)), ("holds none out", dict(val=0.01))):
+            ("no positive label", dict(ratio=1e-9)), ("lower --val, or", dict(val=0.99)), ("holds none out", dict(val=0.01))):
         refused(match, "coco", root, **options)
 
 
@@ -466,7 +466,7 @@ def test_splc_list_against_the_annotations(tmp_path):
 HEAD = "image,dog,cat\n"
 SHEETS = {
     "empty": ("", "the sheet is empty"), "commas only": (",,\n,\n", "the sheet is empty"),
-    "header only": (HEAD, ":1: no cell is 1 in 0 rows"),
+    "header only": (HEAD, "no positive label is left in 0 training images"),
     "no classes": ("image\n0.jpg\n", ":1: expected a header"),
     "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
     "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
@@ -476,7 +476,7 @@ SHEETS = {
     "class twice": ("image,dog,dog\n0.jpg,1,0\n", "'dog' and 'dog' are one name"),
     "capitals": ("image,dog,Dog\n0.jpg,1,0\n", "'dog' and 'Dog' differ in capitals only"),
     "class without a name": ("image,dog,,cat\n0.jpg,1,0,0\n", ":1: a column has cells, but no class name"),
-    "no positive": (HEAD + "0.jpg,0,\n1.jpg,,0\n", "no cell is 1 in 2 rows"),
+    "no positive": (HEAD + "0.jpg,0,\n1.jpg,,0\n", "no positive label is left in 2 training images"),
     "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg .missing"),
     "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*a folder"),
     "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
@@ -552,7 +552,7 @@ def test_a_share_that_holds_nothing_out(folder):
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
     refused("share of 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
     assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None      # not asked for
-    refused("or lower --val", folder / "s.csv", val=0.9)
+    refused("lower --val, or", folder / "s.csv", val=0.9)
     refused("--val is a share .* got most", folder / "s.csv", val="most")
 
 

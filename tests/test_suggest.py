@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from small_world import command, run, world  # noqa: F401
 
+import data
 import eval as evaluation
 from clip.features import FeatureLoader
 from config import Config
 from eval import Predictor
+from tools import review
 from tools.suggest import choose_cells, suggest
 
 
@@ -105,7 +107,6 @@ def test_cached_features_are_used_and_the_backbone_is_not_run(trained, tmp_path,
 
 @pytest.mark.parametrize("cached", (0, 1))
 def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(world, tmp_path, capfd, cached):  # noqa: F811
-    from tools import review
     images = sorted((world / "scenes" / "train2014").iterdir())[:24]
     (tmp_path / "in").mkdir()
     lines, rng = ["image,sun, a tree ,=Hünd"], np.random.RandomState(0)
@@ -132,6 +133,21 @@ def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(w
     filled = {row[0]: row for row in after}
     assert all(filled[row["image"]][column[row["category"]]] == row["label"] for row in suggested)
     run(world, tmp_path / "again", data=sheet, root=None, ratio=None, epochs=1, cache_features=0)
+
+
+def test_an_empty_sheet_gets_its_first_suggestions_from_clip_alone(world, tmp_path, capfd):  # noqa: F811
+    photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
+    sheet = photos / "labels.csv"
+    assert command(review.main, ["new-sheet", photos, "--categories", "sun,tree"], capfd)[0] == 0
+    settings = ["--data", sheet, "--clip", world / "clip-quickgelu.safetensors"]
+    assert command(evaluation.main, ["--zero-shot", *settings, "--size", 64, "--suggest", tmp_path / "s.csv"], capfd)[0] == 0
+    rows = rows_of(tmp_path / "s.csv")
+    p = {(row["image"], row["category"]): float(row["probability"]) for row in rows if row["kind"] == "present"}
+    assert p and min(p.values()) >= 0.5 and {row["kind"] for row in rows} == {"present", "uncertain", "absent"}
+    assert all(len(cell["region"]) == 4 for cell in page_of(tmp_path / "s.html")["cells"])
+    assert command(review.main, ["merge", sheet, tmp_path / "s.csv"], capfd)[0] == 0
+    assert len(data.complete(Config(data=str(sheet)))["train"].labels.nonzero()[0]) == len(
+        [row for row in rows if row["label"]])
 
 
 @pytest.mark.parametrize("names", (["./in/{}", "in//{}", "in/../in/{}"], ["{here}/in/{}"], ["link/{}"]))

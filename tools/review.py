@@ -183,13 +183,13 @@ def merge(args):
 def new_sheet(args):
     """FOLDER/labels.csv: a row an image that Pillow opens, every cell empty."""
     folder = Path(args.folder)
-    file = new(args.out or folder / "labels.csv", "--out")
+    file = new(folder / "labels.csv", "the sheet")
     rows, skipped = [], []
     categories = [name.strip() for name in args.categories.split(",") if name.strip()]
     for path in images_in([folder]):
         try:
             with Image.open(path):
-                name = Path(os.path.relpath(path, file.parent)).as_posix()
+                name = Path(path).relative_to(folder).as_posix()
         except Exception:  # whatever a decoder raises
             skipped.append(path)
             continue
@@ -235,7 +235,7 @@ def main(argv=None):
             command.add_argument(argument)
         return command
 
-    add(new_sheet, "new-sheet", "folder", "--out").add_argument(
+    add(new_sheet, "new-sheet", "folder").add_argument(
         "--categories", required=True, help="a,b,c")
     command = add(merge, "merge", "sheet", "answers")
     for option in ("--minus-one", "--unlisted"):

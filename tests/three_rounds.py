@@ -1,0 +1,134 @@
+"""A person's three rounds by script: train on a half-filled sheet, suggest, review, merge, train again.
+
+    python tests/three_rounds.py --masks 0 1 2 3 --shares 0.3 0.15
+
+150 drawn photos, 24 categories; of their cells `share` is known. A round trains the way that `--train` says, scores 500 scenes
+that are never shown, and answers the cells of the review page with the truth: keys are counted as the page asks for them
+(one a cell; A for what is left of a group once its wrong ones are answered). Prints a line a round and writes JSON lines.
+"""
+import argparse
+import csv
+import json
+import shlex
+import sys
+import tempfile
+import time
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+from config import Config  # noqa: E402
+from eval import Predictor, metrics, zero_shot, zero_shot_text  # noqa: E402
+from tools import review  # noqa: E402
+
+RECIPE = "--clip tiny --size 256 --batch 16 --augment flip --lr 1e-3 --dropout 0.2 --score query --cache-features 2 --workers 0"
+SECONDS = {"key": 1.5, "look": 0.5}  # of a person: a key that is decided on; a tile of a group that is looked over
+
+
+def keys_pressed(cells, truth):
+    """cells of the page in its order, {(image, category): 1 or -1} -> keys of a person who makes no mistake."""
+    keys = 0
+    for _, group in groupby(cells, key=lambda cell: (cell["category"], cell["kind"])):
+        group = list(group)
+        expected = -1 if group[0]["kind"] == "absent" else 1
+        wrong = sum(truth[cell["image"], cell["category"]] != expected for cell in group)
+        # the wrong ones: move to each and say so; then A for the rest; or one key a cell
+        keys += min(len(group), len(group) + wrong if wrong == len(group) else 2 * wrong + 1)
+    return keys
+
+
+def zscore(x):
+    return (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)
+
+
+def scores_of(predictor, split):
+    """{"zero-shot", "run", "mixed"} -> (n, C); mixed: the standardised logit and cosine, added."""
+    loader = predictor.loader(split)
+    g = zero_shot_text(predictor.clip, split.prompts)
+    cosine = zero_shot(predictor.clip, g, loader)["global"]
+    p = predictor.score_split(loader)
+    logit = np.log(np.clip(p, 1e-7, 1) / np.clip(1 - p, 1e-7, 1))
+    return {"zero-shot": cosine, "run": p, "mixed": zscore(logit) + zscore(cosine)}
+
+
+def study(mask, share, args, place):
+    scenes = Config(data="scenes", root=args.root, ratio=share, seed=mask, train_images=150)
+    photos, _, unseen = data.load(scenes)
+    unseen = unseen.subset(np.arange(args.unseen))
+    names = [f"train2014/{Path(path).name}" for path in photos.paths]
+    truth = {(name, category): int(code) for name, row in zip(names, photos.truth) for category, code in zip(photos.names, row)}
+    sheet = place / "labels.csv"
+    cell = {1: "1", -1: "0", 0: ""}
+    review.write_atomically(sheet, review.csv_text(["image", *photos.names], [
+        [name, *(cell[int(code)] for code in row)] for name, row in zip(names, photos.labels)]))
+    looked = 0
+    for number in range(args.rounds):
+        out = place / f"round{number}"
+        words = ["--data", sheet, "--root", args.root, *shlex.split(args.train), "--out", out, "--cache-dir", place / "features",
+                 "--seed", mask]
+        start = time.time()
+        if train.main([str(word) for word in words]):
+            sys.exit("training failed")
+        line = dict(mask=mask, share=share, round=number, known=int((csv_labels(sheet) != "").sum()), looked=looked,
+                    seconds=round(time.time() - start))
+        for kind in ("best", "last"):
+            if not (out / f"{kind}.pt").exists():
+                continue
+            predictor = Predictor(out, kind)
+            numbers = {name: metrics(p, unseen.truth)["mAP"] for name, p in scores_of(predictor, unseen).items()}
+            line |= {"zero-shot": numbers["zero-shot"], kind: numbers["run"], f"{kind} mixed": numbers["mixed"]}
+            p = predictor.score_split(predictor.loader(unseen))
+            for at, threshold in (("thresholds", predictor.threshold), ("0.5", 0.5)):
+                decided = metrics(p, unseen.truth, threshold)
+                line |= {f"{kind} OF1 {at}": decided["OF1"], f"{kind} CF1 {at}": decided["CF1"]}
+        if evaluation.main([str(out), "--suggest", str(place / f"round{number}.csv"), "--pictures", "200"]):
+            sys.exit("suggesting failed")
+        cells = page_cells(place / f"round{number}.html")
+        right = [(truth[c["image"], c["category"]] == 1) == (c["kind"] != "absent") for c in cells if c["kind"] != "uncertain"]
+        answers = [[c["image"], c["category"], int(truth[c["image"], c["category"]] == 1)] for c in cells]
+        review.write_atomically(place / "answers.csv", review.csv_text(["image", "category", "label"], answers))
+        review.main(["merge", str(sheet), str(place / "answers.csv")])
+        looked += len(cells)
+        keys = keys_pressed(cells, truth)
+        minutes = (keys * SECONDS["key"] + len(cells) * SECONDS["look"]) / 60
+        line |= dict(shown=len(cells), suggested_right=round(100 * float(np.mean(right)), 1), keys=keys, minutes=round(minutes, 1))
+        yield line
+
+
+def csv_labels(sheet):
+    return np.array([row[1:] for row in csv.reader(open(sheet, encoding="utf-8-sig"))][1:])
+
+
+def page_cells(page):
+    text = page.read_text(encoding="utf-8")
+    start = text.index('id="data">') + len('id="data">')
+    return json.loads(text[start:text.index("</script>", start)])["cells"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default=str(ROOT / "generated" / "scenes"))
+    parser.add_argument("--masks", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.15])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--unseen", type=int, default=500)
+    parser.add_argument("--train", default=RECIPE, help="options of train.py beside the sheet")
+    parser.add_argument("--out", default="three_rounds.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    with open(args.out, "a") as results:
+        for share in args.shares:
+            for mask in args.masks:
+                with tempfile.TemporaryDirectory() as place:
+                    for line in study(mask, share, args, Path(place)):
+                        print(line, flush=True)
+                        results.write(json.dumps(line) + "\n")
+                        results.flush()
