@@ -36,12 +36,11 @@ SECONDS = {"key": 1.5, "look": 0.5}  # of a person: a key that is decided on; a 
 def keys_pressed(cells, truth):
     """cells of the page in its order, {(image, category): 1 or -1} -> keys of a person who makes no mistake."""
     keys = 0
-    for _, group in groupby(cells, key=lambda cell: (cell["category"], cell["kind"])):
-        group = list(group)
-        expected = -1 if group[0]["kind"] == "absent" else 1
-        wrong = sum(truth[cell["image"], cell["category"]] != expected for cell in group)
-        # the wrong ones: move to each and say so; then A for the rest; or one key a cell
-        keys += min(len(group), len(group) + wrong if wrong == len(group) else 2 * wrong + 1)
+    for (_, kind), group in groupby(cells, key=lambda cell: (cell["category"], cell["kind"])):
+        suggested = -1 if kind == "absent" else 1
+        wrong = [truth[cell["image"], cell["category"]] != suggested for cell in group]
+        last = max((n for n, one in enumerate(wrong, 1) if one), default=0)
+        keys += last + (last < len(wrong))  # R or W up to the last wrong one, then A
     return keys
 
 

@@ -57,7 +57,8 @@ def write_page(file, title, cells, photos, grid):
     cells = sorted(cells, key=lambda cell: cell["category"])  # kinds stay in their order
     content = {"title": title, "cells": cells, "photos": photos, "grid": grid}
     # answers are kept in the browser under the name of the list
-    key = hashlib.sha256(json.dumps([(c["image"], c["category"]) for c in cells]).encode())
+    named = [(cell["image"], cell["category"], cell["kind"]) for cell in cells]
+    key = hashlib.sha256(json.dumps(named).encode())
     content |= {"key": key.hexdigest()[:16], "save": f"{file.stem}-answers.csv"}
     text = json.dumps(content).replace("<", "\\u003c")
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
@@ -71,19 +72,25 @@ def read_answers(path, names, unlisted):
     `names` are the categories that could have been chosen."""
     if Path(path).suffix.lower() == ".json":
         return read_label_studio(path, names, unlisted)
-    header, body = table(path)
-    if missing := {"image", "category", "label"} - set(header):
-        raise UserError(f"{path}: expected columns image, category and label; "
-                        f"{', '.join(sorted(missing))} is missing")
     answers = []
-    for line, row in body:
-        cells = dict(zip(header, row))
-        label = cells.get("label", "").lower()
+    for line, cells in rows_of(path):
+        label = cells["label"].lower()
         if label not in CODES:
             raise UserError(f"{path}:{line}: a label is 1 (present), 0 (absent) or empty, got "
                             f"{label!r}: correct it")
-        answers.append((unguard(cells["image"]), unguard(cells.get("category", "")), CODES[label]))
+        answers.append((cells["image"], cells["category"], CODES[label]))
     return [answer for answer in answers if answer[2] != UNKNOWN]
+
+
+def rows_of(path):
+    """[(line, {"image", "category", "label"})] of suggestions or answers."""
+    header, body = table(path)
+    columns = ("image", "category", "label")
+    if missing := set(columns) - set(header):
+        raise UserError(f"{path}: expected columns image, category and label; "
+                        f"{', '.join(sorted(missing))} is missing")
+    rows = [(line, dict(zip(header, map(unguard, row)))) for line, row in body]
+    return [(line, {name: cells.get(name, "") for name in columns}) for line, cells in rows]
 
 
 def read_label_studio(path, names, unlisted):
@@ -95,16 +102,16 @@ def read_label_studio(path, names, unlisted):
     answers = []
     try:
         for task in read_json(path):
-            address = task["data"].get("name") or task["data"]["image"].split("?d=")[-1]
+            image = urllib.parse.unquote(task["data"]["image"].split("?d=")[-1])
             done = [note for note in task["annotations"] if not note.get("was_cancelled")]
             chosen = {name for note in done for part in note["result"]
                       for name in part["value"].get("choices", ())}
-            codes = {name: NEGATIVE for name in names if unlisted == "absent" and done}
-            codes |= {name: POSITIVE for name in chosen}
-            answers += [(urllib.parse.unquote(address), *pair) for pair in codes.items()]
+            others = set(names) - chosen if unlisted == "absent" and done else ()
+            answers += [(image, name, POSITIVE) for name in sorted(chosen)]
+            answers += [(image, name, NEGATIVE) for name in sorted(others)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected the JSON that Label Studio exports, a list of tasks "
-                        f"with data and annotations ({error!r} is missing): choose the format JSON") from None
+        raise UserError(f"{path}: expected Label Studio's export in its format JSON, tasks with "
+                        f"data and annotations ({error!r} came): export it so") from None
     return answers
 
 
@@ -131,14 +138,12 @@ def plain(cell):
 def merge(args):
     """Fills empty cells of the sheet with the answers. -> exit status"""
     sheet = Path(args.sheet)
+    table(sheet)  # refuses what is no sheet
     skipped, text, delimiter, encoding = sheet_text(sheet)
     rows = split_cells(text, delimiter)
     codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(args.minus_one, CODES)
     column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
     image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
-    short = collections.Counter(os.path.basename(name) for name in image)
-    image |= {os.path.basename(name): row for name, row in image.items()
-              if short[os.path.basename(name)] == 1}
     answers = read_answers(args.answers, list(column), args.unlisted)
 
     # 1 and 0 are written as this sheet writes them
@@ -148,7 +153,7 @@ def merge(args):
             for code in usual}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
-        row = image.get(name) or image.get(os.path.basename(name), [])
+        row = image.get(name, [])
         c = column.get(category, len(row))
         said = codes.get(plain(row[c][0]).lower()) if c < len(row) else None
         if said is None:
@@ -205,20 +210,20 @@ def new_sheet(args):
 def export(args):
     """Suggestions -> Label Studio's tasks; what is likely present is chosen beforehand."""
     file = new(args.tasks, "TASKS")
-    header, body = table(args.suggestions)
-    rows = [dict(zip(header, map(unguard, row))) for _, row in body]
-    chosen = {}
-    for row in rows:
-        chosen.setdefault(row["image"], [])
-        if CODES.get(row["label"]) == POSITIVE:
-            chosen[row["image"]].append(row["category"])
-    tasks = [{"data": {"image": "/data/local-files/?d=" + urllib.parse.quote(image), "name": image},
-              "predictions": [{"result": [{"from_name": "category", "to_name": "image",
-                                           "type": "choices", "value": {"choices": names}}]}]}
-             for image, names in chosen.items()]
+    rows = [cells for _, cells in rows_of(args.suggestions)]
+    chosen = {cells["image"]: [] for cells in rows}
+    for cells in rows:
+        if CODES.get(cells["label"]) == POSITIVE:
+            chosen[cells["image"]].append(cells["category"])
+    tasks = []
+    for image, names in chosen.items():
+        result = {"from_name": "category", "to_name": "image", "type": "choices",
+                  "value": {"choices": names}}
+        address = "/data/local-files/?d=" + urllib.parse.quote(image)
+        tasks.append({"data": {"image": address}, "predictions": [{"result": [result]}]})
     write_atomically(file, json.dumps(tasks, indent=1))
     choices = "".join(f"<Choice value={quoteattr(name)}/>"
-                      for name in sorted({row["category"] for row in rows}))
+                      for name in sorted({cells["category"] for cells in rows}))
     print(f"{file}: {len(tasks)} tasks. The labelling interface of the project:\n"
           '<View><Image name="image" value="$image"/><Choices name="category" toName="image" '
           f'choice="multiple">{choices}</Choices></View>')
@@ -227,25 +232,23 @@ def export(args):
 def main(argv=None):
     parser = make_parser("tools.review", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(function, name, *arguments):
-        command = commands.add_parser(name, help=function.__doc__)
-        command.set_defaults(work=function)
+    options = {}
+    for work, name, *arguments in ((new_sheet, "new-sheet", "folder"),
+                                   (merge, "merge", "sheet", "answers"),
+                                   (export, "export", "suggestions", "tasks")):
+        options[name] = commands.add_parser(name, help=work.__doc__)
+        options[name].set_defaults(work=work)
         for argument in arguments:
-            command.add_argument(argument)
-        return command
-
-    add(new_sheet, "new-sheet", "folder").add_argument(
-        "--categories", required=True, help="a,b,c")
-    command = add(merge, "merge", "sheet", "answers")
+            options[name].add_argument(argument)
+    options["new-sheet"].add_argument("--categories", required=True, help="a,b,c")
     for option in ("--minus-one", "--unlisted"):
-        command.add_argument(option, choices=("absent", "unknown"), help="as train.py has it")
-    add(export, "export", "suggestions", "tasks")
+        options["merge"].add_argument(option, choices=("absent", "unknown"),
+                                      help="as train.py has it")
 
-    def work():
+    def main_work():
         args = parser.parse_args(words(argv))
         return args.work(args)
-    return run_main(work)
+    return run_main(main_work)
 
 
 if __name__ == "__main__":
