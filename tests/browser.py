@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven through chromedriver's HTTP interface (the W3C's WebDriver): tests of pages need no package.
+"""Chromium, driven through chromedriver's HTTP interface (the W3C's WebDriver), without a package.
 
     with Browser() as page: page.open(file); page.keys("r"); page.run("return document.title")
 """
@@ -16,26 +16,33 @@ from pathlib import Path
 import pytest
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on the path")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER),
+                                   reason="no chromium and chromedriver on the path")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars")
 
 
 class Browser:
-    """size: (width, height) of the window; profile: folder of the browser's data, which a second browser finds again."""
+    """size: (width, height) of the window; profile: folder of the browser's data, which a second
+    browser finds again."""
 
     def __init__(self, size=(1280, 900), dark=False, profile=None, downloads=None):
         self.folder = tempfile.mkdtemp()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
         self.at = f"http://127.0.0.1:{port}/session"
-        flags = [*FLAGS, f"--user-data-dir={profile or self.folder}", f"--window-size={size[0]},{size[1]}"]
+        flags = [*FLAGS, f"--user-data-dir={profile or self.folder}",
+                 f"--window-size={size[0]},{size[1]}"]
         if dark:
             flags.append("--blink-settings=preferredColorScheme=0")
-        options = {"binary": CHROMIUM, "args": flags, "prefs": {"download.default_directory": str(downloads or self.folder)}}
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}}
+        options = {"binary": CHROMIUM, "args": flags,
+                   "prefs": {"download.default_directory": str(downloads or self.folder)}}
+        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options,
+                                                   "goog:loggingPrefs": {"browser": "ALL"}}}}
         for attempt in range(100):
             try:
                 self.at += "/" + self.ask("", wanted)["sessionId"]
@@ -47,11 +54,13 @@ class Browser:
                     self.driver.kill()
                     raise
                 time.sleep(0.1)
-        self.send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=size[0] < 600)
+        self.send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1],
+                  deviceScaleFactor=1, mobile=size[0] < 600)
 
     def ask(self, what, body=None, method=None):
-        request = urllib.request.Request(self.at + what, None if body is None else json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"}, method=method)
+        sent = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.at + what, sent, method=method,
+                                         headers={"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 

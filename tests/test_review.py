@@ -25,8 +25,8 @@ def answers(tmp_path, *rows, head="image,category,label"):
 def test_a_merge_fills_empty_cells_and_leaves_every_other_byte(tmp_path, capfd, encoding, first):
     sheet = tmp_path / "labels.csv"
     sheet.write_bytes((first + SHEET).encode(encoding))
-    file = answers(tmp_path, "sub/c.jpg,dog,0", "a.jpg,small; cat,0", "b.jpg,Hünd,1", "b.jpg,dog,0",
-                   "a.jpg,dog,", "gone.jpg,dog,1", "b.jpg,no such,1")
+    file = answers(tmp_path, "sub/c.jpg,dog,0", "a.jpg,small; cat,0", "b.jpg,Hünd,1",
+                   "b.jpg,dog,0", "a.jpg,dog,", "gone.jpg,dog,1", "b.jpg,no such,1")
     status, out, _ = command(main, ["merge", sheet, file], capfd)
     expected = first + SHEET.replace("b.jpg;1;;", "b.jpg;1;;1").replace("c.jpg;;", "c.jpg;0;")
     assert status == 0 and sheet.read_bytes() == expected.encode(encoding)
@@ -35,7 +35,8 @@ def test_a_merge_fills_empty_cells_and_leaves_every_other_byte(tmp_path, capfd, 
     assert "6 answers: 2 new, 1 were there, 1 conflicts, 2 without a cell" in text
     assert "b.jpg, dog: the sheet says 1, the answer 0" in text and "gone.jpg, dog" in text
 
-    sheet.write_bytes((first + SHEET).encode(encoding))  # a second backup does not replace the first
+    # a second backup does not replace the first
+    sheet.write_bytes((first + SHEET).encode(encoding))
     assert command(main, ["merge", sheet, file], capfd)[0] == 0
     assert len(list(tmp_path.glob("*.bak"))) == 2
     done = sheet.read_bytes()
@@ -70,7 +71,8 @@ def test_a_merge_that_cannot_be_is_refused(tmp_path, capfd):
     bad(tmp_path / "none.csv", "none.csv")
     (tmp_path / "t.json").write_text('[{"id": 1}]')
     bad(tmp_path / "t.json", "--unlisted")
-    assert (tmp_path / "x.csv").read_text() == "image,dog\na.jpg,\n" and not list(tmp_path.glob("*.bak"))
+    assert (tmp_path / "x.csv").read_text() == "image,dog\na.jpg,\n"
+    assert not list(tmp_path.glob("*.bak"))
 
 
 def test_a_new_sheet_lists_the_images_and_is_not_written_twice(tmp_path, capfd):
@@ -81,18 +83,23 @@ def test_a_new_sheet_lists_the_images_and_is_not_written_twice(tmp_path, capfd):
     status, out, _ = command(main, ["new-sheet", tmp_path, "--categories", "dog, cat,Hünd"], capfd)
     assert status == 0 and "3 images, 3 categories" in out[0] and "1 files are no images" in out[1]
     raw = (tmp_path / "labels.csv").read_bytes()
-    assert raw.decode("utf-8") == "\ufeffimage,dog,cat,Hünd\n./-a.png,,,\nb.jpg,,,\nsub/größe.webp,,,\n"
+    rows = ("\ufeffimage,dog,cat,Hünd", "./-a.png,,,", "b.jpg,,,", "sub/größe.webp,,,", "")
+    assert raw.decode("utf-8") == "\n".join(rows)
     one_line(main, ["new-sheet", tmp_path, "--categories", "a"], capfd, "is there already")
 
 
 def test_label_studio_gets_tasks_and_its_answers_come_back(tmp_path, capfd):
-    (tmp_path / "s.csv").write_text("image,category,label,probability,kind\nin/a b.jpg,dog,1,0.9,present\n"
-                                    "in/a b.jpg,cat,,0.5,uncertain\nin/c.jpg,cat,0,0.1,absent\n")
+    (tmp_path / "s.csv").write_text("image,category,label,probability,kind\n"
+                                    "in/a b.jpg,dog,1,0.9,present\n"
+                                    "in/a b.jpg,cat,,0.5,uncertain\n"
+                                    "in/c.jpg,cat,0,0.1,absent\n")
     status, out, _ = command(main, ["export", tmp_path / "s.csv", tmp_path / "t.json"], capfd)
     tasks = json.loads((tmp_path / "t.json").read_text())
     assert status == 0 and '<Choice value="cat"/><Choice value="dog"/>' in out[-1]
-    assert [task["predictions"][0]["result"][0]["value"]["choices"] for task in tasks] == [["dog"], []]
-    for task, chosen in zip(tasks, (["dog", "cat"], None)):  # as it exports them; the second is left open
+    results = [task["predictions"][0]["result"][0] for task in tasks]
+    assert [result["value"]["choices"] for result in results] == [["dog"], []]
+    # as it exports them; the second is left open
+    for task, chosen in zip(tasks, (["dog", "cat"], None)):
         del task["predictions"]
         task["annotations"] = [] if chosen is None else [
             {"was_cancelled": False, "result": [{"type": "choices", "value": {"choices": chosen}}]}]
@@ -114,7 +121,7 @@ def page(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), "teal").save(buffer, "JPEG")
     photos = {i: base64.b64encode(buffer.getvalue()).decode() for i in range(3)}
-    cells = [{"photo": i % 3, "image": NAMES[i % 3], "category": category, "kind": kind, "probability": 0.5,
+    cells = [{"photo": i, "image": NAMES[i], "category": category, "kind": kind, "probability": 0.5,
               "region": [0, 255, 0, 60]} for kind in ("present", "uncertain", "absent")
              for category in ("</script>dog", "cat") for i in (0, 1)]
     write_page(tmp_path / "out.html", "x.csv", cells, photos, (2, 2))
@@ -139,10 +146,11 @@ def test_keys_answer_undo_and_survive_a_closed_tab(page, tmp_path, capfd):
     count = "return document.getElementById('count').textContent"
     with Browser(profile=tmp_path / "profile", downloads=tmp_path) as browser:
         browser.open(page)
-        assert browser.run("return [...document.querySelectorAll('h2')].map(h => h.firstChild.textContent)") == (
-            ["</script>dog"] * 3 + ["cat"] * 3)
+        heads = "return [...document.querySelectorAll('h2')].map(h => h.firstChild.textContent)"
+        assert browser.run(heads) == ["</script>dog"] * 3 + ["cat"] * 3
         assert browser.run("return [...document.images].every(i => i.complete && i.naturalWidth)")
-        browser.keys("rwsr" + "u")  # dog: present right and wrong, uncertain skipped, then taken back
+        # dog: present right and wrong, uncertain skipped, then taken back
+        browser.keys("rwsr" + "u")
         assert browser.run(count) == "3 of 12"
         time.sleep(1)
         errors = browser.errors()
@@ -156,10 +164,12 @@ def test_keys_answer_undo_and_survive_a_closed_tab(page, tmp_path, capfd):
         assert browser.run(count) == "4 of 12"
         browser.keys("a")
         browser.run("scrollTo(0, 0)")
-        browser.click("article:nth-of-type(1) .row button:nth-child(2)")  # an answer is changed by a click
+        # an answer is changed by a click
+        browser.click("article:nth-of-type(1) .row button:nth-child(2)")
         rows = saved(browser, tmp_path)
         browser.keys("rrrrrr")
-        assert "All are answered" in browser.run("return document.getElementById('told').textContent")
+        told = browser.run("return document.getElementById('told').textContent")
+        assert "All are answered" in told
         assert errors + browser.errors() == []
     dog = "</script>dog"
     assert rows == [{"image": image, "category": dog, "label": "0"} for image in

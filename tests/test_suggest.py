@@ -106,7 +106,8 @@ def test_cached_features_are_used_and_the_backbone_is_not_run(trained, tmp_path,
 
 
 @pytest.mark.parametrize("cached", (0, 1))
-def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(world, tmp_path, capfd, cached):  # noqa: F811
+def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(
+        world, tmp_path, capfd, cached):  # noqa: F811
     images = sorted((world / "scenes" / "train2014").iterdir())[:24]
     (tmp_path / "in").mkdir()
     lines, rng = ["image,sun, a tree ,=Hünd"], np.random.RandomState(0)
@@ -118,47 +119,57 @@ def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(w
     sheet.write_text("\n".join(lines), encoding="utf-8")
     run(world, tmp_path / "run", data=sheet, root=None, ratio=None, epochs=2, cache_features=cached)
     before = [line.split(",") for line in lines[1:]]
-    status, out, err = command(evaluation.main, [tmp_path / "run", "--suggest", tmp_path / "more.csv"], capfd)
+    status, out, err = command(evaluation.main,
+                               [tmp_path / "run", "--suggest", tmp_path / "more.csv"], capfd)
     assert status == 0 and err == [] and "hidden" not in "\n".join(out)
-    assert f"of {sum(row.count('') for row in before)} unknown labels" in out[-2]  # validation's rows too
+    # validation's rows too
+    assert f"of {sum(row.count('') for row in before)} unknown labels" in out[-2]
     raw = (tmp_path / "more.csv").read_bytes()
-    assert raw.startswith(b"\xef\xbb\xbf") and not any(
-        cell[:1] in ("=", "+", "-", "@") for row in csv.reader(io.StringIO(raw.decode("utf-8-sig"))) for cell in row)
+    assert raw.startswith(b"\xef\xbb\xbf")
+    cells = [cell for row in csv.reader(io.StringIO(raw.decode("utf-8-sig"))) for cell in row]
+    assert not any(cell[:1] in ("=", "+", "-", "@") for cell in cells)
 
     suggested = [row for row in rows_of(tmp_path / "more.csv") if row["label"]]
     assert command(review.main, ["merge", sheet, tmp_path / "more.csv"], capfd)[0] == 0
     after = [line.split(",") for line in sheet.read_text(encoding="utf-8").splitlines()[1:]]
-    assert sum(row.count("") for row in before) - sum(row.count("") for row in after) == len(suggested)
+    empty_before, empty_after = (sum(row.count("") for row in rows) for rows in (before, after))
+    assert empty_before - empty_after == len(suggested)
     column = {"sun": 1, "a tree": 2, "'=Hünd": 3}
     filled = {row[0]: row for row in after}
     assert all(filled[row["image"]][column[row["category"]]] == row["label"] for row in suggested)
     run(world, tmp_path / "again", data=sheet, root=None, ratio=None, epochs=1, cache_features=0)
 
 
-def test_an_empty_sheet_gets_its_first_suggestions_from_clip_alone(world, tmp_path, capfd):  # noqa: F811
+def test_an_empty_sheet_is_suggested_for_by_clip_alone(world, tmp_path, capfd):  # noqa: F811
     photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
     sheet = photos / "labels.csv"
     assert command(review.main, ["new-sheet", photos, "--categories", "sun,tree"], capfd)[0] == 0
     settings = ["--data", sheet, "--clip", world / "clip-quickgelu.safetensors"]
-    assert command(evaluation.main, ["--zero-shot", *settings, "--size", 64, "--suggest", tmp_path / "s.csv"], capfd)[0] == 0
+    assert command(evaluation.main, ["--zero-shot", *settings, "--size", 64, "--suggest",
+                                     tmp_path / "s.csv"], capfd)[0] == 0
     rows = rows_of(tmp_path / "s.csv")
-    p = {(row["image"], row["category"]): float(row["probability"]) for row in rows if row["kind"] == "present"}
-    assert p and min(p.values()) >= 0.5 and {row["kind"] for row in rows} == {"present", "uncertain", "absent"}
+    p = {(row["image"], row["category"]): float(row["probability"]) for row in rows
+         if row["kind"] == "present"}
+    assert p and min(p.values()) >= 0.5
+    assert {row["kind"] for row in rows} == {"present", "uncertain", "absent"}
     assert all(len(cell["region"]) == 4 for cell in page_of(tmp_path / "s.html")["cells"])
     assert command(review.main, ["merge", sheet, tmp_path / "s.csv"], capfd)[0] == 0
     assert len(data.complete(Config(data=str(sheet)))["train"].labels.nonzero()[0]) == len(
         [row for row in rows if row["label"]])
 
 
-@pytest.mark.parametrize("names", (["./in/{}", "in//{}", "in/../in/{}"], ["{here}/in/{}"], ["link/{}"]))
+@pytest.mark.parametrize("names",
+                         (["./in/{}", "in//{}", "in/../in/{}"], ["{here}/in/{}"], ["link/{}"]))
 @pytest.mark.parametrize("root", (None, ".", "../work"))
 def test_suggestions_name_the_images_as_the_sheet_does(trained, tmp_path, monkeypatch, names, root):
     shutil.copytree(trained.parent / "scenes" / "val2014", tmp_path / "work" / "in")
     (tmp_path / "work" / "link").symlink_to("in")
     monkeypatch.chdir(tmp_path / "work")
     photos = sorted(os.listdir("in"))
-    rows = [names[i % len(names)].format(photo, here=tmp_path / "work") for i, photo in enumerate(photos)]
-    (tmp_path / "work" / "x.csv").write_text("image,sun,cup\n" + "".join(f"{row},{i % 2},\n" for i, row in enumerate(rows)))
+    rows = [names[i % len(names)].format(photo, here=tmp_path / "work")
+            for i, photo in enumerate(photos)]
+    lines = ["image,sun,cup", *(f"{row},{i % 2}," for i, row in enumerate(rows))]
+    (tmp_path / "work" / "x.csv").write_text("\n".join(lines))
     model = Predictor(trained)
     model.cfg = Config(data=str(tmp_path / "work" / "x.csv"), root=root, size=64, workers=0)
     model.names = ["sun", "cup"]

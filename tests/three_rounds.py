@@ -1,10 +1,12 @@
-"""A person's three rounds by script: train on a half-filled sheet, suggest, review, merge, train again.
+"""A person's three rounds by script: train on a half-filled sheet, suggest, review, merge, train
+again.
 
     python tests/three_rounds.py --masks 0 1 2 3 --shares 0.3 0.15
 
-150 drawn photos, 24 categories; of their cells `share` is known. A round trains the way that `--train` says, scores 500 scenes
-that are never shown, and answers the cells of the review page with the truth: keys are counted as the page asks for them
-(one a cell; A for what is left of a group once its wrong ones are answered). Prints a line a round and writes JSON lines.
+150 drawn photos, 24 categories; of their cells `share` is known. A round trains the way that
+`--train` says, scores 500 scenes that are never shown, and answers the cells of the review page
+with the truth: keys are counted as the page asks for them (one a cell; A for what is left of a
+group once its wrong ones are answered). Prints a line a round and writes JSON lines.
 """
 import argparse
 import csv
@@ -29,12 +31,15 @@ from config import Config  # noqa: E402
 from eval import Predictor, metrics, zero_shot, zero_shot_text  # noqa: E402
 from tools import review  # noqa: E402
 
-RECIPE = "--clip tiny --size 256 --batch 16 --augment flip --lr 1e-3 --dropout 0.2 --score query --cache-features 2 --workers 0"
-SECONDS = {"key": 1.5, "look": 0.5}  # of a person: a key that is decided on; a tile of a group that is looked over
+RECIPE = ("--clip tiny --size 256 --batch 16 --augment flip --lr 1e-3 --dropout 0.2 --score query "
+          "--cache-features 2 --workers 0")
+# of a person: a key that is decided on; a tile of a group that is looked over
+SECONDS = {"key": 1.5, "look": 0.5}
 
 
 def keys_pressed(cells, truth):
-    """cells of the page in its order, {(image, category): 1 or -1} -> keys of a person who makes no mistake."""
+    """cells of the page in its order, {(image, category): 1 or -1} -> keys of a person who makes no
+    mistake."""
     keys = 0
     for (_, kind), group in groupby(cells, key=lambda cell: (cell["category"], cell["kind"])):
         suggested = -1 if kind == "absent" else 1
@@ -63,7 +68,8 @@ def study(mask, share, args, place):
     photos, _, unseen = data.load(scenes)
     unseen = unseen.subset(np.arange(args.unseen))
     names = [f"train2014/{Path(path).name}" for path in photos.paths]
-    truth = {(name, category): int(code) for name, row in zip(names, photos.truth) for category, code in zip(photos.names, row)}
+    truth = {(name, category): int(code) for name, row in zip(names, photos.truth)
+             for category, code in zip(photos.names, row)}
     sheet = place / "labels.csv"
     cell = {1: "1", -1: "0", 0: ""}
     review.write_atomically(sheet, review.csv_text(["image", *photos.names], [
@@ -71,34 +77,42 @@ def study(mask, share, args, place):
     looked = 0
     for number in range(args.rounds):
         out = place / f"round{number}"
-        words = ["--data", sheet, "--root", args.root, *shlex.split(args.train), "--out", out, "--cache-dir", place / "features",
+        words = ["--data", sheet, "--root", args.root, *shlex.split(args.train), "--out", out,
+                 "--cache-dir", place / "features",
                  "--seed", mask]
         start = time.time()
         if train.main([str(word) for word in words]):
             sys.exit("training failed")
-        line = dict(mask=mask, share=share, round=number, known=int((csv_labels(sheet) != "").sum()), looked=looked,
+        line = dict(mask=mask, share=share, round=number,
+                    known=int((csv_labels(sheet) != "").sum()), looked=looked,
                     seconds=round(time.time() - start))
         for kind in ("best", "last"):
             if not (out / f"{kind}.pt").exists():
                 continue
             predictor = Predictor(out, kind)
-            numbers = {name: metrics(p, unseen.truth)["mAP"] for name, p in scores_of(predictor, unseen).items()}
-            line |= {"zero-shot": numbers["zero-shot"], kind: numbers["run"], f"{kind} mixed": numbers["mixed"]}
+            scores = scores_of(predictor, unseen)
+            numbers = {name: metrics(p, unseen.truth)["mAP"] for name, p in scores.items()}
+            line |= {"zero-shot": numbers["zero-shot"], kind: numbers["run"],
+                     f"{kind} mixed": numbers["mixed"]}
             p = predictor.score_split(predictor.loader(unseen))
             for at, threshold in (("thresholds", predictor.threshold), ("0.5", 0.5)):
                 decided = metrics(p, unseen.truth, threshold)
                 line |= {f"{kind} OF1 {at}": decided["OF1"], f"{kind} CF1 {at}": decided["CF1"]}
-        if evaluation.main([str(out), "--suggest", str(place / f"round{number}.csv"), "--pictures", "200"]):
+        if evaluation.main([str(out), "--suggest", str(place / f"round{number}.csv")]):
             sys.exit("suggesting failed")
         cells = page_cells(place / f"round{number}.html")
-        right = [(truth[c["image"], c["category"]] == 1) == (c["kind"] != "absent") for c in cells if c["kind"] != "uncertain"]
-        answers = [[c["image"], c["category"], int(truth[c["image"], c["category"]] == 1)] for c in cells]
-        review.write_atomically(place / "answers.csv", review.csv_text(["image", "category", "label"], answers))
+        right = [(truth[c["image"], c["category"]] == 1) == (c["kind"] != "absent") for c in cells
+                 if c["kind"] != "uncertain"]
+        answers = [[c["image"], c["category"], int(truth[c["image"], c["category"]] == 1)]
+                   for c in cells]
+        review.write_atomically(place / "answers.csv",
+                                review.csv_text(["image", "category", "label"], answers))
         review.main(["merge", str(sheet), str(place / "answers.csv")])
         looked += len(cells)
         keys = keys_pressed(cells, truth)
         minutes = (keys * SECONDS["key"] + len(cells) * SECONDS["look"]) / 60
-        line |= dict(shown=len(cells), suggested_right=round(100 * float(np.mean(right)), 1), keys=keys, minutes=round(minutes, 1))
+        line |= dict(shown=len(cells), suggested_right=round(100 * float(np.mean(right)), 1),
+                     keys=keys, minutes=round(minutes, 1))
         yield line
 
 
@@ -113,7 +127,8 @@ def page_cells(page):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default=str(ROOT / "generated" / "scenes"))
     parser.add_argument("--masks", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.15])
