@@ -369,7 +369,7 @@ def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
 @pytest.mark.parametrize("words, told", [
     ([scenes.main, "--train", "x"], "--train"), ([scenes.main, "--train", "0"], "at least 1 image"), ([scenes.main, "--workers", "0"], "workers"),
     ([scenes.main, "--tarin", "5"], "--train"), ([scenes.main, "--seed", "-1"], "seed"),
-    ([scenes.main, "--seed", str(10**30)], "seed"), ([scenes.main, "--root", "README.md"], "README.md"), ([check.main], "data"),
+    ([scenes.main, "--root", "README.md"], "README.md"), ([check.main], "data"),
     ([check.main, "coco", "--rot", "x"], "--root"), ([check.main, "x.csv"], "x.csv"), ([check.main, "vg200", "--objects", "x.json"], "--root"),
     ([pretrain.main, "--epochs", "0"], "--epochs"), ([pretrain.main, "--lr", "nan"], "--lr"),
     ([pretrain.main, "--canvases", "5"], "--batch"), ([pretrain.main, "--seed", "-1"], "--seed"),

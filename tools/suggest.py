@@ -82,6 +82,7 @@ def suggest(predictor, args):
     splits = predictor.splits()
     loaders = [predictor.loader(splits[name]) for name in ("train", "val") if splits[name]]
     parts = [loader.split for loader in loaders]
+    print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
     p = np.concatenate([predictor.score_split(loader) for loader in loaders])  # (n, C)
     labels = np.concatenate([part.labels for part in parts])
     chosen = choose_cells(p, labels, predictor.threshold)
@@ -90,10 +91,6 @@ def suggest(predictor, args):
     root = predictor.cfg.root or data.SCENES
     listed = [name for part in parts
               for name in part.listed or [os.path.relpath(path, root) for path in part.paths]]
-    rows = [[listed[i], predictor.names[c], LABELS[kind], f"{p[i, c]:.4f}", kind]
-            for kind, cells in chosen.items() for i, c in zip(*cells)]
-    write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
-
     most = SHOWN if args.pictures is None else args.pictures
     shares = {"present": most // 2, "uncertain": most // 4, "absent": most // 4}
     shown = [(kind, int(i), int(c)) for kind, cells in chosen.items()
@@ -111,6 +108,9 @@ def suggest(predictor, args):
         cells.append({"photo": i, "image": listed[i], "category": predictor.names[c], "kind": kind,
                       "probability": round(float(p[i, c]), 2),
                       "region": (255 * region).astype(int).tolist()})
+    rows = [[listed[i], predictor.names[c], LABELS[kind], f"{p[i, c]:.4f}", kind]
+            for kind, index in chosen.items() for i, c in zip(*index)]
+    write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
     write_page(page, Path(predictor.cfg.data).name, cells, photos, predictor.grid)
 
     counts = ", ".join(f"{len(cells[0])} {kind}" for kind, cells in chosen.items())
