@@ -44,6 +44,13 @@ def test_a_merge_fills_empty_cells_and_leaves_every_other_byte(tmp_path, capfd, 
     assert sheet.read_bytes() == done and len(list(tmp_path.glob("*.bak"))) == 2
 
 
+def test_the_last_cell_of_a_sheet_without_a_final_line_end_is_filled(tmp_path, capfd):
+    (tmp_path / "x.csv").write_text('image,"two\nlines",dog\na.jpg,,')
+    file = answers(tmp_path, "a.jpg,dog,1")
+    assert command(main, ["merge", tmp_path / "x.csv", file], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text() == 'image,"two\nlines",dog\na.jpg,,1'
+
+
 def test_answers_that_contradict_each_other_are_a_conflict(tmp_path, capfd):
     (tmp_path / "x.csv").write_text("image,dog\na.jpg,\n")
     file = answers(tmp_path, "a.jpg,dog,1", "a.jpg,dog,0")

@@ -127,7 +127,9 @@ def split_cells(text, delimiter):
         if found[2] != delimiter:
             rows.append(row)
             row = []
-    return rows + [row] * bool(row)
+    if row:  # the text ends behind a delimiter: an empty cell without an end of line
+        rows.append(row + [["", ""]])
+    return rows
 
 
 def plain(cell):
