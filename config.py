@@ -249,7 +249,7 @@ def load_config(run):
         if not settings:
             raise ValueError("a run of defaults is not meant")
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no config.json of train.py: restore it, or train anew") from None
+        raise UserError(f"{file} is no config.json of a run: restore it, or train anew") from None
     return restored(settings, file)
 
 

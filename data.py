@@ -79,7 +79,8 @@ def hold_out(count, share, seed=1200):
 
 def read_mask(path, split):
     """(N, C) bool from a .npy, .npz or text file: booleans or 0/1 that say which cells are seen, or
-    the label codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the official list."""
+    the label codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the
+    official list."""
     if Path(path).suffix in (".npy", ".npz"):
         array = read_array(path)
     else:
@@ -93,7 +94,8 @@ def read_mask(path, split):
         raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
                         f"{array.shape} of type {array.dtype}")
     if not np.isin(array, (-1, 0, 1)).all():
-        raise UserError(f"{path}: a cell is 1, 0 or -1, got {array[~np.isin(array, (-1, 0, 1))][0]}")
+        odd = array[~np.isin(array, (-1, 0, 1))][0]
+        raise UserError(f"{path}: a cell is 1, 0 or -1, got {odd}")
     wrong = (array != split.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -204,8 +206,8 @@ def load(cfg):
         held_rows = held_rows[~train.unused[held_rows]]
         held = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not held:
-            raise UserError(f"a validation share of {share} of {len(labels)} training images holds none out: "
-                            "raise --val, or give 0")
+            raise UserError(f"a validation share of {share} of {len(labels)} training images holds "
+                            "none out: raise --val, or give 0")
     digest = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
     rows = rows[~train.unused[rows]][:cfg.train_images]
     train, truth, labels = train.subset(rows), train.labels[rows], labels[rows]
@@ -275,7 +277,8 @@ def describe(split):
 # ---- images
 
 class Images(Dataset):
-    """A Split's images: key (epoch, index), or index alone -> (float32 (3, size, size), CLIP-normalised; index).
+    """A Split's images: key (epoch, index), or index alone -> (float32 (3, size, size),
+    CLIP-normalised; index).
 
     augment: "none" (the test transform: bicubic to size x size), "flip" (half of the images
     mirrored too) or "taidpt" (datasets/augment.py). All randomness comes from (seed, epoch, index):

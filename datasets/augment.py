@@ -57,8 +57,8 @@ def upright(image):
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0,
-                                                                                 255).astype(np.uint8))
+        deep = np.asarray(image).astype(np.int64) // 257
+        image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
         if key is not None:
             image.info["transparency"] = key // 257
     elif isinstance(key, tuple) and max(key) > 255:  # of 16 bits, as its pixels were
@@ -117,7 +117,7 @@ def cutout(image, rng, factor=0.4):
     return image
 
 
-# -------------------------------------------------------------------------------------------------
+# ----
 # the 117 policies AutoAugment's 25 ImageNet policies and 92 of its CIFAR-10 ones, as MLC_Policy of
 # TaI-DPT has them: each applies its first operation with the first probability, then the second.
 # "0.4pos8" = probability 0.4, posterize, level 8. shX shY shear, trX trY translate, rotate, color,

@@ -118,7 +118,7 @@ def read_json(path, **options):
         return json.loads(read_bytes(path), **options)
     # broken JSON and broken UTF-8 are both ValueErrors
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the download is probably incomplete") from None
+        raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from None
 
 
 def read_array(path):
@@ -139,7 +139,8 @@ def safe_join(folder, name, where):
     followed."""
     name = str(name).replace("\\", "/")
     path = os.path.normpath(os.path.join(folder, name))
-    if os.path.isabs(name) or "\0" in name or not path.startswith(os.path.join(os.path.normpath(folder), "")):
+    below = path.startswith(os.path.join(os.path.normpath(folder), ""))
+    if os.path.isabs(name) or "\0" in name or not below:
         raise UserError(f"{where}: the file name {name!r} leads out of {folder}; names must stay "
                         "below that folder")
     return path

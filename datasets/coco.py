@@ -31,16 +31,17 @@ def split(root, folder, by_id=False, keep_unannotated=False):
         categories = sorted((c["id"], c["name"]) for c in content["categories"])
         listed, notes = list(content["images"]), list(content["annotations"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected COCO's images, annotations and categories with id and name; "
-                        f"{error!r}") from None
+        raise UserError(f"{path}: expected COCO's images, annotations and categories with id and "
+                        f"name; {error!r}") from None
     if not listed or not categories:
         raise UserError(f"{path}: no images, or no categories: is it the file of {folder}?")
     names = [str(name).strip() for _, name in categories]
     for name in names:
         if not name or names.count(name) > 1:
             ids = [key for key, other in categories if str(other).strip() == name]
-            raise UserError(f"{path}: the category {name!r} has the ids {ids}, expected one: delete those that are not used "
-                            "(some exporters add a parent category with id 0)")
+            raise UserError(f"{path}: the category {name!r} has the ids {ids}, expected one: "
+                            "delete those that are not used (some exporters add a parent category "
+                            "with id 0)")
     column = {key: c for c, (key, _) in enumerate(categories)}  # ids run 1..90 with holes
     row, files = {}, []
     for i, image in enumerate(listed):
@@ -51,7 +52,8 @@ def split(root, folder, by_id=False, keep_unannotated=False):
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path}: images[{i}] needs a file_name and an id of its own; it is {str(image)[:120]}") from None
+            raise UserError(f"{path}: images[{i}] needs a file_name and an id of its own; it is "
+                            f"{str(image)[:120]}") from None
 
     labels = np.full((len(files), len(names)), NEGATIVE, np.int8)
     boxes = [[] for _ in files]
@@ -67,8 +69,9 @@ def split(root, folder, by_id=False, keep_unannotated=False):
                     raise ValueError  # nonsense; some real ones leave the image by a little
                 boxes[r].append((c, *box))
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-            raise UserError(f"{path}: annotations[{i}] needs the image_id of a listed image and the category_id of a "
-                            f"listed category, and a bbox, if any, of 4 numbers within the image; it is {str(note)[:120]}") from None
+            raise UserError(f"{path}: annotations[{i}] needs the image_id of a listed image and "
+                            "the category_id of a listed category, and a bbox, if any, of 4 "
+                            f"numbers within the image; it is {str(note)[:120]}") from None
     annotated = (labels == POSITIVE).any(1)
     unused = ~annotated & (not keep_unannotated)
     found = Split(f"coco/{folder}", require_files(files, path), names, labels, unused=unused,
@@ -93,4 +96,5 @@ def layout_of(root):
              what="")
     except UserError:
         return ""
-    return " (these are COCO 2017's; the field uses the split of 2014: the images are the same, the lists are not)"
+    return (" (these are COCO 2017's; the field uses the split of 2014: the images are the same, "
+            "the lists are not)")

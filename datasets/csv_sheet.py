@@ -91,7 +91,7 @@ def table(path):
         raise UserError(f"{path}:{reader.line_num + skipped}: not a CSV row ({error})") from None
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
-        raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,<class>,...'")
+        raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
     # empty columns at the end go
     width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
     rows = [(line, row[:width]) for line, row in rows]
@@ -178,7 +178,9 @@ def read(path, root, cfg):
             problems.append(str(error))
     labels = np.array(cells, np.int8).reshape(-1, len(names))
     if problems:
-        more = f" (and {len(problems) - 1} more; python data.py {path} lists them)" if len(problems) > 1 else ""
+        more = ""
+        if len(problems) > 1:
+            more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
         error = UserError(problems[0] + more)
         error.problems = problems
         raise error
@@ -191,7 +193,7 @@ def lists(path, body, column, unlisted):
     """One column of lists, `dog|cat` or `dog;cat` -> cells (N rows of C codes), names."""
     if unlisted not in ("absent", "unknown"):
         raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
-                        "do not name absent or unknown? Say --unlisted absent or --unlisted unknown")
+                        "do not name absent or unknown? Say --unlisted absent or unknown")
     rows = [[name.strip() for name in row[column].replace(";", "|").split("|") if name.strip()]
             for _, row in body]
     names = sorted({name for row in rows for name in row})
@@ -201,7 +203,9 @@ def lists(path, body, column, unlisted):
 
 
 def doubtful_names(path, names):
-    problems = [f"{path}:1: a column has cells, but no class name: give it one"] if "" in names else []
+    problems = []
+    if "" in names:
+        problems = [f"{path}:1: a column has cells, but no class name: give it one"]
     seen = {}
     for name in names:
         if (other := seen.setdefault(name.lower(), name)) is not name:

@@ -77,7 +77,8 @@ SHORT = ("a photo of {}.", "a picture of {}", "{}", "here we see {}", "an image 
          "{} {home}", "a photo of {} {home}.", "a scene with {}", "you can see {}")
 LONG = ("in this picture {home} we can see {}.", "a view with several things: {}, all of them "
                                                  "{home}.",
-        "this is a picture that someone has made of {}, and there is nothing else to tell about it.",
+        "this is a picture that someone has made of {}, "
+        "and there is nothing else to tell about it.",
         "look at this image, which has {} {home}",
         "here is a photo, taken on a fine day, of {} and of what is around it.")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, Split, find, locate, read_json, read_lines, require_files, safe_join
+from datasets.base import (NEGATIVE, POSITIVE, Split, find, locate, read_json, read_lines,
+                           require_files, safe_join)
 from support import UserError
 
 FOLDERS = ("", "VG/", "annotations/")
@@ -66,7 +67,8 @@ def listed(root, part):
 
 def match_names(root, objects):
     """200 object names: for each index the one whose set of images is most like the index's
-    (intersection over union). objects: Visual Genome's objects.json, with object_alias.txt beside it or not. Look them over."""
+    (intersection over union). objects: Visual Genome's objects.json, with object_alias.txt beside
+    it or not. Look them over."""
     parts = [listed(root, part) for part in ("train", "test")]
     row = {name: i for i, name in enumerate(parts[0][1] + parts[1][1])}
     # (N, 200)

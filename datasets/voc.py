@@ -8,10 +8,12 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files, safe_join
+from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files,
+                           safe_join)
 from support import UserError
 
-VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
+VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
+         person
          pottedplant sheep sofa train tvmonitor""".split()
 
 
@@ -59,8 +61,8 @@ def class_list(path, ids, difficult):
             raise UserError(f"{path}:{number}: expected an id of the split's list, once, and 1, 0 "
                             f"or -1, got {line[:80]!r}") from None
     if left:
-        raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line; complete the "
-                        "download")
+        raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line; "
+                        "complete the download")
     return column
 
 

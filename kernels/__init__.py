@@ -1,9 +1,12 @@
 """The fused operations of TRM-ML and the choice of path: Triton on a GPU, plain torch elsewhere.
 
-region_pool, region_match   sigmoid + pooling (+ matching)               Eq. 1, 2, 4   region_pool.py
-topk_prototypes             top-K rows into the category queues          Eq. 7         topk_prototypes.py
+region_pool, region_match   sigmoid + pooling (+ matching)               Eq. 1, 2, 4
+                            region_pool.py
+topk_prototypes             top-K rows into the category queues          Eq. 7
+                            topk_prototypes.py
 
-Both paths have one signature. `use(...)` chooses once (train.py --kernels), `chosen()` is the line that is logged.
+Both paths have one signature. `use(...)` chooses once (train.py --kernels), `chosen()` is the line
+that is logged.
 """
 import os
 from types import SimpleNamespace
@@ -14,36 +17,43 @@ try:
     import triton
     import triton.language as tl
     jit, operator = triton.jit, torch.library.triton_op
-except ImportError:                 # macOS, Windows: everything runs on the torch references, and chosen() says so
+except ImportError:  # macOS, Windows: everything runs on the torch references, and chosen() says so
     triton, tl = None, SimpleNamespace(constexpr=bool)
     jit, operator = (lambda fn: fn), torch.library.custom_op
 
 # torch.compile sees through a wrapped launch; what the interpreter runs, torch 2.11 would not wrap.
-wrap = (lambda kernel: kernel) if triton is None or os.environ.get("TRITON_INTERPRET") == "1" else torch.library.wrap_triton
+wrap = torch.library.wrap_triton
+if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
+    wrap = lambda kernel: kernel  # noqa: E731
 _path = "auto"
 
 
 def interpreted():
-    """True when Triton's kernels run in its interpreter, on CPU tensors (how they are tested without a GPU)."""
+    """True when Triton's kernels run in its interpreter, on CPU tensors (how they are tested
+    without a GPU)."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use(path):
-    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton"; returns the earlier choice."""
+    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton"; returns the earlier
+    choice."""
     global _path
     if path not in ("auto", "reference", "triton"):
         raise ValueError(f"kernels: expected auto, reference or triton, got {path!r}")
     if path == "triton" and triton is None:
-        raise ValueError("kernels: triton was asked for but is not installed; pip install triton (Linux), or use auto")
+        raise ValueError("kernels: triton was asked for but is not installed; pip install triton "
+                         "(Linux), or use auto")
     if path == "triton" and not (torch.cuda.is_available() or interpreted()):
-        raise ValueError("kernels: triton was asked for but there is no CUDA device; use auto or reference")
+        raise ValueError("kernels: triton was asked for but there is no CUDA device; use auto or "
+                         "reference")
     earlier, _path = _path, path
     return earlier
 
 
 def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
-    if triton is None or _path == "reference" or x.dtype == torch.float64:  # the kernels sum in float32
+    # the kernels sum in float32
+    if triton is None or _path == "reference" or x.dtype == torch.float64:
         return False
     return x.is_cuda or (_path == "triton" and interpreted())
 
@@ -51,11 +61,14 @@ def runs_triton(x):
 def chosen():
     """One line: the path in use and why."""
     if _path != "auto":
-        return f"kernels: {_path} (asked for{', in the interpreter' if _path == 'triton' and interpreted() else ''})"
+        where = ", in the interpreter" if _path == "triton" and interpreted() else ""
+        return f"kernels: {_path} (asked for{where})"
     if triton is None:
         return "kernels: reference (triton is not installed)"
-    return "kernels: triton (CUDA device found)" if torch.cuda.is_available() else "kernels: reference (no CUDA device)"
+    if torch.cuda.is_available():
+        return "kernels: triton (CUDA device found)"
+    return "kernels: reference (no CUDA device)"
 
 
-from kernels.region_pool import region_match, region_pool                                               # noqa: E402
-from kernels.topk_prototypes import topk_prototypes                                                     # noqa: E402
+from kernels.region_pool import region_match, region_pool  # noqa: E402
+from kernels.topk_prototypes import topk_prototypes  # noqa: E402

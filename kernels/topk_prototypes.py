@@ -1,52 +1,63 @@
-"""Prototype extraction, Eq. 7: for each known positive the features at the K largest energies, into its queue.
+"""Prototype extraction, Eq. 7: for each known positive the features at the K largest energies, into
+its queue.
 
-B images, C categories, N locations, D dims, L queue length, K rows an image. The rules of both paths:
-- a category's queue is fed in the order of the images, within an image by falling energy, equal energies by location;
-- row number r of a category (counted since the start, `cursor`) lives in slot r % L, so the queue holds the last L;
+B images, C categories, N locations, D dims, L queue length, K rows an image. The rules of both
+paths:
+- a category's queue is fed in the order of the images, within an image by falling energy, equal
+energies by location;
+- row number r of a category (counted since the start, `cursor`) lives in slot r % L, so the queue
+holds the last L;
 - min(K, N) rows an image; a NaN energy ranks with -inf, i.e. last (raising would wait for the GPU);
 - rows are unit length in float32, then rounded to the bank's type; a zero row stays zero.
 
-The cost at the paper's size (B 128, C 80, N 196, D 512, K 5, 10 % of labels known: some 37 positives) in bf16: labels
-10 KB and, per positive, energies 392 B, K rows of f 5.1 KB, the same rows out in float32 10.2 KB: 0.6 MB. Both paths move
-so little that launches decide: eager runs 35 operations and `nonzero` makes the host wait; the kernel is one launch, no wait.
+The cost at the paper's size (B 128, C 80, N 196, D 512, K 5, 10 % of labels known: some 37
+positives) in bf16: labels 10 KB and, per positive, energies 392 B, K rows of f 5.1 KB, the same
+rows out in float32 10.2 KB: 0.6 MB. Both paths move so little that launches decide: eager runs 35
+operations and `nonzero` makes the host wait; the kernel is one launch, no wait.
 """
 import torch
 
 import kernels
 from kernels import jit, tl, triton
 
-POSITIVE = 1                # data.POSITIVE; the kernels import nothing of the project above them
-TICKET = 1 << 40            # the cursor's upper bits count arrivals during the launch, its lower 40 the rows
+POSITIVE = 1  # data.POSITIVE; the kernels import nothing of the project above them
+TICKET = 1 << 40  # the cursor's upper bits count arrivals during the launch, its lower 40 the rows
 
 
-# ---- reference ------------------------------------------------------------------------------------------------------
+# ---- reference
 
 def topk_prototypes_reference(energy, f, labels, bank, cursor, k):
     L, k = bank.shape[1], min(k, energy.shape[2])
-    c, b = (labels == POSITIVE).t().nonzero(as_tuple=True)  # by category, within it by image         (P,), (P,)
-    count = (labels == POSITIVE).sum(0)                                                             # (C,)
-    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]     # earlier images    (P,)
+    # by category, within it by image         (P,), (P,)
+    c, b = (labels == POSITIVE).t().nonzero(as_tuple=True)
+    count = (labels == POSITIVE).sum(0)  # (C,)
+    # earlier images    (P,)
+    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]
     e = energy[b, c]
-    e = torch.where(e.isnan(), -torch.inf, e)                                                       # (P, N)
-    n = e.sort(dim=1, descending=True, stable=True).indices[:, :k]      # stable: equal energies by location  (P, k)
-    rows = f[b[:, None], n].to(torch.promote_types(f.dtype, torch.float32))                         # (P, k, D)
+    e = torch.where(e.isnan(), -torch.inf, e)  # (P, N)
+    # stable: equal energies by location  (P, k)
+    n = e.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    rows = f[b[:, None], n].to(torch.promote_types(f.dtype, torch.float32))  # (P, k, D)
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    order = rank[:, None] * k + torch.arange(k, device=c.device)        # place among this call's rows    (P, k)
-    stays = order >= (count * k)[c][:, None] - L            # the last L; earlier ones would be overwritten anyway
-    slot = (cursor[c][:, None] + order) % L                                                         # (P, k)
-    bank[c[:, None].expand_as(slot)[stays], slot[stays]] = rows[stays].to(bank.dtype)               # Eq. 7
+    # place among this call's rows    (P, k)
+    order = rank[:, None] * k + torch.arange(k, device=c.device)
+    # the last L; earlier ones would be overwritten anyway
+    stays = order >= (count * k)[c][:, None] - L
+    slot = (cursor[c][:, None] + order) % L  # (P, k)
+    bank[c[:, None].expand_as(slot)[stays], slot[stays]] = rows[stays].to(bank.dtype)  # Eq. 7
     cursor += count * k
 
 
-# ---- kernel ---------------------------------------------------------------------------------------------------------
+# ---- kernel
 
 @jit
 def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, TICKET: tl.constexpr,
                 BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program for each image and category; all but the known positives leave at once. The others agree on slots
-    without a second launch. Each counts the positives of earlier images, so its place does not depend on timing. Only
-    the cursor is shared: every program takes a ticket by adding 2^40 to it and reads the cursor's old value from the
-    lower bits; the one that draws the last ticket, after all have read, swaps the tickets for the rows written."""
+    """One program for each image and category; all but the known positives leave at once. The
+    others agree on slots without a second launch. Each counts the positives of earlier images, so
+    its place does not depend on timing. Only the cursor is shared: every program takes a ticket by
+    adding 2^40 to it and reads the cursor's old value from the lower bits; the one that draws the
+    last ticket, after all have read, swaps the tickets for the rows written."""
     b = (tl.program_id(0) // C).to(tl.int64)
     c = tl.program_id(0) % C
     if tl.load(labels + b * C + c) != 1:
@@ -67,30 +78,36 @@ def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, TICKET: tl.co
     left = n < N
     for j in range(K):
         peak = tl.max(tl.where(left, e, float("-inf")))
-        best = tl.min(tl.where(left & (e == peak), n, BLOCK_N))         # equal energies: the lowest location
+        # equal energies: the lowest location
+        best = tl.min(tl.where(left & (e == peak), n, BLOCK_N))
         left = left & (n != best)
         order = rank * K + j
-        if order >= count * K - L:                                      # the last L: two programs never share a slot
+        if order >= count * K - L:  # the last L: two programs never share a slot
             x = tl.load(f + (b * N + best) * D + d, mask=d < D, other=0.0).to(tl.float32)
             x = x / tl.maximum(tl.sqrt(tl.sum(x * x)), 1e-12)
             slot = (first + order) % L
-            tl.store(bank + (c.to(tl.int64) * L + slot) * D + d, x.to(bank.dtype.element_ty), mask=d < D)    # Eq. 7
+            # Eq. 7
+            tl.store(bank + (c.to(tl.int64) * L + slot) * D + d, x.to(bank.dtype.element_ty),
+                     mask=d < D)
 
 
-# ---- operator -------------------------------------------------------------------------------------------------------
+# ---- operator
 
 def launch_topk(energy, f, labels, bank, cursor, k):
     (B, C, N), D = energy.shape, f.shape[2]
-    topk_kernel[(B * C,)](energy.contiguous(), f.contiguous(), labels.contiguous(), bank, cursor, B, C, N, D,
+    topk_kernel[(B * C,)](energy.contiguous(), f.contiguous(), labels.contiguous(), bank, cursor, B,
+                          C, N, D,
                           bank.shape[1], min(k, N), TICKET, BLOCK_B=triton.next_power_of_2(B),
-                          BLOCK_N=triton.next_power_of_2(N), BLOCK_D=triton.next_power_of_2(D), num_warps=4)
+                          BLOCK_N=triton.next_power_of_2(N), BLOCK_D=triton.next_power_of_2(D),
+                          num_warps=4)
 
 
-# custom_op, where region_pool is a triton_op: it changes the queue in place, Inductor could fuse nothing into it, and
-# the shapes inside the reference depend on the labels, which only an opaque operator keeps out of the graph.
+# custom_op, where region_pool is a triton_op: it changes the queue in place, Inductor could fuse
+# nothing into it, and the shapes inside the reference depend on the labels, which only an opaque
+# operator keeps out of the graph.
 @torch.library.custom_op("trm_ml::topk_prototypes", mutates_args=("bank", "cursor"))
-def topk_op(energy: torch.Tensor, f: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor, cursor: torch.Tensor,
-            k: int) -> None:
+def topk_op(energy: torch.Tensor, f: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor,
+            cursor: torch.Tensor, k: int) -> None:
     run = launch_topk if kernels.runs_triton(energy) else topk_prototypes_reference
     run(energy, f, labels, bank, cursor, k)
 
@@ -98,20 +115,26 @@ def topk_op(energy: torch.Tensor, f: torch.Tensor, labels: torch.Tensor, bank: t
 topk_op.register_fake(lambda energy, f, labels, bank, cursor, k: None)
 
 
-# ---- public function ------------------------------------------------------------------------------------------------
+# ---- public function
 
 @torch.no_grad()
 def topk_prototypes(energy, f, labels, bank, cursor, k):
-    """Write the features at the k largest energies of every known positive into its category's queue, in place.
+    """Write the features at the k largest energies of every known positive into its category's
+    queue, in place.
 
     energy  (B, C, N) float; NaN ranks last       f       (B, N, D) float
-    labels  (B, C) int8, 1 = known positive       k       rows for each positive (at most N are taken)
-    bank    (C, L, D) float, contiguous           cursor  (C,) int64: rows ever written; min(cursor, L) slots are filled
+    labels  (B, C) int8, 1 = known positive       k       rows for each positive (at most N are
+            taken)
+    bank    (C, L, D) float, contiguous           cursor  (C,) int64: rows ever written; min(cursor,
+            L) slots are filled
     """
     (B, C, N), D = energy.shape, bank.shape[2]
-    if f.shape != (B, N, D) or labels.shape != (B, C) or bank.shape[0] != C or cursor.shape != (C,) or k < 1:
-        raise ValueError(f"expected f {(B, N, D)}, labels {(B, C)}, bank ({C}, L, D), cursor ({C},) and k >= 1, got "
-                         f"{tuple(f.shape)}, {tuple(labels.shape)}, {tuple(bank.shape)}, {tuple(cursor.shape)}, k {k}")
+    fits = f.shape == (B, N, D) and labels.shape == (B, C) and cursor.shape == (C,)
+    if not fits or bank.shape[0] != C or k < 1:
+        raise ValueError(f"expected f {(B, N, D)}, labels {(B, C)}, bank ({C}, L, D), cursor "
+                         f"({C},) and k >= 1, got {tuple(f.shape)}, {tuple(labels.shape)}, "
+                         f"{tuple(bank.shape)}, {tuple(cursor.shape)}, k {k}")
     if not (bank.is_contiguous() and cursor.is_contiguous() and cursor.dtype == torch.int64):
-        raise ValueError("the bank and the int64 cursor are written in place and have to be contiguous")
+        raise ValueError("the bank and the int64 cursor are written in place and have to be "
+                         "contiguous")
     topk_op(energy.detach(), f.detach(), labels, bank, cursor, k)

@@ -131,7 +131,8 @@ class Captions:
     words, x (B, D) sentences)."""
 
     def __init__(self, split, clip, batch=128, seed=0, device="cpu", rank=0, world=1):
-        self.split, self.clip, self.batch, self.seed, self.device, self.rank, self.world = split, clip, batch, seed, device, rank, world
+        self.split, self.clip, self.batch, self.seed = split, clip, batch, seed
+        self.device, self.rank, self.world = device, rank, world
         self.waited = 0.0
         rows = []
         for text in split.paths:
@@ -143,7 +144,7 @@ class Captions:
                     break
                 except UserError:
                     words = words[: len(words) * 3 // 4]
-        self.tokens = torch.stack(rows)                                            # (n, S)
+        self.tokens = torch.stack(rows)  # (n, S)
 
     def __len__(self):
         return len(self.tokens)
@@ -170,7 +171,7 @@ class Captions:
         h = self.clip.embed(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
         for block in self.clip.transformer.resblocks:
             h = block(h, causal=True)
-        h = self.clip.ln_final(h) @ self.clip.text_projection                      # (B, S, D)
+        h = self.clip.ln_final(h) @ self.clip.text_projection  # (B, S, D)
         B, N = len(h), h.shape[1] - 1
         # (B, N) 1 ... eot, again and again
         place = 1 + torch.arange(N, device=h.device) % eot[:, None]

@@ -235,8 +235,8 @@ def table_5(size=448, C=80):
     from trm import TRM, Prompts
     model = clip.CLIP(512, 224, (3, 4, 23, 3), 64, None, 77, 49408,
                       512).eval().requires_grad_(False)
-    left_out = model.token_embedding.weight.numel() + model.visual.attnpool.positional_embedding.numel()
-    frozen = sum(p.numel() for p in model.parameters()) - left_out
+    left_out = (model.token_embedding.weight, model.visual.attnpool.positional_embedding)
+    frozen = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in left_out)
     prompts = Prompts(model, ["cat"] * C)
     g_pos, g_neg = torch.nn.functional.normalize(torch.randn(2, C, model.D), dim=-1)
     learned, adds = {}, {"DualCoOp": [], "TRM-ML": []}
@@ -312,7 +312,7 @@ def parse(argv):
                         help="folder of tables and runs (default: runs/tables)")
     own, rest = parser.parse_known_args(words(argv))
     if min(own.seeds, own.jobs) < 1:
-        raise UserError(f"--seeds and --jobs expect a number from 1, got {own.seeds} and {own.jobs}")
+        raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
     if own.ratios and len(at(own.ratios)) < len(own.ratios):
         raise UserError("--ratios expects shares that differ by a whole percent, got "
                         f"{' '.join(map(str, own.ratios))}")

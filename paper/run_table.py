@@ -53,7 +53,9 @@ class Runs:
         identity = {name: value for name, value in dataclasses.asdict(cfg).items()
                     if name not in NOT_THE_RESULT | {"score"}}
         identity = json.dumps([self.encoder.sha256, self.data_sha256, identity], sort_keys=True)
-        setting = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
+        setting = cfg.single_positive or f"{cfg.ratio:g}"
+        if cfg.images == "captions":
+            setting = "captions"
         parts = [Path(cfg.data).stem, setting, cfg.matching, cfg.without.replace(",", "-"),
                  f"seed{seed}",
                  hashlib.sha256(identity.encode()).hexdigest()[:8]]

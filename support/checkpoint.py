@@ -116,10 +116,10 @@ class State:
     optimizer: Any
     scheduler: Any
     scaler: Any
-    epoch: int = 0                                              # finished epochs
+    epoch: int = 0  # finished epochs
     # {"epoch", "chosen_on", "mAP"} of the best epoch
     best: Optional[dict] = None
-    history: list = field(default_factory=list)                 # a line of metrics.jsonl an epoch
+    history: list = field(default_factory=list)  # a line of metrics.jsonl an epoch
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 
     def state_dict(self):

@@ -67,7 +67,7 @@ def run_main(work, stopped="stopped"):
     """work() -> exit status. What is raised but not listed here is a fault of this code and keeps
     its traceback."""
     stop.asked = False
-    if threading.current_thread() is threading.main_thread():   # elsewhere Python allows no handler
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
         signal.signal(signal.SIGINT, stop)
         # schedulers send it: it ends a run as Ctrl-C does
         signal.signal(signal.SIGTERM, stop)
@@ -93,17 +93,20 @@ def failed(error):
     except (UserError, FloatingPointError) as error:
         line = str(error)
     except BrokenExecutor:
-        line = "a process that works for this one was ended from outside, mostly for want of memory: lower --jobs, --workers"
-    except BrokenPipeError:                                     # `| head`: nobody reads on
+        line = ("a process that works for this one was ended from outside, mostly for want of "
+                "memory: use fewer --jobs or --workers")
+    except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "allocate memory" in str(error)
                 or "out of memory" in str(error)):
             raise
-        line = f"too little memory: lower --batch, --size or --queue ({str(error).split('. ')[0][:150]})"
+        reason = str(error).split(". ")[0][:150]
+        line = f"too little memory: lower --batch, --size or --queue ({reason})"
     except OSError as error:
-        line = f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, rights and free space"
+        line = (f"{error.filename or 'input or output'}: {error.strerror or error}; "
+                "check the path, rights and free space")
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 
@@ -135,10 +138,11 @@ def peak_memory():
     """The most memory that this process held so far, for the log."""
     import torch
     try:
-        import resource                                         # not on Windows
+        import resource  # not on Windows
     except ImportError:
         return "unknown"
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
-    return f"{peak:.2f} GiB{gpu}"
+    if torch.cuda.is_available():
+        return f"{peak:.2f} GiB, GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return f"{peak:.2f} GiB"

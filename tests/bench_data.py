@@ -1,9 +1,11 @@
 """Timings of the data path: pytest -q -s tests/bench_data.py
 
-COCO's annotations at full size (bars: 25 s and 3 GB to parse, 2 s from the cache), images a second and core at 448 from
-640 x 480 JPEGs with and without augmentation, the augmentation by operation, and what JPEG's draft mode would change.
-Photos: TRM_SAMPLES (default ../shared/data) where present, otherwise drawn noise, which decodes slower.
+COCO's annotations at full size (bars: 25 s and 3 GB to parse, 2 s from the cache), images a second
+and core at 448 from 640 x 480 JPEGs with and without augmentation, the augmentation by operation,
+and what JPEG's draft mode would change. Photos: TRM_SAMPLES (default ../shared/data) where present,
+otherwise drawn noise, which decodes slower.
 """
+
 import json
 import os
 import random
@@ -34,17 +36,47 @@ def full_annotations(path, images=82783, notes=604907):
     owner, kind = rng.randint(0, images - 702, notes), rng.choice(ids, notes)
     polygon = np.round(rng.rand(997, 60) * 400, 2)
     with open(path, "w") as out:
-        categories = [{"supercategory": "thing", "id": k, "name": n} for k, n in zip(ids, fake.COCO)]
-        out.write('{"info": {}, "licenses": [], "categories": %s, "images": [' % json.dumps(categories))
-        out.write(", ".join(json.dumps({"license": 1, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 480, "width": 640,
-            "coco_url": f"http://images.cocodataset.org/train2014/COCO_train2014_{i:012d}.jpg", "id": i,
-            "date_captured": "2013-11-14 17:02:52", "flickr_url": "http://farm4.staticflickr.com/3153/2970773875_z.jpg"})
-            for i in range(images)))
+        categories = [
+            {"supercategory": "thing", "id": k, "name": n} for k, n in zip(ids, fake.COCO)
+        ]
+        out.write(
+            '{"info": {}, "licenses": [], "categories": %s, "images": [' % json.dumps(categories)
+        )
+        out.write(
+            ", ".join(
+                json.dumps(
+                    {
+                        "license": 1,
+                        "file_name": f"COCO_train2014_{i:012d}.jpg",
+                        "height": 480,
+                        "width": 640,
+                        "coco_url": "http://images.cocodataset.org/train2014/"
+                        f"COCO_train2014_{i:012d}.jpg",
+                        "id": i,
+                        "date_captured": "2013-11-14 17:02:52",
+                        "flickr_url": "http://farm4.staticflickr.com/3153/2970773875_z.jpg",
+                    }
+                )
+                for i in range(images)
+            )
+        )
         out.write('], "annotations": [')
         for n in range(notes):
-            shape = polygon[n % 997, :24 + 2 * (n % 19)].tolist()
-            out.write(("" if n == 0 else ", ") + json.dumps({"segmentation": [shape], "area": 702.1057, "iscrowd": 0,
-                "image_id": int(owner[n]), "bbox": shape[:4], "category_id": int(kind[n]), "id": n + 1}))
+            shape = polygon[n % 997, : 24 + 2 * (n % 19)].tolist()
+            out.write(
+                ("" if n == 0 else ", ")
+                + json.dumps(
+                    {
+                        "segmentation": [shape],
+                        "area": 702.1057,
+                        "iscrowd": 0,
+                        "image_id": int(owner[n]),
+                        "bbox": shape[:4],
+                        "category_id": int(kind[n]),
+                        "id": n + 1,
+                    }
+                )
+            )
         out.write("]}")
 
 
@@ -55,7 +87,9 @@ from datasets import coco
 datasets.require = lambda paths, where: None          # the photos of this benchmark do not exist
 start, cpu = time.perf_counter(), time.process_time()
 table = coco.split({folder!r}, "train2014")
-print(time.perf_counter() - start, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, len(table.files), table.drop.sum())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(time.perf_counter() - start, time.process_time() - cpu, peak, len(table.paths),
+      table.unused.sum())
 """
 
 
@@ -67,19 +101,31 @@ def test_coco_annotations_at_full_size(tmp_path):
     code = PARSE.format(root=str(ROOT), folder=str(tmp_path))
     rows = []
     for _ in range(2):
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                             env={**os.environ, "TRM_CACHE": str(tmp_path / "cache")})
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "TRM_CACHE": str(tmp_path / "cache")},
+        )
         rows.append([float(v) for v in run.stdout.split()])
     (wall, first, memory, images, dropped), (_, again, *_) = rows
-    print(f"\nCOCO annotations, {path.stat().st_size / 1e6:.0f} MB: parsed in {first:.1f} s of CPU ({wall:.1f} by the clock) with "
-          f"{memory:.2f} GB, from the cache in {again:.2f} s; {images:.0f} images, {dropped:.0f} without annotation")
+    print(
+        f"\nCOCO annotations, {path.stat().st_size / 1e6:.0f} MB: parsed in {first:.1f} s of CPU "
+        f"({wall:.1f} by the clock) with {memory:.2f} GB, from the cache in {again:.2f} s; "
+        f"{images:.0f} images, {dropped:.0f} without annotation"
+    )
     assert first < 25 and memory < 3 and again < 2
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """40 JPEGs of 640 x 480."""
-    found, root, paths = sorted((SAMPLES / "coco2014_mini/train2014").glob("*.jpg")), tmp_path_factory.mktemp("photos"), []
+    found, root, paths = (
+        sorted((SAMPLES / "coco2014_mini/train2014").glob("*.jpg")),
+        tmp_path_factory.mktemp("photos"),
+        [],
+    )
     for i, path in enumerate(found):
         with Image.open(path) as image:
             if image.size == (640, 480) and len(paths) < 40:
@@ -100,7 +146,8 @@ def one_thread():
 
 def per_second(call, items, seconds=3.0):
     call(items[0])
-    count, start = 0, time.process_time()              # CPU time: images a second and core, whatever else runs here
+    # CPU time: images a second and core, whatever else runs here
+    count, start = 0, time.process_time()
     while time.process_time() - start < seconds:
         call(items[count % len(items)])
         count += 1
@@ -113,30 +160,37 @@ def test_images_per_second(photos):
     print("\nimages a second and core, 448 from 640 x 480 JPEG:")
     for kind in ("none", "flip", "taidpt"):
         images, epochs = data.Images(split, 448, kind), iter(range(10**9))
-        print(f"  {kind:8}{per_second(lambda i: images[(next(epochs), i)], range(len(photos))):7.1f}")
+        print(
+            f"  {kind:8}{per_second(lambda i: images[(next(epochs), i)], range(len(photos))):7.1f}"
+        )
     whole = [augment.read(path) for path in photos[:20]]
     small = [augment.resize(image, 448) for image in whole]
     rng = random.Random(0)
-    steps = {"decode": (augment.read, photos),
-             "resize (bicubic)": (lambda x: augment.resize(x, 448), whole),
-             "resize (bilinear)": (lambda x: x.resize((448, 448), Image.BILINEAR), whole),
-             "random crop": (lambda x: augment.random_crop(x, 448, rng), whole),
-             "cutout": (lambda x: augment.cutout(x, rng), [x.copy() for x in small]),
-             "policy (mean)": (lambda x: augment.policy(x, rng), small),
-             "flip (mean)": (lambda x: augment.flip(x, rng), small),
-             "normalise": (augment.normalise, small)}
+    steps = {
+        "decode": (augment.read, photos),
+        "resize (bicubic)": (lambda x: augment.resize(x, 448), whole),
+        "resize (bilinear)": (lambda x: x.resize((448, 448), Image.BILINEAR), whole),
+        "random crop": (lambda x: augment.random_crop(x, 448, rng), whole),
+        "cutout": (lambda x: augment.cutout(x, rng), [x.copy() for x in small]),
+        "policy (mean)": (lambda x: augment.policy(x, rng), small),
+        "flip (mean)": (lambda x: augment.flip(x, rng), small),
+        "normalise": (augment.normalise, small),
+    }
     for step, (call, items) in steps.items():
         print(f"  {step:20}{1000 / per_second(call, items, 0.7):7.2f} ms")
     print("  operations of the policy (level 7), ms and expected uses per image:")
     for operation in sorted({operation for row in augment.POLICIES for _, operation, _ in row}):
-        share = sum(p for row in augment.POLICIES for p, name, _ in row if name == operation) / len(augment.POLICIES)
+        share = sum(p for row in augment.POLICIES for p, name, _ in row if name == operation) / len(
+            augment.POLICIES
+        )
         rate = per_second(lambda x: augment.apply(x, operation, 7, rng), small, 0.3)
         print(f"    {operation}{1000 / rate:8.2f} ms x {share:.2f}")
 
 
 def test_waiting_for_data(photos):
-    """Two cores: one worker decodes and augments, the other core runs the smallest backbone there is, so the worst case.
-    A training step does more (decoder, prompts, backward), which only lowers the share."""
+    """Two cores: one worker decodes and augments, the other core runs the smallest backbone there
+    is, so the worst case. A training step does more (decoder, prompts, backward), which only lowers
+    the share."""
     model = clip.load("tiny")
     none = np.zeros((len(photos), 1), np.int8)
     split = data.Split("coco/train", photos, ["a"], none)
@@ -153,13 +207,16 @@ def test_waiting_for_data(photos):
             model.encode_dense(x)
             steps += 1
         took = time.perf_counter() - start
-        print(f"small CLIP at 448, one worker, {kind}: {16 * steps / took:.1f} images/s, "
-              f"{100 * waited / took:.0f} % of the step waits for data")
+        print(
+            f"small CLIP at 448, one worker, {kind}: {16 * steps / took:.1f} images/s, "
+            f"{100 * waited / took:.0f} % of the step waits for data"
+        )
         del loader
 
 
 def test_draft_mode(photos):
-    """What draft mode would change: it only ever halves, so at 448 it never applies to COCO's sizes."""
+    """What draft mode would change: it only ever halves, so at 448 it never applies to COCO's
+    sizes."""
     for size in (448, 224, 128):
         differences, times = [], []
         for path in photos[:20]:
@@ -174,7 +231,11 @@ def test_draft_mode(photos):
             with Image.open(path) as image:
                 image.draft("RGB", (size, size))
                 image.load()
+
         d = np.stack(differences)
-        print(f"\ndraft mode to {size}: {'applies' if halved else 'does not apply'}; "
-              f"decode {1000 / per_second(decode, photos, 0.5):.2f} ms against {1000 / per_second(augment.read, photos, 0.5):.2f}; "
-              f"pixel difference mean {d.mean():.2f}, 99 % {np.quantile(d, 0.99):.0f}, max {d.max()} of 255")
+        print(
+            f"\ndraft mode to {size}: {'applies' if halved else 'does not apply'}; "
+            f"decode {1000 / per_second(decode, photos, 0.5):.2f} ms against "
+            f"{1000 / per_second(augment.read, photos, 0.5):.2f}; pixel difference mean "
+            f"{d.mean():.2f}, 99 % {np.quantile(d, 0.99):.0f}, max {d.max()} of 255"
+        )

@@ -1,17 +1,23 @@
-"""One training step and one evaluation pass: ours against the way of this field's published code, in one process.
+"""One training step and one evaluation pass: ours against the way of this field's published code,
+in one process.
 
-    python tests/bench_step.py                                          RN50, 224 px, C = 80, every optimisation in turn
+    python tests/bench_step.py                                          RN50, 224 px, C = 80, every
+    optimisation in turn
     python tests/bench_step.py --backbone RN101 --size 448 --classes 200 --batch 4 --ends
-    make bench                                                          a small grid, plain and ours only
+    make bench                                                          a small grid, plain and ours
+    only
 
-The rival computes the same mathematics with the same weights on the same batch, as the peers' repositories do: prompts of
-77 tokens, BatchNorm as layers, v_proj and c_proj one after the other, an attention pool whose result is thrown away,
-self-attention of the queries for every image, keys and values projected at every location, a cosine for every prototype,
-a loop over the pairs of Eq. 13. It has today's fused attention where torch gives it by itself. `stages` switches the
-optimisations on one after the other; versions take turns (A, B, ..., A, B, ...) and medians are compared, so a busy machine
-slows both; OMP_NUM_THREADS=1 counts CPU time. Losses have to agree to 1e-5. Memory: the most that one step takes beyond what was there before it.
-Rows go to runs/bench_step.csv.
+The rival computes the same mathematics with the same weights on the same batch, as the peers'
+repositories do: prompts of 77 tokens, BatchNorm as layers, v_proj and c_proj one after the other,
+an attention pool whose result is thrown away, self-attention of the queries for every image, keys
+and values projected at every location, a cosine for every prototype, a loop over the pairs of Eq.
+13. It has today's fused attention where torch gives it by itself. `stages` switches the
+optimisations on one after the other; versions take turns (A, B, ..., A, B, ...) and medians are
+compared, so a busy machine slows both; OMP_NUM_THREADS=1 counts CPU time. Losses have to agree to
+1e-5. Memory: the most that one step takes beyond what was there before it. Rows go to
+runs/bench_step.csv.
 """
+
 import argparse
 import copy
 import csv
@@ -37,34 +43,89 @@ from memory import MemoryBank
 from trm import TRM, Output, Prompts, match
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKBONES = {"RN50": dict(embed_dim=1024, layers=(3, 4, 6, 3)), "RN101": dict(embed_dim=512, layers=(3, 4, 23, 3)),
-             "small": dict(embed_dim=128, layers=(1, 1, 1, 1), vision_width=16, text_width=128, text_layers=2)}
+BACKBONES = {
+    "RN50": dict(embed_dim=1024, layers=(3, 4, 6, 3)),
+    "RN101": dict(embed_dim=512, layers=(3, 4, 23, 3)),
+    "small": dict(
+        embed_dim=128, layers=(1, 1, 1, 1), vision_width=16, text_width=128, text_layers=2
+    ),
+}
 
 
 def random_clip(backbone, **changes):
-    """CLIP of a published size with random weights; BatchNorm's statistics are random too, so that folding has work to do."""
+    """CLIP of a published size with random weights; BatchNorm's statistics are random too, so that
+    folding has work to do."""
     torch.manual_seed(0)
-    model = CLIP(**(dict(resolution=224, vision_width=64, patch=None, context_length=77, vocab_size=49408, text_width=512)
-                    | BACKBONES[backbone] | changes)).eval().requires_grad_(False)
+    model = (
+        CLIP(
+            **(
+                dict(
+                    resolution=224,
+                    vision_width=64,
+                    patch=None,
+                    context_length=77,
+                    vocab_size=49408,
+                    text_width=512,
+                )
+                | BACKBONES[backbone]
+                | changes
+            )
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     for bn in model.modules():
         if isinstance(bn, torch.nn.BatchNorm2d):
-            bn.weight.uniform_(0.3, 0.9), bn.bias.normal_(0, 0.1), bn.running_mean.normal_(0, 0.1), bn.running_var.uniform_(0.5, 1.5)
+            (
+                bn.weight.uniform_(0.3, 0.9),
+                bn.bias.normal_(0, 0.1),
+                bn.running_mean.normal_(0, 0.1),
+                bn.running_var.uniform_(0.5, 1.5),
+            )
     return model.to(DEVICE)
 
 
-# ------------------------------------------------------------------------------------------------------- the plain version
+# ---- the plain version
 def plain_block(block, x, mask):
-    """OpenAI's residual block: torch's multi-head attention with an additive mask, QuickGELU in two operations. x (S, T, W)"""
+    """OpenAI's residual block: torch's multi-head attention with an additive mask, QuickGELU in two
+    operations. x (S, T, W)"""
     a, y = block.attn, block.ln_1(x)
-    x = x + F.multi_head_attention_forward(y, y, y, x.shape[-1], a.heads, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0,
-                                           a.out_proj.weight, a.out_proj.bias, training=False, need_weights=False, attn_mask=mask)[0]
+    x = (
+        x
+        + F.multi_head_attention_forward(
+            y,
+            y,
+            y,
+            x.shape[-1],
+            a.heads,
+            a.in_proj_weight,
+            a.in_proj_bias,
+            None,
+            None,
+            False,
+            0.0,
+            a.out_proj.weight,
+            a.out_proj.bias,
+            training=False,
+            need_weights=False,
+            attn_mask=mask,
+        )[0]
+    )
     h = block.mlp["c_fc"](block.ln_2(x))
     return x + block.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
 
 
 def plain_text(clip, prompts, length=None):
-    """All positions, through all blocks. length: 77 as published, or None: cut after the longest prompt."""
-    x = torch.cat([prompts.sot.expand(2, -1, -1, -1), prompts.context, prompts.name_eot.expand(2, -1, -1, -1)], 2).flatten(0, 1)
+    """All positions, through all blocks. length: 77 as published, or None: cut after the longest
+    prompt."""
+    x = torch.cat(
+        [
+            prompts.sot.expand(2, -1, -1, -1),
+            prompts.context,
+            prompts.name_eot.expand(2, -1, -1, -1),
+        ],
+        2,
+    ).flatten(0, 1)
     x = F.pad(x, (0, 0, 0, (length or x.shape[1]) - x.shape[1]))
     mask = torch.full((x.shape[1],) * 2, -torch.inf, device=x.device).triu_(1)
     x = (x + clip.positional_embedding[: x.shape[1]]).transpose(0, 1)
@@ -78,7 +139,7 @@ def plain_text(clip, prompts, length=None):
 @torch.no_grad()
 def plain_image(clip, images):
     x = clip.visual.trunk(images)
-    clip.visual.attnpool(x)                                                        # computed and not used
+    clip.visual.attnpool(x)  # computed and not used
     return clip.visual.dense(x)
 
 
@@ -96,7 +157,13 @@ def plain_carl(carl, f):
 @torch.no_grad()
 def plain_similarities(memory, regions):
     """Eq. 8 as printed: a cosine to every prototype, then their mean."""
-    visual = sum(F.cosine_similarity(regions, memory.bank[:, j], dim=-1) for j in range(memory.bank.shape[1])) / memory.bank.shape[1]
+    visual = (
+        sum(
+            F.cosine_similarity(regions, memory.bank[:, j], dim=-1)
+            for j in range(memory.bank.shape[1])
+        )
+        / memory.bank.shape[1]
+    )
     return torch.stack([visual, F.cosine_similarity(regions, memory.text_prototypes, dim=-1)])
 
 
@@ -113,13 +180,21 @@ def plain_contrastive(anchors, samples, classes, tau):
     means = []
     for c in classes.unique():
         negatives = s[c][classes != c]
-        means.append(torch.stack([torch.logsumexp(torch.cat([p[None], negatives]), 0) - p for p in s[c][classes == c]]).mean())
+        means.append(
+            torch.stack(
+                [
+                    torch.logsumexp(torch.cat([p[None], negatives]), 0) - p
+                    for p in s[c][classes == c]
+                ]
+            ).mean()
+        )
     return torch.stack(means).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------ the versions
+# ---- the versions
 def stages(folded):
     """[(name, the parts that change)]: each line keeps what the lines above it switched on."""
+
     @torch.no_grad()
     def folded_with_pool(_, images):
         return folded.encode(images.contiguous(memory_format=torch.channels_last))[1]
@@ -128,16 +203,39 @@ def stages(folded):
     def ours(_, images):
         return folded.encode_dense(images.contiguous(memory_format=torch.channels_last))
 
-    return [("plain", dict(text=partial(plain_text, length=77), image=plain_image, carl=plain_carl, similarities=plain_similarities,
-                           contrastive=plain_contrastive, optimizer=torch.optim.AdamW)),
-            ("prompts cut after the longest", dict(text=plain_text)),
-            ("last text block for one token, one-pass activation", dict(text=lambda clip, prompts: prompts(clip))),
-            ("BatchNorm and projections folded, channels-last", dict(image=folded_with_pool)),
-            ("no attention pool", dict(image=ours)),
-            ("self-attention once, queries projected instead of locations", dict(carl=lambda carl, f: carl(f))),
-            ("similarity to the mean prototype", dict(similarities=lambda memory, regions: memory.similarities(regions))),
-            ("Eq. 13 without a loop over pairs", dict(contrastive=losses.contrastive)),
-            ("train.py's step: fused AdamW", dict(optimizer=partial(torch.optim.AdamW, fused=True), whole_step=True))]
+    return [
+        (
+            "plain",
+            dict(
+                text=partial(plain_text, length=77),
+                image=plain_image,
+                carl=plain_carl,
+                similarities=plain_similarities,
+                contrastive=plain_contrastive,
+                optimizer=torch.optim.AdamW,
+            ),
+        ),
+        ("prompts cut after the longest", dict(text=plain_text)),
+        (
+            "last text block for one token, one-pass activation",
+            dict(text=lambda clip, prompts: prompts(clip)),
+        ),
+        ("BatchNorm and projections folded, channels-last", dict(image=folded_with_pool)),
+        ("no attention pool", dict(image=ours)),
+        (
+            "self-attention once, queries projected instead of locations",
+            dict(carl=lambda carl, f: carl(f)),
+        ),
+        (
+            "similarity to the mean prototype",
+            dict(similarities=lambda memory, regions: memory.similarities(regions)),
+        ),
+        ("Eq. 13 without a loop over pairs", dict(contrastive=losses.contrastive)),
+        (
+            "train.py's step: fused AdamW",
+            dict(optimizer=partial(torch.optim.AdamW, fused=True), whole_step=True),
+        ),
+    ]
 
 
 class Version:
@@ -152,7 +250,10 @@ class Version:
         # what train.Run.step looks for
         self.labels = self.truth = case.labels
         self.device, self.amp, self.world, self.pseudo = DEVICE, None, 1, train.PseudoCount(DEVICE)
-        self.scaler, self.scheduler = torch.amp.GradScaler(DEVICE.type, enabled=False), SimpleNamespace(step=lambda: None)
+        self.scaler, self.scheduler = (
+            torch.amp.GradScaler(DEVICE.type, enabled=False),
+            SimpleNamespace(step=lambda: None),
+        )
 
     def text_features(self):
         return self.text(self.clip, self.model.prompts)
@@ -164,18 +265,33 @@ class Version:
         g_pos, g_neg = self.text_features()
         energy, regions, queries = self.carl(self.model.carl, f)
         scale, labels, cfg, memory = self.model.log_scale.exp(), self.labels, self.cfg, self.memory
-        out = Output(match(regions, g_pos, g_neg, scale), match(queries, g_pos, g_neg, scale), energy, regions)
+        out = Output(
+            match(regions, g_pos, g_neg, scale),
+            match(queries, g_pos, g_neg, scale),
+            energy,
+            regions,
+        )
         memory.enqueue(energy, f, labels, cfg.topk)
         s = self.similarities(memory, regions)
         memory.update_thresholds(s, labels)
         pseudo = memory.pseudo_labels(s, labels)
         filled = torch.where(labels == 0, pseudo, labels)
         present, ids = labels == 1, torch.arange(labels.shape[1], device=DEVICE)
-        samples = torch.cat([self.model.heads["region"](regions[present]), self.model.heads["pixel"](memory.bank.flatten(0, 1))])
-        classes = torch.cat([ids.expand_as(labels)[present], ids.repeat_interleave(memory.bank.shape[1])])
-        terms = {"L_r": losses.asymmetric(out.logits_r, filled), "L_q": losses.asymmetric(out.logits_q, filled),
-                 "L_KD": losses.distillation(out.logits_r, out.logits_q),
-                 "L_NCE": self.contrastive(self.model.heads["text"](g_pos), samples, classes, cfg.tau)}
+        samples = torch.cat(
+            [
+                self.model.heads["region"](regions[present]),
+                self.model.heads["pixel"](memory.bank.flatten(0, 1)),
+            ]
+        )
+        classes = torch.cat(
+            [ids.expand_as(labels)[present], ids.repeat_interleave(memory.bank.shape[1])]
+        )
+        terms = {
+            "L_r": losses.asymmetric(out.logits_r, filled),
+            "L_q": losses.asymmetric(out.logits_q, filled),
+            "L_KD": losses.distillation(out.logits_r, out.logits_q),
+            "L_NCE": self.contrastive(self.model.heads["text"](g_pos), samples, classes, cfg.tau),
+        }
         terms["L"] = losses.total(terms)
         self.optimizer.zero_grad()
         terms["L"].backward()
@@ -192,25 +308,36 @@ class Version:
 def make_case(backbone, size, C, batch, L=64):
     clip = random_clip(backbone)
     texts, D = [COCO[c % 80] for c in range(C)], clip.D
-    case = SimpleNamespace(clip=clip, folded=copy.deepcopy(clip).fold(), name=f"{backbone} {size} C {C} B {batch} {DEVICE.type}")
+    case = SimpleNamespace(
+        clip=clip,
+        folded=copy.deepcopy(clip).fold(),
+        name=f"{backbone} {size} C {C} B {batch} {DEVICE.type}",
+    )
     torch.manual_seed(1)
     case.model = TRM(C, D, Prompts(clip, texts)).to(DEVICE)
     case.memory = MemoryBank(C, L, D).to(DEVICE)
-    case.memory.bank.copy_(F.normalize(torch.randn(C, L, D), dim=-1))             # as in the later epochs: queues are full
+    # as in the later epochs: queues are full
+    case.memory.bank.copy_(F.normalize(torch.randn(C, L, D), dim=-1))
     case.memory.cursor.fill_(L)
     case.memory.T.copy_(F.normalize(torch.randn(C, D), dim=-1))
-    case.memory.theta.copy_(torch.tensor([[0.0], [-1e-4]]).expand_as(case.memory.theta))   # not the batch's own means: ties would flip by rounding
+    # not the batch's own means: ties would flip by rounding
+    case.memory.theta.copy_(torch.tensor([[0.0], [-1e-4]]).expand_as(case.memory.theta))
     case.images = torch.randn(batch, 3, size, size, device=DEVICE)
     truth = torch.where(torch.rand(batch, C) < 0.05, 1, -1)
     case.labels = torch.where(torch.rand(batch, C) < 0.3, truth, 0).to(torch.int8).to(DEVICE)
     return case
 
 
-# ------------------------------------------------------------------------------------------------------------- measurement
+# ---- measurement
 def seconds(work):
-    """By the clock; on a single CPU thread its own CPU time, which other processes do not lengthen."""
+    """By the clock; on a single CPU thread its own CPU time, which other processes do not
+    lengthen."""
     wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
-    clock = time.process_time if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = (
+        time.process_time
+        if DEVICE.type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
+    )
     wait()
     start = clock()
     work()
@@ -225,7 +352,8 @@ def interleaved(works, repeats, warm=True):
 
 
 def peak(work):
-    """MiB that work() takes at its peak beyond what was there before; NaN where neither CUDA nor Linux can tell."""
+    """MiB that work() takes at its peak beyond what was there before; NaN where neither CUDA nor
+    Linux can tell."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -233,10 +361,14 @@ def peak(work):
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")                              # forget the earlier peak
+        Path("/proc/self/clear_refs").write_text("5")  # forget the earlier peak
     except (OSError, AttributeError):
         return float("nan")
-    kib = lambda key: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    kib = lambda key: next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key)
+    )
     before = kib("VmRSS")
     work()
     return (kib("VmHWM") - before) / 1024
@@ -252,7 +384,10 @@ def write_rows(name, rows):
     with file.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, list(rows[0]), extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows([row for row in old if all(k in row for k in list(rows[0])[:3]) and key(row) not in new] + rows)
+        writer.writerows(
+            [row for row in old if all(k in row for k in list(rows[0])[:3]) and key(row) not in new]
+            + rows
+        )
 
 
 def compare(case, repeats=3, ends=False):
@@ -261,17 +396,39 @@ def compare(case, repeats=3, ends=False):
     for name, change in stages(case.folded):
         parts = parts | change
         steps.append((name, parts))
-    versions = [(name, Version(parts, case)) for name, parts in (steps[::len(steps) - 1] if ends else steps)]
+    versions = [
+        (name, Version(parts, case))
+        for name, parts in (steps[:: len(steps) - 1] if ends else steps)
+    ]
     first, memory = [], []
-    for _, version in versions:                                                    # the step that warms up tells losses and memory
+    for _, version in versions:  # the step that warms up tells losses and memory
         memory.append(peak(lambda: first.append(version.step())))
     plain, ours = versions[0][1], versions[-1][1]
     times = interleaved([version.step for _, version in versions], repeats, warm=False)
-    rows, device = [], torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{case.name}, {device}, torch {torch.__version__}\n{'':61}  s/step  x plain    MiB   max loss difference")
+    rows, device = (
+        [],
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+    )
+    print(
+        f"\n{case.name}, {device}, torch {torch.__version__}\n{'':61}  s/step  x plain    MiB   "
+        "max loss difference"
+    )
     for (name, _), t, mib, terms in zip(versions, times, memory, first):
         gap = max(float(abs(terms[k] - first[0][k]) / abs(first[0][k]).clamp(min=1)) for k in terms)
-        rows.append(dict(case=case.name, what="step", version=name, device=device, seconds=t, ratio=times[0] / t, MiB=mib, gap=gap))
+        rows.append(
+            dict(
+                case=case.name,
+                what="step",
+                version=name,
+                device=device,
+                seconds=t,
+                ratio=times[0] / t,
+                MiB=mib,
+                gap=gap,
+            )
+        )
         print(f"{name:61} {t:7.3f} {times[0] / t:8.2f} {mib:6.0f}   {gap:.1e}")
 
     def text(version):
@@ -280,24 +437,54 @@ def compare(case, repeats=3, ends=False):
         (g_pos - g_neg).square().sum().backward()
 
     with torch.no_grad():
-        g, regions = plain.text_features(), torch.randn(len(case.images), *case.memory.T.shape, device=DEVICE)
+        g, regions = (
+            plain.text_features(),
+            torch.randn(len(case.images), *case.memory.T.shape, device=DEVICE),
+        )
     L = case.memory.bank.shape[1]
-    similarity = [partial(how, case.memory, regions) for how in (plain_similarities, einsum_similarities, MemoryBank.similarities)]
-    for what, works, kept in (("text branch, forward and backward", [partial(text, plain), partial(text, ours)], 1),
-                              ("evaluation, text features kept", [partial(plain.scores, g), partial(ours.scores, g)], 1),
-                              (f"prototype similarity, L {L}", [similarity[0], similarity[2]], 20),
-                              (f"prototype similarity, L {L}, against one product", [similarity[1], similarity[2]], 20)):
+    similarity = [
+        partial(how, case.memory, regions)
+        for how in (plain_similarities, einsum_similarities, MemoryBank.similarities)
+    ]
+    for what, works, kept in (
+        ("text branch, forward and backward", [partial(text, plain), partial(text, ours)], 1),
+        ("evaluation, text features kept", [partial(plain.scores, g), partial(ours.scores, g)], 1),
+        (f"prototype similarity, L {L}", [similarity[0], similarity[2]], 20),
+        (f"prototype similarity, L {L}, against one product", [similarity[1], similarity[2]], 20),
+    ):
         a, b = interleaved([lambda w=w: [w() for _ in range(kept)] for w in works], repeats)
-        rows.append(dict(case=case.name, what=what, version="ours", device=device, seconds=b / kept, ratio=a / b, MiB="", gap=""))
+        rows.append(
+            dict(
+                case=case.name,
+                what=what,
+                version="ours",
+                device=device,
+                seconds=b / kept,
+                ratio=a / b,
+                MiB="",
+                gap="",
+            )
+        )
         print(f"{what:61} {b / kept:7.4f} {a / b:8.2f}")
     write_rows("bench_step.csv", rows)
     return rows
 
 
-@pytest.mark.parametrize("backbone, size, C, batch", [("RN50", 224, 20, 8), ("RN50", 224, 80, 8), ("RN50", 224, 200, 8), ("RN101", 224, 80, 8),
-                                                      ("RN50", 448, 80, 4), ("RN101", 448, 80, 4)])
+@pytest.mark.parametrize(
+    "backbone, size, C, batch",
+    [
+        ("RN50", 224, 20, 8),
+        ("RN50", 224, 80, 8),
+        ("RN50", 224, 200, 8),
+        ("RN101", 224, 80, 8),
+        ("RN50", 448, 80, 4),
+        ("RN101", 448, 80, 4),
+    ],
+)
 def test_step(backbone, size, C, batch):
-    rows = compare(make_case(backbone, size, C, batch if DEVICE.type == "cpu" else 128), ends=True, repeats=2)
+    rows = compare(
+        make_case(backbone, size, C, batch if DEVICE.type == "cpu" else 128), ends=True, repeats=2
+    )
     assert rows[1]["gap"] < 1e-5 and rows[1]["ratio"] > 1
 
 

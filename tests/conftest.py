@@ -1,4 +1,5 @@
-"""Before any test: the project on the path, few threads, and Triton's interpreter where there is no GPU."""
+"""Before any test: the project on the path, few threads, and Triton's interpreter where there is no
+GPU."""
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"                    # has to be set before triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # has to be set before triton is imported
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 gpu = pytest.mark.skipif(not GPU, reason="GPU case: no CUDA device")
@@ -17,7 +18,8 @@ gpu = pytest.mark.skipif(not GPU, reason="GPU case: no CUDA device")
 
 @pytest.fixture
 def triton_path():
-    """Force the Triton kernels (in the interpreter without a GPU) for one test; the earlier choice always returns."""
+    """Force the Triton kernels (in the interpreter without a GPU) for one test; the earlier choice
+    always returns."""
     pytest.importorskip("triton", reason="triton is not installed")
     import kernels
     earlier = kernels.use("triton")
@@ -26,7 +28,9 @@ def triton_path():
 
 
 def pytest_terminal_summary(terminalreporter):
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "GPU case" in str(r.longrepr)]
+    skipped = [r for r in terminalreporter.stats.get("skipped", [])
+               if "GPU case" in str(r.longrepr)]
     if skipped:
-        terminalreporter.write_line(f"{len(skipped)} GPU cases skipped: no CUDA device; kernels were checked by the "
-                                    "interpreter and the compiler only", yellow=True)
+        terminalreporter.write_line(f"{len(skipped)} GPU cases skipped: no CUDA device; kernels "
+                                    "were checked by the interpreter and the compiler only",
+                                    yellow=True)

@@ -1,10 +1,12 @@
-"""Shows that a change of the code changes no number: the same small runs in two checkouts, compared tensor by tensor.
+"""Shows that a change of the code changes no number: the same small runs in two checkouts, compared
+tensor by tensor.
 
     git clone . /tmp/before && git -C /tmp/before checkout HEAD~1
     python tests/golden.py /tmp/before .            # prints a line a run, exits 1 where one differs
 
-Each run is a command as a user types it. What is compared: every tensor of the model, the memory and the optimizer, the text
-features, the thresholds, and metrics.jsonl without its times. Both checkouts read the same scenes, drawn by the first.
+Each run is a command as a user types it. What is compared: every tensor of the model, the memory
+and the optimizer, the text features, the thresholds, and metrics.jsonl without its times. Both
+checkouts read the same scenes, drawn by the first.
 """
 import hashlib
 import json
@@ -16,11 +18,12 @@ from pathlib import Path
 import torch
 
 CLOCK = ("seconds", "images_per_second", "waiting")
-SMALL = ("--data scenes --root {world}/scenes --ratio 0.5 --clip {world}/clip-quickgelu.safetensors --size 64 --epochs 3 "
-         "--batch 8 --context 4 --queue 8 --workers 0 --cache-features 1")
-RUNS = {                                            # name: what follows SMALL; a later option wins
+SMALL = ("--data scenes --root {world}/scenes --ratio 0.5 --clip "
+         "{world}/clip-quickgelu.safetensors --size 64 --epochs 3 --batch 8 --context 4 --queue 8 "
+         "--workers 0 --cache-features 1")
+RUNS = {  # name: what follows SMALL; a later option wins
     "full": "",
-    "resumed": "",                                  # stopped after its first epoch, then resumed
+    "resumed": "",  # stopped after its first epoch, then resumed
     "uncached": "--cache-features 0 --augment taidpt --workers 1",
     "dualcoop": "--matching dualcoop",
     "global": "--matching global",
@@ -31,10 +34,11 @@ RUNS = {                                            # name: what follows SMALL; 
     "carl-from": "--carl-from {out}/full",
     "captions": "--images captions --ratio 1 --matching dualcoop --epochs 2",
     "sheet": "--data {world}/sheet.csv --root {world}/scenes --ratio 1",
-    "pseudo": "--pseudo-in-contrastive --kd bernoulli --kd-teacher both --score query --queries random",
+    "pseudo": "--pseudo-in-contrastive --kd bernoulli --kd-teacher both --score query --queries "
+              "random",
     "two-processes": "",
 }
-RENAMED = {"T": "text_prototypes"}                   # of earlier versions
+RENAMED = {"T": "text_prototypes"}  # of earlier versions
 KEPT = ("model", "memory", "optimizer", "g_pos", "g_neg", "threshold", "names")
 
 WORLD = """
@@ -47,12 +51,14 @@ small_world.make(Path({world!r}))
 def world(code, folder):
     if not (folder / "sheet.csv").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-c", WORLD.format(code=str(code), world=str(folder))], check=True)
+        subprocess.run([sys.executable, "-c", WORLD.format(code=str(code), world=str(folder))],
+                       check=True)
         content = json.loads((folder / "scenes/annotations/instances_train2014.json").read_text())
         names = {c["id"]: c["name"] for c in content["categories"]}
         lines = [",".join(["image", *names.values()])]
         for n, image in enumerate(content["images"]):
-            there = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
+            there = {a["category_id"] for a in content["annotations"]
+                     if a["image_id"] == image["id"]}
             cells = ["" if (n + k) % 3 == 0 else str(int(k in there)) for k in names]
             lines.append(",".join(["train2014/" + image["file_name"], *cells]))
         (folder / "sheet.csv").write_text("\n".join(lines) + "\n")
@@ -61,7 +67,8 @@ def world(code, folder):
 def train(code, words, stop_after=None, processes=1):
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29517"]
+        start += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+                  "--master-port=29517"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     run = subprocess.Popen([*start, "train.py", *words], cwd=code, env=environment, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -79,7 +86,8 @@ def digest(value):
     """sha256 of nested dicts, lists, tensors and plain values."""
     sha = hashlib.sha256()
     if isinstance(value, torch.Tensor):
-        sha.update(str((value.dtype, tuple(value.shape))).encode() + value.contiguous().numpy().tobytes())
+        sha.update(str((value.dtype, tuple(value.shape))).encode()
+                   + value.contiguous().numpy().tobytes())
     elif isinstance(value, dict):
         sha.update("".join(f"{k}={digest(value[k])}" for k in sorted(value, key=str)).encode())
     elif isinstance(value, (list, tuple)):
@@ -93,14 +101,16 @@ def result(code, out, folder, name):
     """{part: hash} of a finished run."""
     words = f"{SMALL} {RUNS[name]} --cache-dir {out}/features --out {out}/{name}"
     words = words.format(world=folder, out=out).split()
-    train(code, words, "epoch   1" if name == "resumed" else None, 2 if name == "two-processes" else 1)
+    train(code, words, "epoch   1" if name == "resumed" else None, 2 if name == "two-processes"
+          else 1)
     if name == "resumed":
         train(code, ["--resume", f"{out}/{name}"])
     state = torch.load(out / name / "last.pt", weights_only=True, map_location="cpu")
     lines = map(json.loads, (out / name / "metrics.jsonl").read_text().splitlines())
     history = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
     state["memory"] = {RENAMED.get(name, name): value for name, value in state["memory"].items()}
-    return {part: digest(state[part]) for part in KEPT} | {f"epoch {line['epoch']}": line for line in history}
+    return {part: digest(state[part]) for part in KEPT} | {f"epoch {line['epoch']}": line
+                                                           for line in history}
 
 
 def main(before, after, *names):
@@ -112,10 +122,11 @@ def main(before, after, *names):
         for code in (before, after):
             out = base / hashlib.sha256(str(code.resolve()).encode()).hexdigest()[:12]
             kept = out / f"{name}.json"
-            if code is before and kept.exists():                # the same commit gives the same again
+            if code is before and kept.exists():  # the same commit gives the same again
                 results.append(json.loads(kept.read_text()))
                 continue
-            subprocess.run(["rm", "-rf", out / name, *([out / "features"] if name == "full" else [])])
+            subprocess.run(["rm", "-rf", out / name,
+                            *([out / "features"] if name == "full" else [])])
             out.mkdir(parents=True, exist_ok=True)
             results.append(json.loads(json.dumps(result(code, out, base / "world", name))))
             kept.write_text(json.dumps(results[-1]))

@@ -1,12 +1,15 @@
-"""Slow transcriptions of the paper's equations, one loop per sum sign, in float64. Tests compare the project to these.
+"""Slow transcriptions of the paper's equations, one loop per sum sign, in float64. Tests compare
+the project to these.
 
-    Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing Labels" (ACM MM 2024), section 3.
+    Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing Labels" (ACM MM
+    2024), section 3.
 
-Every function quotes its equation as printed and, where the print is a misprint or leaves a gap, the reading taken.
-Nothing here shares code with the project: numpy arrays and Python floats in, the same out.
+Every function quotes its equation as printed and, where the print is a misprint or leaves a gap,
+the reading taken. Nothing here shares code with the project: numpy arrays and Python floats in, the
+same out.
 
-B images, C classes, N locations, D dims, L queue length, K top-k, S samples, E dims of the contrastive space
-labels: 1 positive, -1 negative, 0 unknown
+B images, C classes, N locations, D dims, L queue length, K top-k, S samples, E dims of the
+contrastive space labels: 1 positive, -1 negative, 0 unknown
 """
 import math
 
@@ -37,13 +40,13 @@ def cosine(u, v):
     return dot(u, v) / (norm(u) * norm(v))
 
 
-# ---------------------------------------------------------------------------------------------- section 3.1 and 3.2
+# ---- section 3.1 and 3.2
 
 def match(x, g_pos, g_neg, scale):
     """Eq. 1: p(y_c | f_c, g_c) = f_c.g_c / (|f_c| |g_c|) / tau.
 
-    Reading: two prompts a class, so the logit is the difference of the two matchings; scale = 1/tau.
-    x (..., C, D), g_pos and g_neg (C, D) -> (..., C)
+    Reading: two prompts a class, so the logit is the difference of the two matchings; scale =
+    1/tau. x (..., C, D), g_pos and g_neg (C, D) -> (..., C)
     """
     out = np.zeros(x.shape[:-1])
     for place in np.ndindex(*x.shape[:-1]):
@@ -55,8 +58,8 @@ def match(x, g_pos, g_neg, scale):
 def region_pool(energy, f):
     """Eq. 2: r_c = (p_c, sigmoid(e_c)).   Eq. 4: f_c^r = sum_{(p_c, e_c) in R} e_c . f.
 
-    Reading: R holds sigmoid(e_c) (Eq. 2), so the e_c that weighs f in Eq. 4 is the sigmoid of the energy.
-    energy (B, C, N), f (B, N, D) -> (B, C, D)
+    Reading: R holds sigmoid(e_c) (Eq. 2), so the e_c that weighs f in Eq. 4 is the sigmoid of the
+    energy. energy (B, C, N), f (B, N, D) -> (B, C, D)
     """
     (B, C, N), D = energy.shape, f.shape[2]
     out = np.zeros((B, C, D))
@@ -70,7 +73,8 @@ def region_pool(energy, f):
 
 
 def attention(q, k, v):
-    """Softmax attention with one head: softmax_n(q_c.k_n / sqrt(D)) v_n. Returns the outcome and the scaled products.
+    """Softmax attention with one head: softmax_n(q_c.k_n / sqrt(D)) v_n. Returns the outcome and
+    the scaled products.
 
     q (C, D), k and v (N, D) -> (C, D), (C, N)
     """
@@ -110,11 +114,13 @@ def linear(x, weight, bias):
 
 
 def decoder(p, f):
-    """Eq. 3: R = Cross_Att(Q, f);  F^q = Cross_Att(Q, f) + MLP(Cross_Att(Q, f))   (the print has O for the second Q).
+    """Eq. 3: R = Cross_Att(Q, f);  F^q = Cross_Att(Q, f) + MLP(Cross_Att(Q, f))   (the print has O
+                                    for the second Q).
 
-    Reading: one decoder layer with one head, normalised after each sum: self-attention of the queries, cross-attention
-    to the normalised features, a two-layer ReLU network. R are its scaled products q.k / sqrt(D) before the softmax.
-    p: parameters by name, f (B, N, D) -> energy (B, C, N), queries (B, C, D)
+    Reading: one decoder layer with one head, normalised after each sum: self-attention of the
+    queries, cross-attention to the normalised features, a two-layer ReLU network. R are its scaled
+    products q.k / sqrt(D) before the softmax. p: parameters by name, f (B, N, D) -> energy (B, C,
+    N), queries (B, C, D)
     """
     energies, queries = [], []
     Q = p["Q"]
@@ -128,7 +134,8 @@ def decoder(p, f):
         q, k, v = (linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
                    for name, x in (("q", first), ("k", memory), ("v", memory)))
         crossed, energy = attention(q, k, v)
-        second = layer_norm(first + linear(crossed, p["out.weight"], p["out.bias"]), p["norm2.weight"], p["norm2.bias"])
+        second = layer_norm(first + linear(crossed, p["out.weight"], p["out.bias"]),
+                            p["norm2.weight"], p["norm2.bias"])
         hidden = np.maximum(linear(second, p["mlp.0.weight"], p["mlp.0.bias"]), 0.0)
         third = second + linear(hidden, p["mlp.3.weight"], p["mlp.3.bias"])
         energies.append(energy)
@@ -136,13 +143,14 @@ def decoder(p, f):
     return np.stack(energies), np.stack(queries)
 
 
-# ------------------------------------------------------------------------------------------------------- section 3.3
+# ---- section 3.3
 
 def distillation(logits_r, logits_q, how, temperature):
     """Eq. 6: KL(p^r || p^q) = sum_i^C p_i^r log(p_i^r / p_i^q), teacher p^r, student p^q.
 
-    Reading "softmax": as printed, a distribution over the C classes. Reading "bernoulli": each class has a distribution
-    over present and absent, and the C divergences are added. Logits are divided by the temperature and the result
+    Reading "softmax": as printed, a distribution over the C classes. Reading "bernoulli": each
+    class has a distribution over present and absent, and the C divergences are added. Logits are
+    divided by the temperature and the result
     multiplied with its square; mean over the images.   logits (B, C) -> float
     """
     B, C = logits_r.shape
@@ -162,14 +170,14 @@ def distillation(logits_r, logits_q, how, temperature):
     return total / B * temperature ** 2
 
 
-# ------------------------------------------------------------------------------------------------------- section 3.4
+# ---- section 3.4
 
 class Queues:
     """Eq. 7: V_c = TopK(r_c) . f goes into the c-th of C first-in-first-out queues of length L.
 
-    Reading: for every known positive in image order, the features at the K largest energies (at most N of them, equal
-    energies by lowest location), unit length, largest energy first. Each class has a plain list; `slots` also keeps
-    what a ring buffer holds after the same writes.
+    Reading: for every known positive in image order, the features at the K largest energies (at
+    most N of them, equal energies by lowest location), unit length, largest energy first. Each
+    class has a plain list; `slots` also keeps what a ring buffer holds after the same writes.
     """
 
     def __init__(self, C, L, D):
@@ -187,7 +195,8 @@ class Queues:
                 for _ in range(min(k, N)):
                     best = None
                     for n in range(N):
-                        if n not in taken and (best is None or energy[b, c, n] > energy[b, c, best]):
+                        if n not in taken and (best is None
+                                               or energy[b, c, n] > energy[b, c, best]):
                             best = n
                     taken.add(best)
                     length = norm(f[b, best])
@@ -201,10 +210,12 @@ class Queues:
 
 
 def similarities(regions, queues, text):
-    """Eq. 8 averaged over the queue as Eq. 9-10 ask ("average cosine similarity", j in [1, l]); the text has one.
+    """Eq. 8 averaged over the queue as Eq. 9-10 ask ("average cosine similarity", j in [1, l]); the
+    text has one.
 
-    Reading: the average runs over the prototypes that exist; a class without any has no similarity (NaN).
-    regions (B, C, D), queues: list of C lists of (D,), text (C, D) -> (2, B, C): visual, text
+    Reading: the average runs over the prototypes that exist; a class without any has no similarity
+    (NaN). regions (B, C, D), queues: list of C lists of (D,), text (C, D) -> (2, B, C): visual,
+    text
     """
     B, C, _ = regions.shape
     s = np.zeros((2, B, C))
@@ -219,12 +230,14 @@ def similarities(regions, queues, text):
 
 
 def batch_means(regions, labels, queues):
-    """Eq. 9 for one modality, the printed double sum: images of D_c with y = 1 (then y = -1), prototypes j in [1, l].
+    """Eq. 9 for one modality, the printed double sum: images of D_c with y = 1 (then y = -1),
+    prototypes j in [1, l].
 
-        s_c^p = 1/|D_c^p| sum_{m in D_c^p} s_{i,j}^c y_i^c        s_c^n = -1/|D_c^n| sum_{m in D_c^n} s_{i,j}^c y_i^c
+        s_c^p = 1/|D_c^p| sum_{m in D_c^p} s_{i,j}^c y_i^c        s_c^n = -1/|D_c^n| sum_{m in
+        D_c^n} s_{i,j}^c y_i^c
 
-    Reading: |D_c| counts the (i, j) pairs of the sum, so that both are averages. -> (2, C): positive, negative;
-    NaN where the batch has no such label or the class no prototype.
+    Reading: |D_c| counts the (i, j) pairs of the sum, so that both are averages. -> (2, C):
+    positive, negative; NaN where the batch has no such label or the class no prototype.
     """
     B, C, _ = regions.shape
     means = np.full((2, C), math.nan)
@@ -246,7 +259,8 @@ def ema(theta, means, eta):
     """Eq. 11: theta_positive <- eta theta_positive + (1 - eta) s^p;
                theta_positive <- eta theta_negative + (1 - eta) s^n.
 
-    Reading: the second line updates theta_negative (misprint). Per class, only where the batch gave a mean; the first
+    Reading: the second line updates theta_negative (misprint). Per class, only where the batch gave
+    a mean; the first
     mean is taken as it is.   theta, means (2, C) -> (2, C)
     """
     out = np.array(theta, dtype=float)
@@ -255,17 +269,18 @@ def ema(theta, means, eta):
             if math.isnan(means[row, c]):
                 continue
             known = not math.isnan(out[row, c])
-            out[row, c] = eta * out[row, c] + (1.0 - eta) * means[row, c] if known else means[row, c]
+            out[row, c] = eta * out[row, c] + (1.0 - eta) * means[row, c] if known else means[row,
+                                                                                              c]
     return out
 
 
 def verdict(s, theta_pos, theta_neg):
-    """Eq. 10: 1 if s >= theta_positive and s <= theta_negative; -1 if s >= theta_negative and s <= theta_positive;
-    0 otherwise.
+    """Eq. 10: 1 if s >= theta_positive and s <= theta_negative; -1 if s >= theta_negative and s <=
+    theta_positive; 0 otherwise.
 
-    Reading: a misprint, since +1 would need theta_positive <= s <= theta_negative and -1 the middle ground. Meant:
-    +1 if s >= theta_positive, -1 if s <= theta_negative, else 0. No verdict while a threshold or s is unknown (NaN),
-    nor where the two thresholds are not in order.
+    Reading: a misprint, since +1 would need theta_positive <= s <= theta_negative and -1 the middle
+    ground. Meant: +1 if s >= theta_positive, -1 if s <= theta_negative, else 0. No verdict while a
+    threshold or s is unknown (NaN), nor where the two thresholds are not in order.
     """
     if math.isnan(s) or math.isnan(theta_pos) or math.isnan(theta_neg) or theta_pos <= theta_neg:
         return 0
@@ -297,12 +312,14 @@ def pseudo_labels(s, labels, theta):
     return out
 
 
-# ----------------------------------------------------------------------------------------------- section 3.5 and 3.6
+# ---- section 3.5 and 3.6
 
 def contrastive(anchors, samples, classes, tau):
-    """Eq. 13: L_NCE = 1/|P| sum_{q+ in P} -log(exp(p_a.q+/tau) / (exp(p_a.q+/tau) + sum_{q- in N} exp(p_a.q-/tau))).
+    """Eq. 13: L_NCE = 1/|P| sum_{q+ in P} -log(exp(p_a.q+/tau) / (exp(p_a.q+/tau) + sum_{q- in N}
+    exp(p_a.q-/tau))).
 
-    Reading: p_a and q have unit length; one such loss for each class that has positives, averaged over those classes;
+    Reading: p_a and q have unit length; one such loss for each class that has positives, averaged
+    over those classes;
     0 when there are none.   anchors (C, E), samples (S, E), classes (S,) -> float
     """
     losses = []
@@ -325,10 +342,12 @@ def contrastive(anchors, samples, classes, tau):
 
 
 def asymmetric(logits, labels, gamma_pos, gamma_neg, shift, assume_negative=0.0):
-    """Eq. 14: L_cls = (1-p)^gamma+ log(p) if y = 1;  (p_m)^gamma- log(1-p_m) if y = -1;  p_m = max(p - c, 0).
+    """Eq. 14: L_cls = (1-p)^gamma+ log(p) if y = 1;  (p_m)^gamma- log(1-p_m) if y = -1;  p_m =
+    max(p - c, 0).
 
-    Reading: the sign is missing (as printed it would be maximised), so each term is negated; summed over classes, mean
-    over images; unknown labels count nothing, or `assume_negative` times the negative term.
+    Reading: the sign is missing (as printed it would be maximised), so each term is negated; summed
+    over classes, mean over images; unknown labels count nothing, or `assume_negative` times the
+    negative term.
     """
     B, C = logits.shape
     total = 0.0
@@ -338,8 +357,10 @@ def asymmetric(logits, labels, gamma_pos, gamma_neg, shift, assume_negative=0.0)
             p, one_minus_p = sigmoid(x), sigmoid(-x)
             positive = -(one_minus_p ** gamma_pos) * log_sigmoid(x)
             p_m = max(p - shift, 0.0)
-            # 1 - p_m = (1 - p) + shift where p > shift: the sum keeps the digits that 1 - p loses near p = 1
-            log_rest = 0.0 if p_m == 0.0 else (log_sigmoid(-x) if shift == 0 else math.log(one_minus_p + shift))
+            # 1 - p_m = (1 - p) + shift where p > shift: the sum keeps the digits that 1 - p loses
+            # near p = 1
+            log_rest = 0.0 if p_m == 0.0 else (log_sigmoid(-x) if shift == 0
+                                               else math.log(one_minus_p + shift))
             negative = -(p_m ** gamma_neg) * log_rest
             if labels[b, c] == 1:
                 total += positive
@@ -351,12 +372,13 @@ def asymmetric(logits, labels, gamma_pos, gamma_neg, shift, assume_negative=0.0)
 
 
 def total(terms, alpha, beta, gamma):
-    """Eq. 15 with section 3.6's first sentence: L = L_q + alpha L_r + beta L_KD + gamma L_NCE; a missing term is 0."""
+    """Eq. 15 with section 3.6's first sentence: L = L_q + alpha L_r + beta L_KD + gamma L_NCE; a
+    missing term is 0."""
     return (terms.get("L_q", 0.0) + alpha * terms.get("L_r", 0.0)
             + beta * terms.get("L_KD", 0.0) + gamma * terms.get("L_NCE", 0.0))
 
 
-# ----------------------------------------------------------------------------------------------------- derivatives
+# ---- derivatives
 
 def slope(function, x, direction, step=1e-6):
     """Central difference of a scalar function of an array along a direction."""

@@ -1,4 +1,5 @@
-"""A world small enough for dozens of training runs: 24 drawn scenes of 64 pixels, a CLIP with random weights, seconds a run."""
+"""A world small enough for dozens of training runs: 24 drawn scenes of 64 pixels, a CLIP with
+random weights, seconds a run."""
 import json
 import os
 import subprocess
@@ -35,15 +36,19 @@ def make(folder):
 def weights():
     """A state dict of CLIP's smallest possible form, random."""
     torch.manual_seed(0)
-    return clip.CLIP(layers=(1, 1, 1, 1), vision_width=8, patch=None, resolution=64, embed_dim=24, context_length=20, vocab_size=2514,
+    return clip.CLIP(layers=(1, 1, 1, 1), vision_width=8, patch=None, resolution=64, embed_dim=24,
+                     context_length=20, vocab_size=2514,
                      text_width=64, text_heads=1, text_layers=1).state_dict()
 
 
 def options(world, out, **changes):
     """The command line of a run of seconds; a change of None leaves an option out."""
-    chosen = dict(data="scenes", root=world / "scenes", ratio=0.5, clip=world / "clip-quickgelu.safetensors", size=64, epochs=3,
-                  batch=8, context=4, queue=8, workers=0, cache_features=1, cache_dir=world / "features", out=out) | changes
-    return [str(word) for name, value in chosen.items() if value is not None for word in ("--" + name.replace("_", "-"), value)]
+    chosen = dict(data="scenes", root=world / "scenes", ratio=0.5,
+                  clip=world / "clip-quickgelu.safetensors", size=64, epochs=3,
+                  batch=8, context=4, queue=8, workers=0, cache_features=1,
+                  cache_dir=world / "features", out=out) | changes
+    return [str(word) for name, value in chosen.items() if value is not None
+            for word in ("--" + name.replace("_", "-"), value)]
 
 
 def run(world, out, **changes):
@@ -56,7 +61,8 @@ def run(world, out, **changes):
 def start(script, *arguments, **keywords):
     """`python SCRIPT ARGUMENTS` as a user would, output kept, one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, script, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+    return subprocess.Popen([sys.executable, script, *map(str, arguments)], cwd=ROOT,
+                            env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
 
 
@@ -69,7 +75,8 @@ def command(main, arguments, capfd):
 
 
 def one_line(main, arguments, capfd, *words):
-    """The command is refused: status 2 and a single line on stderr that holds `words`. Returns that line."""
+    """The command is refused: status 2 and a single line on stderr that holds `words`. Returns that
+    line."""
     status, _, err = command(main, arguments, capfd)
     assert status == 2, (status, err)
     assert len(err) == 1 and err[0].startswith("error: ") and len(err[0]) < 700, err
@@ -80,8 +87,10 @@ def one_line(main, arguments, capfd, *words):
 
 def rows(folder):
     """metrics.jsonl without what a clock measured."""
-    return timeless(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return timeless(json.loads(line)
+                    for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def timeless(history):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waiting")} for line in history]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waiting")}
+            for line in history]

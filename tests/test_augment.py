@@ -1,4 +1,6 @@
-"""The augmentation: the policy table, every operation against its plain PIL form, and the same images in any loader."""
+"""The augmentation: the policy table, every operation against its plain PIL form, and the same
+images in any loader."""
+
 import json
 import os
 import random
@@ -17,10 +19,25 @@ from datasets import augment
 import data
 import fake_datasets as fake
 
-SAMPLES = Path(os.environ.get("TRM_SAMPLES", Path(data.__file__).resolve().parent.parent / "shared" / "data"))
-FULL = {"shX": "shearx", "shY": "sheary", "trX": "translatex", "trY": "translatey", "rot": "rotate", "col": "color",
-        "con": "contrast", "sha": "sharpness", "bri": "brightness", "pos": "posterize", "sol": "solarize",
-        "aut": "autocontrast", "equ": "equalize", "inv": "invert"}
+SAMPLES = Path(
+    os.environ.get("TRM_SAMPLES", Path(data.__file__).resolve().parent.parent / "shared" / "data")
+)
+FULL = {
+    "shX": "shearx",
+    "shY": "sheary",
+    "trX": "translatex",
+    "trY": "translatey",
+    "rot": "rotate",
+    "col": "color",
+    "con": "contrast",
+    "sha": "sharpness",
+    "bri": "brightness",
+    "pos": "posterize",
+    "sol": "solarize",
+    "aut": "autocontrast",
+    "equ": "equalize",
+    "inv": "invert",
+}
 
 
 def picture(size=(64, 48), seed=0):
@@ -31,22 +48,42 @@ def picture(size=(64, 48), seed=0):
 def test_table_counts():
     assert len(augment.POLICIES) == 117 and len({str(row) for row in augment.POLICIES}) == 111
     uses = Counter(FULL[operation] for row in augment.POLICIES for _, operation, _ in row)
-    assert uses == dict(equalize=56, autocontrast=36, solarize=31, translatey=22, color=19, brightness=13, rotate=9, invert=9,
-                        contrast=8, sharpness=8, posterize=7, sheary=7, shearx=5, translatex=4)
+    assert uses == dict(
+        equalize=56,
+        autocontrast=36,
+        solarize=31,
+        translatey=22,
+        color=19,
+        brightness=13,
+        rotate=9,
+        invert=9,
+        contrast=8,
+        sharpness=8,
+        posterize=7,
+        sheary=7,
+        shearx=5,
+        translatex=4,
+    )
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="no real samples: set TRM_SAMPLES to their folder")
 def test_table_is_the_published_one():
     published = json.loads((SAMPLES / "mlc_policy_table.json").read_text())
-    ours = [[value for p, operation, level in row for value in (p, FULL[operation], level)] for row in augment.POLICIES]
+    ours = [
+        [value for p, operation, level in row for value in (p, FULL[operation], level)]
+        for row in augment.POLICIES
+    ]
     assert ours == published["rows"]
     for short, name in FULL.items():
         levels = published["magnitude_by_level"].get(name)
-        assert [augment.magnitude(short, k) for k in range(10)] == pytest.approx(levels or [None] * 10, abs=1e-6)
+        assert [augment.magnitude(short, k) for k in range(10)] == pytest.approx(
+            levels or [None] * 10, abs=1e-6
+        )
 
 
 class Fixed(random.Random):
     """choice() always takes the first: the sign is -1."""
+
     def choice(self, options):
         return options[0]
 
@@ -60,7 +97,7 @@ def test_operations(operation, level):
     a, b = np.asarray(image).astype(int), np.asarray(out).astype(int)
     m = augment.magnitude(operation, level)
     if level == 0 and operation not in ("aut", "equ", "inv"):
-        assert (a == b).all() or operation == "pos"          # magnitude 0 changes nothing
+        assert (a == b).all() or operation == "pos"  # magnitude 0 changes nothing
     if operation == "inv":
         assert (b == 255 - a).all()
     if operation == "sol":
@@ -71,12 +108,12 @@ def test_operations(operation, level):
         assert np.abs(b - a * (1 - m)).max() <= 1
     if operation == "trX" and level:
         moved = np.full_like(a, 128)
-        shift = m * 64                                        # nearest pixel, to the right for sign -1
+        shift = m * 64  # nearest pixel, to the right for sign -1
         for x in range(64):
             if 0 <= x + 0.5 - shift < 64:
                 moved[:, x] = a[:, int(x + 0.5 - shift)]
         assert (moved == b).mean() > 0.97
-    if operation == "rot":                                    # the published form goes through RGBA and a composite
+    if operation == "rot":  # the published form goes through RGBA and a composite
         turned = image.convert("RGBA").rotate(m)
         grey = Image.new("RGBA", turned.size, (128,) * 4)
         assert (np.asarray(Image.composite(turned, grey, turned).convert("RGB")) == b).all()
@@ -95,10 +132,10 @@ def test_cutout_is_one_rectangle_of_one_colour():
         out = np.asarray(augment.cutout(image, random.Random(seed)))
         changed = (out != (1, 2, 3)).any(2)
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-        box = out[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].reshape(-1, 3)
+        box = out[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].reshape(-1, 3)
         assert (box == box[0]).all() and changed.sum() == len(box)
         assert len(rows) <= 179 and len(columns) <= 179 and min(len(rows), len(columns)) >= 89
-    drawn = Image.new("RGB", (448, 448))                      # 179 pixels, as the published code's inclusive rectangle
+    drawn = Image.new("RGB", (448, 448))  # 179 pixels, as the published code's inclusive rectangle
     ImageDraw.Draw(drawn).rectangle([200 - 89, 200 - 89, 200 + 89, 200 + 89], fill=(9, 9, 9))
     assert (np.asarray(drawn).any(2).sum(0) > 0).sum() == 179 == int(0.4 * 448 + 0.5)
 
@@ -113,9 +150,14 @@ def test_random_crop_statistics(monkeypatch):
     x0, y0, x1, y1 = np.array(boxes).T
     area, aspect = (x1 - x0) * (y1 - y0) / (640 * 480), (x1 - x0) / (y1 - y0)
     assert x0.min() >= 0 and y0.min() >= 0 and x1.max() <= 640 and y1.max() <= 480
-    assert 0.495 < area.min() < 0.51 and 0.93 < area.max() <= 1 and aspect.min() > 0.745 and aspect.max() < 1.345
+    assert (
+        0.495 < area.min() < 0.51
+        and 0.93 < area.max() <= 1
+        and aspect.min() > 0.745
+        and aspect.max() < 1.345
+    )
     boxes.clear()
-    for size in ((1000, 10), (10, 1000), (1, 1)):             # nothing fits: the largest central part
+    for size in ((1000, 10), (10, 1000), (1, 1)):  # nothing fits: the largest central part
         augment.random_crop(Image.new("RGB", size), 448, random.Random(0))
     assert boxes == [(493, 0, 506, 10), (0, 493, 10, 506), (0, 0, 1, 1)]
 
@@ -126,7 +168,11 @@ def test_normalise_is_clips():
     mean, std = (torch.tensor(value).double().view(3, 1, 1) for value in (MEAN, STD))
     x = (x - mean) / std
     out = augment.normalise(image, MEAN, STD)
-    assert out.dtype == torch.float32 and out.is_contiguous() and torch.allclose(out.double(), x, atol=1e-6)
+    assert (
+        out.dtype == torch.float32
+        and out.is_contiguous()
+        and torch.allclose(out.double(), x, atol=1e-6)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +197,20 @@ def test_the_same_images_with_any_number_of_workers(split):
         runs.append([torch.cat(parts) for parts in zip(*loader)])
     for x, index in runs[1:]:
         assert torch.equal(x, runs[0][0]) and torch.equal(index, runs[0][1])
-    resumed = torch.stack([images[key][0] for key in keys[12:]])          # started in the middle
+    resumed = torch.stack([images[key][0] for key in keys[12:]])  # started in the middle
     assert torch.equal(resumed, runs[0][0][12:])
 
 
 def test_seed_epoch_and_index_all_matter(split):
     def digest(seed, key):
         return data.Images(split, 32, "taidpt", seed)[key][0].numpy().tobytes()
+
     assert digest(0, (0, 4)) == digest(0, 4)
     assert len({digest(seed, (epoch, 4)) for seed in range(3) for epoch in range(4)}) >= 11
-    flips = [np.array_equal(data.Images(split, 32, "flip")[(e, 0)][0], data.Images(split, 32)[0][0]) for e in range(60)]
+    flips = [
+        np.array_equal(data.Images(split, 32, "flip")[(e, 0)][0], data.Images(split, 32)[0][0])
+        for e in range(60)
+    ]
     assert 15 < sum(flips) < 45
 
 
@@ -177,5 +227,9 @@ def test_orientation_is_applied_even_where_the_exif_cannot_be_rewritten(tmp_path
     photo = Image.fromarray(np.random.RandomState(0).randint(0, 255, (12, 20, 3), np.uint8))
     photo.save(tmp_path / "a.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
-    with mock.patch.object(Image.Exif, "tobytes", side_effect=AttributeError("'IFDRational' object has no attribute 'encode'")):
+    with mock.patch.object(
+        Image.Exif,
+        "tobytes",
+        side_effect=AttributeError("'IFDRational' object has no attribute 'encode'"),
+    ):
         assert np.array_equal(np.asarray(augment.read(tmp_path / "a.png")), np.asarray(upright))

@@ -1,4 +1,6 @@
-"""Bad input: one clear line, or a documented correct treatment. Never a raw traceback, a hang or other labels."""
+"""Bad input: one clear line, or a documented correct treatment. Never a raw traceback, a hang or
+other labels."""
+
 import copy
 import io
 import json
@@ -37,11 +39,16 @@ def refused(match, *arguments, call=fake.load, **options):
     return str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------- images to refuse
+# ---- images to refuse
 def png(chunks):
     body = b"\x89PNG\r\n\x1a\n"
     for kind, content in chunks:
-        body += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        body += (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
     return body
 
 
@@ -57,7 +64,7 @@ def image_file(folder, case):
     elif case == "zero bytes":
         path.write_bytes(b"")
     elif case == "truncated":
-        path.write_bytes(whole[:len(whole) // 2])
+        path.write_bytes(whole[: len(whole) // 2])
     elif case == "text":
         path.write_text("<html>404 not found</html>")
     elif case == "pipe":
@@ -68,7 +75,9 @@ def image_file(folder, case):
         path.symlink_to(path)
     elif case == "bomb":
         header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-        path.write_bytes(png([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]))
+        path.write_bytes(
+            png([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")])
+        )
     elif case == "bad zlib":
         header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
         path.write_bytes(png([(b"IHDR", header), (b"IDAT", b"nonsense" * 20), (b"IEND", b"")]))
@@ -77,9 +86,18 @@ def image_file(folder, case):
     return path
 
 
-REFUSED = {"missing": "no such file", "folder": "not a regular file", "zero bytes": "cannot identify", "truncated": "truncated",
-           "text": "cannot identify", "pipe": "not a regular file", "link loop": "no such file", "bomb": "decompression bomb",
-           "bad zlib": "not a readable image", "float tiff": "32 bits"}
+REFUSED = {
+    "missing": "no such file",
+    "folder": "not a regular file",
+    "zero bytes": "cannot identify",
+    "truncated": "truncated",
+    "text": "cannot identify",
+    "pipe": "not a regular file",
+    "link loop": "no such file",
+    "bomb": "decompression bomb",
+    "bad zlib": "not a readable image",
+    "float tiff": "32 bits",
+}
 
 
 @pytest.mark.parametrize("case,workers", [*((case, 0) for case in REFUSED), ("truncated", 1)])
@@ -92,20 +110,22 @@ def test_unreadable_images(tmp_path, case, workers):
     assert message.startswith(str(path)) and "\n" not in message and "Traceback" not in message
 
 
-# ------------------------------------------------------------------------------------------ images to treat rightly
+# ---- images to treat rightly
 def test_formats_with_a_documented_treatment(tmp_path):
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     colour = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 16, 3), np.uint8))
 
     def read(image, kind, **options):
-        image.save(tmp_path / "x.jpg", kind, **options)                        # the name says jpg whatever is inside
+        image.save(tmp_path / "x.jpg", kind, **options)  # the name says jpg whatever is inside
         out = augment.read(tmp_path / "x.jpg")
         assert out.mode == "RGB"
         return np.asarray(out).astype(int)
-    assert (read(colour, "PNG") == np.asarray(colour)).all()                   # a PNG named jpg
+
+    assert (read(colour, "PNG") == np.asarray(colour)).all()  # a PNG named jpg
     assert (read(colour, "BMP") == np.asarray(colour)).all()
     assert (read(grey, "PNG")[..., 0] == np.asarray(grey)).all()
-    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)           # 16 bits: scaled, not cut off at 255
+    # 16 bits: scaled, not cut off at 255
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     assert (read(wide, "PNG")[..., 1] == np.asarray(grey)).all()
     assert (read(wide, "TIFF")[..., 1] == np.asarray(grey)).all()
     cmyk = read(colour.resize((64, 64), Image.BICUBIC).convert("CMYK"), "JPEG", quality=95)
@@ -113,17 +133,18 @@ def test_formats_with_a_documented_treatment(tmp_path):
     frames = [Image.new("P", (8, 8), c) for c in (0, 1)]
     for frame in frames:
         frame.putpalette([10, 200, 30, 250, 0, 0] + [0] * 762)
-    assert (read(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (10, 200, 30)).all()   # first frame
+    # first frame
+    assert (read(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (10, 200, 30)).all()
     clear = colour.convert("RGBA")
     clear.putalpha(0)
-    assert (read(clear, "PNG") == 255).all()                                   # transparent is white, not what it hides
+    assert (read(clear, "PNG") == 255).all()  # transparent is white, not what it hides
     half = Image.new("LA", (4, 4), (0, 128))
     assert np.abs(read(half, "PNG") - 127).max() <= 1
     palette = colour.convert("P")
     assert (read(palette, "PNG", transparency=palette.getpixel((3, 5)))[5, 3] == 255).all()
     assert (read(Image.new("1", (4, 4), 1), "PNG") == 255).all()
     exif = Image.Exif()
-    exif[274] = 6                                                              # the camera was held upright
+    exif[274] = 6  # the camera was held upright
     turned = read(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
     assert turned.shape == (40, 20, 3)
     tiny = data.Split("x/train", [str(tmp_path / "x.jpg")], ["a"], np.zeros((1, 1), np.int8))
@@ -133,7 +154,7 @@ def test_formats_with_a_documented_treatment(tmp_path):
     assert data.Images(tiny, 32, "taidpt")[(5, 0)][0].shape == (3, 32, 32)
 
 
-# ------------------------------------------------------------------------------------------------------ COCO's JSON
+# ---- COCO's JSON
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
     root = tmp_path_factory.mktemp("coco")
@@ -147,9 +168,15 @@ def change(record, key, value):
     return record
 
 
-BOXES = {"box of three": [1, 2, 3], "box of nothing": [1, 2, float("nan"), 4], "box of 401 digits": [10**400, 1, 1, 1],
-         "box beyond all images": [1e300, 1, 1, 1], "box of negative size": [8, 6, -4, 5], "box far beyond the image": [8, 6, 1000, 5],
-         "box far left of the image": [-800, 6, 820, 5]}
+BOXES = {
+    "box of three": [1, 2, 3],
+    "box of nothing": [1, 2, float("nan"), 4],
+    "box of 401 digits": [10**400, 1, 1, 1],
+    "box beyond all images": [1e300, 1, 1, 1],
+    "box of negative size": [8, 6, -4, 5],
+    "box far beyond the image": [8, 6, 1000, 5],
+    "box far left of the image": [-800, 6, 820, 5],
+}
 
 
 def edit(content, case):
@@ -196,14 +223,32 @@ def edit(content, case):
     return json.dumps(content)
 
 
-JSON = {"leaves the root": "leads out of", "leaves by backslash": "leads out of", "absolute name": "leads out of",
-        "image twice": r"images\[10\] needs a file_name and an id", "file twice": "is listed twice", "no file name": r"images\[1\] needs",
-        "missing photo": "1 of 10 images are missing", "unknown image": r"annotations\[0\] needs",
-        "unknown category": r"annotations\[0\] needs", **dict.fromkeys(BOXES, r"annotations\[0\] needs"),
-        "annotations are null": "expected COCO's", "annotations are 5": "expected COCO's",
-        "images are 5": "expected COCO's", "note is null": r"annotations\[0\] needs", "category without a name": "categories with id and name",
-        "blank category": "has the ids", "category name twice": "has the ids",
-        "no categories": "no images, or no categories", "no images": "no images", "no annotations key": "'annotations'"}
+JSON = {
+    "leaves the root": "leads out of",
+    "leaves by backslash": "leads out of",
+    "absolute name": "leads out of",
+    "image twice": r"images\[10\] needs a file_name and an id",
+    "file twice": "is listed twice",
+    "no file name": r"images\[1\] needs",
+    "missing photo": "1 of 10 images are missing",
+    "unknown image": r"annotations\[0\] needs",
+    "unknown category": r"annotations\[0\] needs",
+    **dict.fromkeys(
+        BOXES,
+        r"annotations\[0\] "
+        r"needs",
+    ),
+    "annotations are null": "expected COCO's",
+    "annotations are 5": "expected COCO's",
+    "images are 5": "expected COCO's",
+    "note is null": r"annotations\[0\] needs",
+    "category without a name": "categories with id and name",
+    "blank category": "has the ids",
+    "category name twice": "has the ids",
+    "no categories": "no images, or no categories",
+    "no images": "no images",
+    "no annotations key": "'annotations'",
+}
 
 
 @pytest.mark.parametrize("case", JSON)
@@ -211,34 +256,54 @@ def test_bad_annotations(coco, tmp_path, case):
     root, content = coco
     for folder in ("train2014", "val2014"):
         (tmp_path / folder).symlink_to(root / folder)
-    fake.write(tmp_path / "annotations/instances_val2014.json", (root / "annotations/instances_val2014.json").read_text())
-    fake.write(tmp_path / "annotations/instances_train2014.json", edit(copy.deepcopy(content), case))
+    fake.write(
+        tmp_path / "annotations/instances_val2014.json",
+        (root / "annotations/instances_val2014.json").read_text(),
+    )
+    fake.write(
+        tmp_path / "annotations/instances_train2014.json", edit(copy.deepcopy(content), case)
+    )
     assert "instances_train2014.json" in refused(JSON[case], "coco", tmp_path)
 
 
 def test_boxes_that_real_files_hold(coco, tmp_path):
-    """Up to the edge and a rounding beyond; without a height, as COCO's annotation 918; iscrowd left out."""
+    """Up to the edge and a rounding beyond; without a height, as COCO's annotation 918; iscrowd
+    left out."""
     shutil.copytree(coco[0], tmp_path / "c")
     content = copy.deepcopy(coco[1])
-    for note, box in zip(content["annotations"], ([0, 0, 80, 60], [40.01, 30.01, 40.0, 30.0], [-0.01, 5, 8, 0.0])):
+    for note, box in zip(
+        content["annotations"], ([0, 0, 80, 60], [40.01, 30.01, 40.0, 30.0], [-0.01, 5, 8, 0.0])
+    ):
         note["bbox"] = box
         del note["iscrowd"]
     fake.write(tmp_path / "c/annotations/instances_train2014.json", json.dumps(content))
     boxes = np.concatenate(fake.load("coco", tmp_path / "c")[0].boxes)[:, 1:]
-    for box in ([0, 0, 1, 1], [40.01 / 80, 30.01 / 60, 80.01 / 80, 60.01 / 60], [-0.01 / 80, 5 / 60, 7.99 / 80, 5 / 60]):
+    for box in (
+        [0, 0, 1, 1],
+        [40.01 / 80, 30.01 / 60, 80.01 / 80, 60.01 / 60],
+        [-0.01 / 80, 5 / 60, 7.99 / 80, 5 / 60],
+    ):
         assert np.isclose(boxes, box, rtol=1e-6, atol=1e-9).all(1).any()
 
 
-@pytest.mark.parametrize("text,match", [
-    (b'{"images": [{"id": 1, "file_na', "not valid JSON.*incomplete"), (b"", "not valid JSON"), (b"[1, 2]", "expected COCO's"),
-    (b"null", "expected COCO's"), (b'{"a": "\xff\xfe"}', "not valid JSON"), (b"[" * 200000, "not valid JSON")])
+@pytest.mark.parametrize(
+    "text,match",
+    [
+        (b'{"images": [{"id": 1, "file_na', "not valid JSON.*incomplete"),
+        (b"", "not valid JSON"),
+        (b"[1, 2]", "expected COCO's"),
+        (b"null", "expected COCO's"),
+        (b'{"a": "\xff\xfe"}', "not valid JSON"),
+        (b"[" * 200000, "not valid JSON"),
+    ],
+)
 def test_broken_json(coco, tmp_path, text, match):
     shutil.copytree(coco[0], tmp_path / "c")
     (tmp_path / "c/annotations/instances_train2014.json").write_bytes(text)
     refused(match, "coco", tmp_path / "c")
 
 
-# -------------------------------------------------------------------------------------------------- other layouts
+# ---- other layouts
 def test_folders_and_arguments(coco, tmp_path):
     refused("no such folder", "coco", tmp_path / "nowhere")
     refused("annotations of train2014 not found", "coco", tmp_path)
@@ -249,13 +314,18 @@ def test_folders_and_arguments(coco, tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/instances_train2014.json").mkdir()
     (tmp_path / "train2014").mkdir()
-    refused("cannot be read", "coco", tmp_path)                              # a folder where a file should be
+    refused("cannot be read", "coco", tmp_path)  # a folder where a file should be
     root = coco[0]
     for match, options in (
-            ("exclude each other", dict(ratio=0.5, single_positive="largeloss")),
-            ("--val is a share", dict(val=1.5)), ("--val is a share", dict(val="x.csv")),
-            ("cannot be read", dict(names=tmp_path / "none.txt")), ("the file is empty", dict(mask=tmp_path / "file")),
-            ("no positive label", dict(ratio=1e-9)), ("lower --val, or", dict(val=0.99)), ("holds none out", dict(val=0.01))):
+        ("exclude each other", dict(ratio=0.5, single_positive="largeloss")),
+        ("--val is a share", dict(val=1.5)),
+        ("--val is a share", dict(val="x.csv")),
+        ("cannot be read", dict(names=tmp_path / "none.txt")),
+        ("the file is empty", dict(mask=tmp_path / "file")),
+        ("no positive label", dict(ratio=1e-9)),
+        ("lower --val, or", dict(val=0.99)),
+        ("holds none out", dict(val=0.01)),
+    ):
         refused(match, "coco", root, **options)
 
 
@@ -291,45 +361,105 @@ def test_voc(tmp_path):
     fake.voc(xml, class_files=False)
     note = xml / "VOCdevkit/VOC2007/Annotations/000000.xml"
     keep = note.read_text()
-    for text in (keep[:-20], keep.replace("<name>aeroplane", "<name>unicorn"), "", "<html><body>404 Not Found</body></html>",
-                 *(f'<?xml version="1.0" encoding="{code}"?>{keep}' for code in ("hex", "rot13", "nope"))):
+    for text in (
+        keep[:-20],
+        keep.replace("<name>aeroplane", "<name>unicorn"),
+        "",
+        "<html><body>404 Not Found</body></html>",
+        *(f'<?xml version="1.0" encoding="{code}"?>{keep}' for code in ("hex", "rot13", "nope")),
+    ):
         note.write_text(text)
         refused("000000.xml: not an annotation", "voc2007", xml)
 
 
 MAIN, SPLIT = "VOCdevkit/VOC2007/ImageSets/Main", "CUB_200_2011/train_test_split.txt"
 ATTRIBUTES = "CUB_200_2011/attributes/image_attribute_labels.txt"
-INDEX, CONCEPTS, NUS = "vg_category_500_labels_index.json", "ConceptsList/Concepts81.txt", "ImageList/TrainImagelist.txt"
+INDEX, CONCEPTS, NUS = (
+    "vg_category_500_labels_index.json",
+    "ConceptsList/Concepts81.txt",
+    "ImageList/TrainImagelist.txt",
+)
 SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is listed twice"
 
 
-@pytest.mark.parametrize("name,file,old,new,match", [                          # old None: the whole file
-    ("voc2007", f"{MAIN}/dog_trainval.txt", b"000003", b"000002", "dog_trainval.txt:4: expected an id"),   # one twice, one missing
-    ("voc2007", f"{MAIN}/trainval.txt", b"000003", b"000002", f"000002.jpg {TWICE}"),
-    ("voc2007", f"{MAIN}/trainval.txt", None, b"", f"trainval.txt: {EMPTY}"),
-    ("cub", ATTRIBUTES, b"1 3 0 3 3.5\n", b"1 3 0 3 3.5\n1 3 1 3 3.5\n", "labels.txt:4: expected"),
-    ("cub", SPLIT, b"3 1\n", b"3 2\n", "split.txt: expected 0 or 1 for all 16 images, got 16 lines of .*'2'"),
-    ("cub", SPLIT, b"16 0\n", b"", "split.txt: expected 0 or 1 for all 16 images, got 15 lines"),
-    ("cub", "attributes.txt", b"bill_color::large_(16_-_32_in)", b"bill_color::blue", f"has_bill_color::blue {TWICE}"),
-    ("cub", "CUB_200_2011/images.txt", b"002.Bird_1/Bird_0001", b"002.Bird_1/Bird_0013", f"Bird_0013.jpg {TWICE}"),   # once in each split
-    ("vg200", "train_list_500.txt", None, b"\n", f"train_list_500.txt: {EMPTY}"),
-    ("vg200", INDEX, None, b"[" * 200000, f"{INDEX}: not valid JSON"),
-    *(("vg200", INDEX, b"[0,", b"[%s," % index, f"{INDEX}: expected .*0.jpg")
-      for index in (b"-1", b"NaN", b"1" + b"0" * 30, b"true", b"500", b"0.0")),
-    ("nuswide", CONCEPTS, b"concept03\r\n", b"", "Concepts81.txt: expected 81 distinct names, one a line; got 80"),
-    ("nuswide", CONCEPTS, b"concept03", b"concept03\r\nmore", "got 82"),
-    ("nuswide", CONCEPTS, b"concept03", b"concept02", "got 81 .80 distinct"),
-    ("nuswide", CONCEPTS, None, b"", EMPTY), ("nuswide", NUS, None, b"", f"TrainImagelist.txt: {EMPTY}"),
-    ("nuswide", NUS, b"0003_3", b"0001_1", f"0001_1.jpg {TWICE}"),
-    ("nuswide splc", SINGLE, b"00003_3", b"00002_2", f"00002_2_m.jpg {TWICE}"),
-    ("nuswide splc", "nus_val.txt", b"00003_53", b"00002_52", TWICE),
-    ("nuswide splc", SINGLE, b",0\n", b",\n", "label.txt:1: expected .*one idx"),
-    ("nuswide splc", SINGLE, b",0\n", b",0 3\n", "label.txt:1: expected .*one idx"),
-    ("coco splc", "coco_train_singlelabel.txt", b"100026.jpg", b"000009.jpg", TWICE),
-    ("voc2012 splc", "voc_train.txt", b"2008_000003", b"2008_000002", TWICE),
-    ("cub splc", "cub_train.txt", b"002.Bird_1/Bird_0001", b"001.Bird_0/Bird_0003", TWICE),
-    ("cub splc", "cub_train.txt", b", 1\n", b", 1_0\n", "cub_train.txt:1: expected")],
-    ids=lambda value: "" if isinstance(value, bytes) or value is None else Path(value).name)
+@pytest.mark.parametrize(
+    "name,file,old,new,match",
+    [  # old None: the whole file
+        # one twice, one missing
+        (
+            "voc2007",
+            f"{MAIN}/dog_trainval.txt",
+            b"000003",
+            b"000002",
+            "dog_trainval.txt:4: expected an id",
+        ),
+        ("voc2007", f"{MAIN}/trainval.txt", b"000003", b"000002", f"000002.jpg {TWICE}"),
+        ("voc2007", f"{MAIN}/trainval.txt", None, b"", f"trainval.txt: {EMPTY}"),
+        (
+            "cub",
+            ATTRIBUTES,
+            b"1 3 0 3 3.5\n",
+            b"1 3 0 3 3.5\n1 3 1 3 3.5\n",
+            "labels.txt:4: expected",
+        ),
+        (
+            "cub",
+            SPLIT,
+            b"3 1\n",
+            b"3 2\n",
+            "split.txt: expected 0 or 1 for all 16 images, got 16 lines of .*'2'",
+        ),
+        (
+            "cub",
+            SPLIT,
+            b"16 0\n",
+            b"",
+            "split.txt: expected 0 or 1 for all 16 images, got 15 lines",
+        ),
+        (
+            "cub",
+            "attributes.txt",
+            b"bill_color::large_(16_-_32_in)",
+            b"bill_color::blue",
+            f"has_bill_color::blue {TWICE}",
+        ),
+        # once in each split
+        (
+            "cub",
+            "CUB_200_2011/images.txt",
+            b"002.Bird_1/Bird_0001",
+            b"002.Bird_1/Bird_0013",
+            f"Bird_0013.jpg {TWICE}",
+        ),
+        ("vg200", "train_list_500.txt", None, b"\n", f"train_list_500.txt: {EMPTY}"),
+        ("vg200", INDEX, None, b"[" * 200000, f"{INDEX}: not valid JSON"),
+        *(
+            ("vg200", INDEX, b"[0,", b"[%s," % index, f"{INDEX}: expected .*0.jpg")
+            for index in (b"-1", b"NaN", b"1" + b"0" * 30, b"true", b"500", b"0.0")
+        ),
+        (
+            "nuswide",
+            CONCEPTS,
+            b"concept03\r\n",
+            b"",
+            "Concepts81.txt: expected 81 distinct names, one a line; got 80",
+        ),
+        ("nuswide", CONCEPTS, b"concept03", b"concept03\r\nmore", "got 82"),
+        ("nuswide", CONCEPTS, b"concept03", b"concept02", "got 81 .80 distinct"),
+        ("nuswide", CONCEPTS, None, b"", EMPTY),
+        ("nuswide", NUS, None, b"", f"TrainImagelist.txt: {EMPTY}"),
+        ("nuswide", NUS, b"0003_3", b"0001_1", f"0001_1.jpg {TWICE}"),
+        ("nuswide splc", SINGLE, b"00003_3", b"00002_2", f"00002_2_m.jpg {TWICE}"),
+        ("nuswide splc", "nus_val.txt", b"00003_53", b"00002_52", TWICE),
+        ("nuswide splc", SINGLE, b",0\n", b",\n", "label.txt:1: expected .*one idx"),
+        ("nuswide splc", SINGLE, b",0\n", b",0 3\n", "label.txt:1: expected .*one idx"),
+        ("coco splc", "coco_train_singlelabel.txt", b"100026.jpg", b"000009.jpg", TWICE),
+        ("voc2012 splc", "voc_train.txt", b"2008_000003", b"2008_000002", TWICE),
+        ("cub splc", "cub_train.txt", b"002.Bird_1/Bird_0001", b"001.Bird_0/Bird_0003", TWICE),
+        ("cub splc", "cub_train.txt", b", 1\n", b", 1_0\n", "cub_train.txt:1: expected"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) or value is None else Path(value).name,
+)
 def test_lists_that_contradict_themselves(tmp_path, name, file, old, new, match):
     name, setting = (name + " ").split(" ", 1)
     fake.MAKERS[name](tmp_path)
@@ -339,7 +469,10 @@ def test_lists_that_contradict_themselves(tmp_path, name, file, old, new, match)
 
 def test_vg_names_need_objects_of_the_lists(tmp_path, capsys):
     fake.vg200(tmp_path)
-    for text, match in (("[]", "objects.json: none of its images"), ('[{"image_id": 5, "objects": [{"names": ["sky"]}]}]', "none of its images")):
+    for text, match in (
+        ("[]", "objects.json: none of its images"),
+        ('[{"image_id": 5, "objects": [{"names": ["sky"]}]}]', "none of its images"),
+    ):
         fake.write(tmp_path / "objects.json", text)
         refused(match, tmp_path, tmp_path / "objects.json", call=vg200.match_names)
     assert check.main(["coco", "--root", str(tmp_path), "--objects", "objects.json"]) == 2
@@ -351,7 +484,9 @@ def test_vg200(tmp_path):
     names = tmp_path / "vg_category_200.txt"
     keep = names.read_text()
     names.write_text("\n".join(keep.splitlines()[:150]))
-    refused("vg_category_200.txt: expected 200 distinct names, one a line; got 150", "vg200", tmp_path)
+    refused(
+        "vg_category_200.txt: expected 200 distinct names, one a line; got 150", "vg200", tmp_path
+    )
     names.unlink()
     refused("names are not part of the public files.*--names", "vg200", tmp_path)
     names.write_text(keep)
@@ -374,7 +509,8 @@ def test_nuswide(tmp_path):
     np.save(tmp_path / "formatted_train_labels.npy", np.zeros((3, 81)))
     refused("expected 0 or 1 for 10 images x 81", "nuswide", tmp_path, single_positive="largeloss")
     np.save(tmp_path / "formatted_train_labels.npy", np.array([None]))
-    refused("not an array file", "nuswide", tmp_path, single_positive="largeloss")   # pickles are never loaded
+    # pickles are never loaded
+    refused("not an array file", "nuswide", tmp_path, single_positive="largeloss")
     replace(tmp_path / "nus_train_singlelabel.txt", b",", b",81 ")
     refused("nus_train_singlelabel.txt:1: expected", "nuswide", tmp_path, single_positive="splc")
     replace(tmp_path / "nus_train_singlelabel.txt", b",81 ", b",-1 ")
@@ -390,11 +526,16 @@ def array_file(case):
     """The bytes of a .npy or .npz that is damaged, or is not what it is called."""
     buffer, array = io.BytesIO(), np.zeros((10, 20))
     if case.startswith("header"):
-        text = {"header damaged": "{'descr': '<f8', 'fortran_order': (",
-                "header of 10**13 rows": f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**13}, 20)}}",
-                "header of an object": "{'descr': '|O', 'fortran_order': False, 'shape': (10, 20)}"}[case].ljust(117) + "\n"
+        text = {
+            "header damaged": "{'descr': '<f8', 'fortran_order': (",
+            "header of 10**13 rows": f"{{'descr': '<f8', 'fortran_order': False, 'shape': "
+            f"({10**13}, 20)}}",
+            "header of an object": "{'descr': '|O', 'fortran_order': False, 'shape': (10, 20)}",
+        }[case].ljust(117) + "\n"
         return b"\x93NUMPY\1\0" + struct.pack("<H", 118) + text.encode() + bytes(8)
-    (np.savez_compressed if case == "zip damaged" else np.savez)(buffer, array, **({"b": array} if case == "two arrays" else {}))
+    (np.savez_compressed if case == "zip damaged" else np.savez)(
+        buffer, array, **({"b": array} if case == "two arrays" else {})
+    )
     content = bytearray(buffer.getvalue())
     central = content.index(b"PK\1\2")
     if case == "zip encrypted":
@@ -406,15 +547,31 @@ def array_file(case):
     return bytes(content[:100] if case == "zip cut" else content)
 
 
-@pytest.mark.parametrize("case", ["header damaged", "header of 10**13 rows", "header of an object", "zip encrypted",
-                                  "zip of unknown compression", "zip damaged", "zip cut", "two arrays"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "header damaged",
+        "header of 10**13 rows",
+        "header of an object",
+        "zip encrypted",
+        "zip of unknown compression",
+        "zip damaged",
+        "zip cut",
+        "two arrays",
+    ],
+)
 def test_damaged_arrays(tmp_path, case):
     table = data.Split("x", [], list("abcdefghijklmnopqrst"), np.ones((10, 20), np.int8))
     fake.nuswide(tmp_path)
     for name in ("mask.npy", "mask.npz", "formatted_train_labels.npy"):
         (tmp_path / name).write_bytes(array_file(case))
         refused("not an array file", tmp_path / name, table, call=data.read_mask)
-    refused("formatted_train_labels.npy: not an array file", "nuswide", tmp_path, single_positive="largeloss")
+    refused(
+        "formatted_train_labels.npy: not an array file",
+        "nuswide",
+        tmp_path,
+        single_positive="largeloss",
+    )
 
 
 def test_arrays_are_known_by_their_content(tmp_path):
@@ -425,14 +582,25 @@ def test_arrays_are_known_by_their_content(tmp_path):
     np.save(tmp_path / "mask.npy", np.full((10, 20), "1"))
     refused("expected a mask for .*type <U1", tmp_path / "mask.npy", table, call=data.read_mask)
     fake.nuswide(tmp_path)
-    for array, match in ((np.resize([-1, 1], (10, 81)), r"\[-1, 1\]"), (np.full((10, 81), 0.5), r"\[0.5\]"), (np.full((10, 81), "1"), r"\['1'\]")):
+    for array, match in (
+        (np.resize([-1, 1], (10, 81)), r"\[-1, 1\]"),
+        (np.full((10, 81), 0.5), r"\[0.5\]"),
+        (np.full((10, 81), "1"), r"\['1'\]"),
+    ):
         np.save(tmp_path / "formatted_train_labels.npy", array)
-        refused(rf"expected 0 or 1 for 10 images x 81 concepts, got \(10, 81\) with the values {match}", "nuswide", tmp_path,
-                single_positive="largeloss")
+        refused(
+            "expected 0 or 1 for 10 images x 81 concepts, got \(10, 81\) with the values "
+            rf"{match}",
+            "nuswide",
+            tmp_path,
+            single_positive="largeloss",
+        )
     np.save(tmp_path / "formatted_val_images.npy", np.array(["folder0/0000_50.jpg"] * 6))
     fake.nuswide(tmp_path / "again")
     shutil.copy(tmp_path / "formatted_val_images.npy", tmp_path / "again")
-    refused("0000_50.jpg is listed twice", "nuswide", tmp_path / "again", single_positive="largeloss")
+    refused(
+        "0000_50.jpg is listed twice", "nuswide", tmp_path / "again", single_positive="largeloss"
+    )
 
 
 def test_cub(tmp_path):
@@ -441,7 +609,7 @@ def test_cub(tmp_path):
     keep = path.read_bytes()
     path.write_bytes(keep.replace(b"1 3 0", b"1 3 2", 1))
     refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
-    path.write_bytes(keep[:len(keep) // 2])
+    path.write_bytes(keep[: len(keep) // 2])
     refused("cells have no line", "cub", tmp_path)
     path.write_bytes(keep.replace(b"\n1 3 ", b"\n0 3 ", 1))
     refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
@@ -457,31 +625,51 @@ def test_splc_list_against_the_annotations(tmp_path):
     path = tmp_path / "coco_train_singlelabel.txt"
     first, _, rest = path.read_text().partition("\n")
     path.write_text(first.split(",")[0] + ",79\n" + rest)
-    refused("coco_train_singlelabel.txt:1: .* which its annotation denies", "coco", tmp_path, single_positive="splc")
+    refused(
+        "coco_train_singlelabel.txt:1: .* which its annotation denies",
+        "coco",
+        tmp_path,
+        single_positive="splc",
+    )
     path.write_text("other.jpg,3\n" + rest)
-    refused("1 of its images are not in coco's training set", "coco", tmp_path, single_positive="splc")
+    refused(
+        "1 of its images are not in coco's training set", "coco", tmp_path, single_positive="splc"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ sheets
+# ---- sheets
 HEAD = "image,dog,cat\n"
 SHEETS = {
-    "empty": ("", "the sheet is empty"), "commas only": (",,\n,\n", "the sheet is empty"),
+    "empty": ("", "the sheet is empty"),
+    "commas only": (",,\n,\n", "the sheet is empty"),
     "header only": (HEAD, "no positive label is left in 0 training images"),
     "no classes": ("image\n0.jpg\n", ":1: expected a header"),
     "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
     "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
     "bad cell": (HEAD + "0.jpg,1,maybe\n", ":2: .*got cat='maybe'"),
     "minus one": (HEAD + "0.jpg,1,-1\n", ":2: cat='-1': -1 is absent in some sheets .*--minus-one"),
-    "duplicate image": (HEAD + "0.jpg,1,0\n1.jpg,,\n./0.jpg,0,1\n", ":4: ./0.jpg is already on line 2"),
+    "duplicate image": (
+        HEAD + "0.jpg,1,0\n1.jpg,,\n./0.jpg,0,1\n",
+        ":4: ./0.jpg is already on line 2",
+    ),
     "class twice": ("image,dog,dog\n0.jpg,1,0\n", "'dog' and 'dog' are one name"),
     "capitals": ("image,dog,Dog\n0.jpg,1,0\n", "'dog' and 'Dog' differ in capitals only"),
-    "class without a name": ("image,dog,,cat\n0.jpg,1,0,0\n", ":1: a column has cells, but no class name"),
-    "no positive": (HEAD + "0.jpg,0,\n1.jpg,,0\n", "no positive label is left in 2 training images"),
+    "class without a name": (
+        "image,dog,,cat\n0.jpg,1,0,0\n",
+        ":1: a column has cells, but no class name",
+    ),
+    "no positive": (
+        HEAD + "0.jpg,0,\n1.jpg,,0\n",
+        "no positive label is left in 2 training images",
+    ),
     "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg .missing"),
     "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*a folder"),
     "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
     "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image name"),
-    "short prompt row": (HEAD + "#prompt,a dog\n0.jpg,1,0\n", ":2: the row of prompt names needs 2"),
+    "short prompt row": (
+        HEAD + "#prompt,a dog\n0.jpg,1,0\n",
+        ":2: the row of prompt names needs 2",
+    ),
     "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
 }
 
@@ -506,11 +694,23 @@ def test_bad_sheets(folder, case):
 def test_sheet_encodings_and_shapes(folder):
     path = folder / "s.csv"
     plain = HEAD + "0.jpg,1,0\ngröße 1.jpg,,1\n"
-    for text in (plain.encode("utf-8-sig"), plain.replace("\n", "\r\n").encode(), plain.rstrip().encode(),
-                 plain.replace(",1,0", ", 1 ,\"0\"").encode(), plain.encode("utf-16"),
-                 plain.replace(",", ";").encode(), plain.replace(",", "\t").encode(), ("sep=;\n" + plain.replace(",", ";")).encode(),
-                 plain.replace("\n", ",,\n").encode(), plain.replace("1,0", "1.0,0.0").encode(), plain.replace("1,0", "True,no").encode(), (plain + "\n,,\n").encode()):
-        path.write_bytes(text)                  # a byte-order mark, CRLF, no last newline, blanks, UTF-16, semicolons, tabs, Excel's first line, empty columns at
+    for text in (
+        plain.encode("utf-8-sig"),
+        plain.replace("\n", "\r\n").encode(),
+        plain.rstrip().encode(),
+        plain.replace(",1,0", ', 1 ,"0"').encode(),
+        plain.encode("utf-16"),
+        plain.replace(",", ";").encode(),
+        plain.replace(",", "\t").encode(),
+        ("sep=;\n" + plain.replace(",", ";")).encode(),
+        plain.replace("\n", ",,\n").encode(),
+        plain.replace("1,0", "1.0,0.0").encode(),
+        plain.replace("1,0", "True,no").encode(),
+        (plain + "\n,,\n").encode(),
+    ):
+        # a byte-order mark, CRLF, no last newline, blanks, UTF-16, semicolons, tabs, Excel's first
+        # line, empty columns at
+        path.write_bytes(text)
         # the end, floats, words, empty rows: all fine
         train = fake.load(path, val=0.0)[0]
         assert train.names == ["dog", "cat"] and train.labels.tolist() == [[1, -1], [0, 1]]
@@ -526,7 +726,11 @@ def test_every_problem_of_a_sheet_is_kept(folder):
     fake.write(folder / "s.csv", HEAD + "0.jpg,1\n1.jpg,maybe,0\nnone.jpg,1,1\n2.jpg,1,1\n")
     with pytest.raises(UserError) as error:
         fake.load(folder / "s.csv")
-    assert [p.split(":")[1] for p in error.value.problems] == ["2", "3", "4"] and "and 2 more" in str(error.value)
+    assert [p.split(":")[1] for p in error.value.problems] == [
+        "2",
+        "3",
+        "4",
+    ] and "and 2 more" in str(error.value)
 
 
 def test_second_sheet(folder):
@@ -542,8 +746,12 @@ def test_a_pipe_is_not_waited_for(folder, tmp_path):
     for name in ("p.csv", "p.npy", "p.txt", "p.json"):
         os.mkfifo(tmp_path / name)
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    for arguments, options in (((tmp_path / "p.csv",), {}), ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
-                               ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)), ((folder / "s.csv",), dict(names=tmp_path / "p.txt"))):
+    for arguments, options in (
+        ((tmp_path / "p.csv",), {}),
+        ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
+        ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)),
+        ((folder / "s.csv",), dict(names=tmp_path / "p.txt")),
+    ):
         refused("not a regular file", *arguments, **options)
     refused("not a regular file", tmp_path / "p.json", ["dog"], ["dog"], call=captions.load)
 
@@ -551,24 +759,26 @@ def test_a_pipe_is_not_waited_for(folder, tmp_path):
 def test_a_share_that_holds_nothing_out(folder):
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
     refused("share of 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
-    assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None      # not asked for
+    # not asked for
+    assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None
     refused("lower --val, or", folder / "s.csv", val=0.9)
     refused("--val is a share .* got most", folder / "s.csv", val="most")
 
 
-# ----------------------------------------------------------------------------------------- the checker, caches, captions
+# ---- the checker, caches, captions
 def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys):
     def lines(*arguments):
         assert check.main([*map(str, arguments)]) == 2
         return capsys.readouterr().err.splitlines()
-    line, = lines("coco", "--root", coco[0], "--no-decode")
+
+    (line,) = lines("coco", "--root", coco[0], "--no-decode")
     assert "nothing to learn from" in line and " more: nothing" in line and len(line) < 200
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
     fake.write(folder / "n.txt", "one\n")
-    line, = lines(folder / "s.csv", "--names", folder / "n.txt")
+    (line,) = lines(folder / "s.csv", "--names", folder / "n.txt")
     assert "n.txt: expected 2 names" in line
     fake.write(folder / "s.csv", HEAD + '0.jpg,1,0\n"no\nimage.jpg",0,1\n')
-    line, = lines(folder / "s.csv")
+    (line,) = lines(folder / "s.csv")
     assert line.startswith("error: ") and "no image.jpg" in line
 
 
@@ -578,7 +788,7 @@ def test_captions_with_a_byte_order_mark(tmp_path):
     assert captions.load(tmp_path / "c.json", ["dog"], ["dog"]).paths == ["a dog"]
 
 
-# ------------------------------------------------------------------------------------------------------------ scenes
+# ---- scenes
 FEW = dict(train=1, val=1, test=1, size=64, workers=1)
 
 

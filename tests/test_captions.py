@@ -1,10 +1,11 @@
 """captions.py: which categories a caption names, and its features in place of an image's."""
+
 import json
 
 import numpy as np
 import pytest
 import torch
-from small_world import run, world                                                 # noqa: F401
+from small_world import run, world
 
 from paper import captions
 import clip
@@ -14,19 +15,114 @@ from datasets import coco
 from paper.captions import Captions, forms, load, mentioned, vocabulary
 from support import UserError
 
-COCO = ["person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant", "stop sign",
-        "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
-        "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard",
-        "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
-        "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv",
-        "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase",
-        "scissors", "teddy bear", "hair drier", "toothbrush"]
-VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person",
-       "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+COCO = [
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "mouse",
+    "remote",
+    "keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
+]
+VOC = [
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():                                                                  # so small a world is slower with two
+def one_thread():  # so small a world is slower with two
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,22 +133,32 @@ def named(text, names):
     return {names[c] for c in mentioned(text, vocabulary(names))}
 
 
-@pytest.mark.parametrize("text, categories", [
-    ("Two men ride motorbikes past a parked lorry.", {"person", "motorcycle", "truck"}),
-    ("a hot dog and a Teddy-bear on a bench", {"hot dog", "teddy bear", "bench"}),
-    ("Dogs, sheep, geese and knives", {"dog", "sheep", "bird", "knife"}),
-    ("buses, benches, couches, sandwiches, boxes", {"bus", "bench", "couch", "sandwich"}),
-    ("puppies; ponies; babies", {"dog", "horse", "person"}),
-    ("a woman plays soccer, the soccer ball is far", {"person", "sports ball"}),
-    ("three wineglasses and some wine glasses", {"wine glass"}),
-    ("a pair of scissors, skis and a ski", {"scissors", "skis"}),
-    ("a carpet, a catalogue, business, grass, glass", set()), ("", set()), ("!?", set())])
+@pytest.mark.parametrize(
+    "text, categories",
+    [
+        ("Two men ride motorbikes past a parked lorry.", {"person", "motorcycle", "truck"}),
+        ("a hot dog and a Teddy-bear on a bench", {"hot dog", "teddy bear", "bench"}),
+        ("Dogs, sheep, geese and knives", {"dog", "sheep", "bird", "knife"}),
+        ("buses, benches, couches, sandwiches, boxes", {"bus", "bench", "couch", "sandwich"}),
+        ("puppies; ponies; babies", {"dog", "horse", "person"}),
+        ("a woman plays soccer, the soccer ball is far", {"person", "sports ball"}),
+        ("three wineglasses and some wine glasses", {"wine glass"}),
+        ("a pair of scissors, skis and a ski", {"scissors", "skis"}),
+        ("a carpet, a catalogue, business, grass, glass", set()),
+        ("", set()),
+        ("!?", set()),
+    ],
+)
 def test_categories_are_found_by_word_and_not_by_letters(text, categories):
     assert named(text, COCO) == categories
 
 
 def test_a_phrase_takes_its_words_with_it_even_for_names_that_do_not_hold_it():
-    assert named("a hot dog", VOC) == set() and named("a dog", VOC) == {"dog"} and named("a polar bear, a teddy bear", COCO) == {"bear", "teddy bear"}
+    assert (
+        named("a hot dog", VOC) == set()
+        and named("a dog", VOC) == {"dog"}
+        and named("a polar bear, a teddy bear", COCO) == {"bear", "teddy bear"}
+    )
 
 
 def test_every_name_and_its_plural_is_found():
@@ -60,21 +166,46 @@ def test_every_name_and_its_plural_is_found():
         phrases = vocabulary(names)
         for c, name in enumerate(names):
             assert mentioned(f"a photo of a {name}.", phrases) == {c}, name
-            plural = {"person": "people", "sheep": "sheep", "knife": "knives", "mouse": "mouse", "skis": "skis"}.get(name) or (
-                name if name.endswith("s") and not name.endswith("ss") and name != "bus" else
-                name + ("es" if name.endswith(("s", "sh", "ch", "x")) else "s"))
+            plural = {
+                "person": "people",
+                "sheep": "sheep",
+                "knife": "knives",
+                "mouse": "mouse",
+                "skis": "skis",
+            }.get(name) or (
+                name
+                if name.endswith("s") and not name.endswith("ss") and name != "bus"
+                else name + ("es" if name.endswith(("s", "sh", "ch", "x")) else "s")
+            )
             assert mentioned(f"two {plural}", phrases) == {c}, plural
-    assert {n for n in VOC if len({p for p, cs in vocabulary(VOC).items() if VOC.index(n) in cs}) > 1} >= {"person", "sofa", "tvmonitor", "pottedplant"}
+    assert {
+        n for n in VOC if len({p for p, cs in vocabulary(VOC).items() if VOC.index(n) in cs}) > 1
+    } >= {"person", "sofa", "tvmonitor", "pottedplant"}
 
 
-@pytest.mark.parametrize("word, plural", [("butterfly", "butterflies"), ("toy", "toys"), ("bus", "buses"), ("snowman", "snowmen"), ("wine glass", "wine glasses"),
-                                          ("dish", "dishes"), ("box", "boxes"), ("horse", "horses"), ("knife", "knives"), ("calf", "calves"), ("giraffe", "giraffes"),
-                                          ("cliff", "cliffs"), ("baseball glove", "baseball gloves")])
+@pytest.mark.parametrize(
+    "word, plural",
+    [
+        ("butterfly", "butterflies"),
+        ("toy", "toys"),
+        ("bus", "buses"),
+        ("snowman", "snowmen"),
+        ("wine glass", "wine glasses"),
+        ("dish", "dishes"),
+        ("box", "boxes"),
+        ("horse", "horses"),
+        ("knife", "knives"),
+        ("calf", "calves"),
+        ("giraffe", "giraffes"),
+        ("cliff", "cliffs"),
+        ("baseball glove", "baseball gloves"),
+    ],
+)
 def test_plurals(word, plural):
     assert forms(word) == {tuple(word.split()), tuple(plural.split())}
 
 
-def test_the_drawn_scenes_captions_name_only_what_is_there(world):                 # noqa: F811
+def test_the_drawn_scenes_captions_name_only_what_is_there(world):
     table = coco.split(world / "scenes", "train2014")
     raw = json.loads((world / "scenes/annotations/captions_train2014.json").read_text())
     row = {image["id"]: i for i, image in enumerate(raw["images"])}
@@ -83,18 +214,37 @@ def test_the_drawn_scenes_captions_name_only_what_is_there(world):              
         found = mentioned(a["caption"], phrases)
         assert all(table.labels[row[a["image_id"]], c] == 1 for c in found), a
         hits += len(found)
-    assert hits > len(raw["annotations"])                                          # more than one a caption
+    assert hits > len(raw["annotations"])  # more than one a caption
 
 
 def test_captions_become_a_split(tmp_path):
     file = tmp_path / "captions.json"
-    file.write_text(json.dumps({"images": [{"id": 7}, {"id": 3}], "annotations": [
-        {"image_id": 7, "caption": "a dog"}, {"image_id": 3, "caption": "two cats"}, {"image_id": 7, "caption": "rain"}]}))
+    file.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 7}, {"id": 3}],
+                "annotations": [
+                    {"image_id": 7, "caption": "a dog"},
+                    {"image_id": 3, "caption": "two cats"},
+                    {"image_id": 7, "caption": "rain"},
+                ],
+            }
+        )
+    )
     split = load(file, ["cat", "dog"], ["cat", "dog"])
-    assert split.paths == ["a dog", "two cats"] and np.array_equal(split.labels, [[-1, 1], [1, -1]]) and split.labels.dtype == np.int8
+    assert (
+        split.paths == ["a dog", "two cats"]
+        and np.array_equal(split.labels, [[-1, 1], [1, -1]])
+        and split.labels.dtype == np.int8
+    )
     assert split.info["dropped"] == {"captions that name no category": 1} and json.dumps(split.info)
-    assert load(file, ["cat", "dog"], ["cat", "dog"], images=1).paths == ["a dog"]                       # of the first image only
-    for text, words in (("{", "captions"), ('{"images": []}', "annotations"), (file.read_text().replace("cats", "mats").replace("dog", "fog"), "none of its 3")):
+    # of the first image only
+    assert load(file, ["cat", "dog"], ["cat", "dog"], images=1).paths == ["a dog"]
+    for text, words in (
+        ("{", "captions"),
+        ('{"images": []}', "annotations"),
+        (file.read_text().replace("cats", "mats").replace("dog", "fog"), "none of its 3"),
+    ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match=words):
             load(tmp_path / "bad.json", ["cat", "dog"], ["cat", "dog"])
@@ -108,36 +258,55 @@ def feed(folder, texts, **more):
     return Captions(data.Split("captions", texts, ["x"], labels), encoder, **more), encoder
 
 
-def test_the_sentence_is_clips_text_feature_and_words_are_its_tokens(world):       # noqa: F811
+def test_the_sentence_is_clips_text_feature_and_words_are_its_tokens(world):
     texts = ["a red boat", "cat", "a drawing of two boats and a clock"]
     features, encoder = feed(world, texts, batch=2)
     rows = list(features.batches(0, shuffle=False))
     assert [index.tolist() for index, _, _ in rows] == [[0, 1], [2]]
     x = torch.cat([x for _, _, x in rows])
-    assert torch.allclose(x, encoder.encode_text(encoder.tokenize(texts)), atol=1e-5) and not x.requires_grad
+    assert (
+        torch.allclose(x, encoder.encode_text(encoder.tokenize(texts)), atol=1e-5)
+        and not x.requires_grad
+    )
     _, f, x = rows[0]
-    words = len(encoder.tokenize(texts[:1])[0].nonzero()) - 1                      # without the start; the end is the last
+    # without the start; the end is the last
+    words = len(encoder.tokenize(texts[:1])[0].nonzero()) - 1
     assert f.shape == (2, words, encoder.D) and torch.equal(f[0, -1], x[0])
-    assert torch.equal(f[1, 0], f[1, 2]) and torch.equal(f[1, 1], x[1])            # "cat", end, "cat", end, ...
-    for text in ("a", "a red", "a red boat"):                                      # causal: a word knows what stands before it
+    # "cat", end, "cat", end, ...
+    assert torch.equal(f[1, 0], f[1, 2]) and torch.equal(f[1, 1], x[1])
+    for text in ("a", "a red", "a red boat"):  # causal: a word knows what stands before it
         ids = len(encoder.tokenize([text])[0].nonzero()) - 2
         alone = encoder.encode_prompts(encoder.embed(encoder.tokenize([text])), torch.tensor([ids]))
         assert torch.allclose(f[0, ids - 1], alone[0], atol=1e-5), text
 
 
-def test_long_captions_lose_their_end_and_ranks_share_a_batch(world):              # noqa: F811
+def test_long_captions_lose_their_end_and_ranks_share_a_batch(world):
     texts = ["boat " * 500, "a cat", "a dog", "a clock", "the sun"]
     features, encoder = feed(world, texts, batch=4)
     assert features.tokens.shape == (5, encoder.context_length) and len(features) == 5
     whole = [index.tolist() for index, _, _ in features.batches(3)]
-    parts = [[index.tolist() for index, _, _ in feed(world, texts, batch=4, rank=r, world=2)[0].batches(3)] for r in (0, 1)]
-    assert sorted(sum(whole, [])) == list(range(5)) and whole != [i.tolist() for i in torch.arange(5).split(4)]
-    assert parts[0][0] == whole[0][::2] and parts[1][0] == whole[0][1::2] and parts[0][1] == parts[1][1] == whole[1]
+    parts = [
+        [
+            index.tolist()
+            for index, _, _ in feed(world, texts, batch=4, rank=r, world=2)[0].batches(3)
+        ]
+        for r in (0, 1)
+    ]
+    assert sorted(sum(whole, [])) == list(range(5)) and whole != [
+        i.tolist() for i in torch.arange(5).split(4)
+    ]
+    assert (
+        parts[0][0] == whole[0][::2]
+        and parts[1][0] == whole[0][1::2]
+        and parts[0][1] == parts[1][1] == whole[1]
+    )
 
 
 @pytest.mark.parametrize("matching", ("global", "dualcoop", "carl"))
-def test_prompts_learn_from_captions_and_are_tested_on_photos(world, tmp_path, matching):                # noqa: F811
-    history = run(world, tmp_path / "run", images="captions", matching=matching, epochs=6, ratio=None, lr=5e-3)
+def test_prompts_learn_from_captions_and_are_tested_on_photos(world, tmp_path, matching):
+    history = run(
+        world, tmp_path / "run", images="captions", matching=matching, epochs=6, ratio=None, lr=5e-3
+    )
     assert history[-1]["L_r"] < history[0]["L_r"] and 0 < history[-1]["test"]["mAP"] <= 100
     about = json.loads((tmp_path / "run/config.json").read_text())
     assert about["data"]["captions"]["unknowns"] == 0 and about["data"]["captions"]["images"] > 40

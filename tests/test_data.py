@@ -1,4 +1,6 @@
-"""The six layouts: on faithful fakes everywhere, and on real samples where TRM_SAMPLES (default ../shared/data) has them."""
+"""The six layouts: on faithful fakes everywhere, and on real samples where TRM_SAMPLES (default
+../shared/data) has them."""
+
 import json
 import os
 import subprocess
@@ -19,7 +21,9 @@ from support import UserError
 
 ROOT = Path(data.__file__).resolve().parent
 SAMPLES = Path(os.environ.get("TRM_SAMPLES", ROOT.parent / "shared" / "data"))
-samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no real samples: set TRM_SAMPLES to their folder")
+samples = pytest.mark.skipif(
+    not SAMPLES.is_dir(), reason="no real samples: set TRM_SAMPLES to their folder"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +46,17 @@ def expected(count, classes):
     return labels
 
 
-@pytest.mark.parametrize("name,classes,drop", [("coco", 80, 2), ("voc2007", 20, None), ("voc2012", 20, None),
-                                               ("vg200", 200, None), ("nuswide", 81, 4), ("cub", 312, None)])
+@pytest.mark.parametrize(
+    "name,classes,drop",
+    [
+        ("coco", 80, 2),
+        ("voc2007", 20, None),
+        ("voc2012", 20, None),
+        ("vg200", 200, None),
+        ("nuswide", 81, 4),
+        ("cub", 312, None),
+    ],
+)
 def test_layouts(trees, name, classes, drop):
     train, val, test = fake.load(name, trees / name)
     assert val is None
@@ -53,13 +66,20 @@ def test_layouts(trees, name, classes, drop):
             labels[1] = NEGATIVE
         rows = [i for i in range(count) if i != drop]
         assert split.labels.dtype == np.int8 and (split.labels == labels[rows]).all()
-        assert (split.truth == split.labels).all() and len(split.names) == len(split.prompts) == classes
-        assert len(split.paths) == len(rows) and all(os.path.isabs(p) and os.path.exists(p) for p in split.paths)
+        assert (split.truth == split.labels).all() and len(split.names) == len(
+            split.prompts
+        ) == classes
+        assert len(split.paths) == len(rows) and all(
+            os.path.isabs(p) and os.path.exists(p) for p in split.paths
+        )
         assert sum(split.info["dropped"].values()) == (drop is not None)
         json.dumps(split.info)
     partial = fake.load(name, trees / name, ratio=0.5)[0]
-    kept = data.partial_mask((fake.TRAIN, classes), 0.5)[[i for i in range(fake.TRAIN) if i != drop]]
-    assert (partial.labels == train.labels * kept).all()            # drawn for every row of the list, dropped after
+    kept = data.partial_mask((fake.TRAIN, classes), 0.5)[
+        [i for i in range(fake.TRAIN) if i != drop]
+    ]
+    # drawn for every row of the list, dropped after
+    assert (partial.labels == train.labels * kept).all()
     image, index = data.Images(train, 32, "taidpt")[(1, 3)]
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and index == 3
 
@@ -72,7 +92,8 @@ def test_single_positive_largeloss(trees, name):
     assert (val.labels != UNKNOWN).all() and (val.labels == val.truth).all()
     assert (train.truth[train.labels == POSITIVE] == POSITIVE).all()
     assert not set(train.paths) & set(val.paths)
-    if name == "coco":     # rows ordered by the id as a string, the unannotated image gone before the sampler starts
+    # rows ordered by the id as a string, the unannotated image gone before the sampler starts
+    if name == "coco":
         ids = sorted(str(int(Path(p).stem[-12:])) for p in train.paths)
         assert [str(int(Path(p).stem[-12:])) for p in train.paths] == ids
 
@@ -82,8 +103,11 @@ def test_single_positive_splc(trees, name, last):
     train, val, test = fake.load(name, trees / name, single_positive="splc")
     assert val is None and len(train.paths) == fake.TRAIN - (name == "coco")
     assert ((train.labels == POSITIVE).sum(1) == 1).all() and (train.labels != NEGATIVE).all()
-    if name == "coco":     # the list's own order
-        assert Path(train.paths[0]).name == datasets.read_lines(trees / "coco/coco_train_singlelabel.txt")[0].split(",")[0]
+    if name == "coco":  # the list's own order
+        assert (
+            Path(train.paths[0]).name
+            == datasets.read_lines(trees / "coco/coco_train_singlelabel.txt")[0].split(",")[0]
+        )
     else:
         picks = [fake.positives(i, len(train.names))[last] for i in range(fake.TRAIN)]
         assert train.labels.argmax(1).tolist() == picks
@@ -105,16 +129,22 @@ def test_boxes_are_fractions_and_crowds_have_none(trees):
     assert len(train.boxes) == len(train.paths)
     assert np.allclose(train.boxes[0][:, 1:], [0.1, 0.1, 0.6, 0.6])
     assert sorted(train.boxes[0][:, 0].astype(int)) == fake.positives(0, 80)
-    assert len(train.boxes[2]) == len(fake.positives(3, 80)) - 1 and (train.labels[2] == POSITIVE).sum() == len(fake.positives(3, 80))
+    assert len(train.boxes[2]) == len(fake.positives(3, 80)) - 1 and (
+        train.labels[2] == POSITIVE
+    ).sum() == len(fake.positives(3, 80))
     everything = fake.load("coco", trees / "coco", keep_unannotated=True)[0]
     assert len(everything.paths) == fake.TRAIN and (everything.labels[2] == NEGATIVE).all()
 
 
 def test_scenes_layout_has_validation(tmp_path):
     import shutil
+
     fake.coco(tmp_path)
     shutil.copytree(tmp_path / "val2014", tmp_path / "tune2014")
-    shutil.copy(tmp_path / "annotations/instances_val2014.json", tmp_path / "annotations/instances_tune2014.json")
+    shutil.copy(
+        tmp_path / "annotations/instances_val2014.json",
+        tmp_path / "annotations/instances_tune2014.json",
+    )
     train, val, test = fake.load("scenes", tmp_path, single_positive="largeloss")
     assert len(train.paths) == fake.TRAIN - 1 and len(val.paths) == len(test.paths) == fake.TEST - 1
     assert "tune2014" in val.paths[0] and "val2014" in test.paths[0]
@@ -123,26 +153,38 @@ def test_scenes_layout_has_validation(tmp_path):
 def test_prompt_names(trees, tmp_path):
     def prompts(name, **options):
         return fake.load(name, trees / name, **options)[0].prompts
+
     assert prompts("coco")[3:5] == ["motor bike", "aeroplane"]
     assert prompts("coco", prompt_names="official")[3:5] == ["motorcycle", "airplane"]
-    assert prompts("voc2007")[10] == "diningtable" and prompts("voc2012", prompt_names="words")[10] == "dining table"
+    assert (
+        prompts("voc2007")[10] == "diningtable"
+        and prompts("voc2012", prompt_names="words")[10] == "dining table"
+    )
     assert {"blue bill", "large wing", "owl-like upper", "blue upper"} <= set(prompts("cub"))
     assert prompts("cub", prompt_names="official")[1] == "has bill color::large (16 - 32 in)"
     fake.write(tmp_path / "names.txt", "\n".join(f"my {c}" for c in range(20)))
     assert prompts("voc2007", names=tmp_path / "names.txt")[19] == "my 19"
-    assert fake.load("voc2007", trees / "voc2007", names=tmp_path / "names.txt")[0].names == list(voc.VOC)
+    assert fake.load("voc2007", trees / "voc2007", names=tmp_path / "names.txt")[0].names == list(
+        voc.VOC
+    )
 
 
 def test_vg_names_by_matching(tmp_path):
     """The matching finds the name of every index from objects.json alone."""
     fake.vg200(tmp_path)
     index = json.loads((tmp_path / "vg_category_500_labels_index.json").read_text())
-    things = [{"image_id": int(k[:-4]), "objects": [{"names": [f"Thing {c} "]} for c in v if c < 200]} for k, v in index.items()]
+    things = [
+        {"image_id": int(k[:-4]), "objects": [{"names": [f"Thing {c} "]} for c in v if c < 200]}
+        for k, v in index.items()
+    ]
     fake.write(tmp_path / "objects.json", json.dumps(things))
     fake.write(tmp_path / "object_alias.txt", "thing zero,thing 0\n")
-    found, seen = vg200.match_names(tmp_path, tmp_path / "objects.json"), {c for v in index.values() for c in v if c < 200}
+    found, seen = (
+        vg200.match_names(tmp_path, tmp_path / "objects.json"),
+        {c for v in index.values() for c in v if c < 200},
+    )
     labels = np.concatenate([vg200.listed(tmp_path, split)[2] for split in ("train", "test")]).T
-    for c in seen:      # classes with the very same images cannot be told apart, here or anywhere
+    for c in seen:  # classes with the very same images cannot be told apart, here or anywhere
         same = {w for w in seen if (labels[w] == labels[c]).all()}
         assert found[c] in {"thing zero" if w == 0 else f"thing {w}" for w in same}
 
@@ -153,15 +195,22 @@ def test_sheet(tmp_path):
     assert test is None and (len(train.paths), len(val.paths)) == (10, 2)
     assert train.names == ["dog", "cat", "red, small car"] and train.prompts[2] == "small red car"
     whole = fake.load(str(tmp_path / "photos.csv"), val=0.0)[0]
-    assert whole.labels[:3].tolist() == [[1, -1, 0], [-1, 0, 1], [0, 1, -1]] and whole.name == "photos/train"
+    assert (
+        whole.labels[:3].tolist() == [[1, -1, 0], [-1, 0, 1], [0, 1, -1]]
+        and whole.name == "photos/train"
+    )
     assert fake.load(tmp_path / "photos.csv")[1].paths == val.paths
     lines = (tmp_path / "photos.csv").read_text().splitlines()
     absolute = [line.replace("my photos", str(tmp_path / "my photos")) for line in lines[2:5]]
     (tmp_path / "sub").mkdir()
-    fake.write(tmp_path / "sub/more.csv", "\n".join(["image,cat,dog,\"red, small car\"", *absolute, "", ",,,"]) + "\n")
+    fake.write(
+        tmp_path / "sub/more.csv",
+        "\n".join(['image,cat,dog,"red, small car"', *absolute, "", ",,,"]) + "\n",
+    )
     fake.write(tmp_path / "rest.csv", "\n".join(lines[:2] + lines[5:]))
     train, val, _ = fake.load(tmp_path / "rest.csv", val=tmp_path / "sub/more.csv")
-    assert len(train.paths) == 9 and val.labels[0].tolist() == [-1, 1, 0]     # columns in the first sheet's order
+    # columns in the first sheet's order
+    assert len(train.paths) == 9 and val.labels[0].tolist() == [-1, 1, 0]
     fake.write(tmp_path / "sub/relative.csv", "image,dog\nmy photos/1.jpg,1\nmy photos/2.jpg,0\n")
     assert len(fake.load(tmp_path / "sub/relative.csv", root=tmp_path, val=0.0)[0].paths) == 2
     single = fake.load(tmp_path / "photos.csv", single_positive="largeloss", val=0.0)[0]
@@ -177,6 +226,7 @@ def test_held_out_share_and_limits(trees):
 def test_checker(trees, tmp_path, capsys):
     def checker(*arguments):
         return check.main([*map(str, arguments)]), *capsys.readouterr()
+
     fake.sheet(tmp_path)
     code, out, err = checker(tmp_path / "photos.csv")
     assert code == 0 and "no problems found" in out and "red, small car" in out and err == ""
@@ -184,21 +234,32 @@ def test_checker(trees, tmp_path, capsys):
     code, out, err = checker(tmp_path / "photos.csv")
     assert code == 2 and "photos.csv:6: " in err and "not a readable image" in err
     assert checker(tmp_path / "photos.csv", "--no-decode")[0] == 0
-    fake.write(tmp_path / "bad.csv", "image,dog,cat\nmy photos/0.jpg,1\nmy photos/1.jpg,maybe,0\nnone.jpg,1,1\n")
+    fake.write(
+        tmp_path / "bad.csv",
+        "image,dog,cat\nmy photos/0.jpg,1\nmy photos/1.jpg,maybe,0\nnone.jpg,1,1\n",
+    )
     code, out, err = checker(tmp_path / "bad.csv")
     assert code == 2 and [f"bad.csv:{n}:" in err for n in (2, 3, 4)] == [True] * 3
-    code, out, err = checker("coco", "--root", trees / "coco")     # most of its 80 classes are in no image
+    # most of its 80 classes are in no image
+    code, out, err = checker("coco", "--root", trees / "coco")
     assert code == 2 and "nothing to learn from" in err and len(err.splitlines()) == 1
     assert checker("coco")[0] == 2
 
 
 def test_checker_in_its_own_process(tmp_path):
     fake.write(tmp_path / "bad.csv", "image,dog\nnone.jpg,1\n")
-    run = subprocess.run([sys.executable, "data.py", tmp_path / "bad.csv"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and run.stdout == ""
+    run = subprocess.run(
+        [sys.executable, "data.py", tmp_path / "bad.csv"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        run.returncode == 2
+        and run.stderr.startswith("error: ")
+        and run.stderr.count("\n") == 1
+        and run.stdout == ""
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ---- training
 @pytest.fixture
 def one_thread():
     """Batches this small lose more to a second thread than they gain."""
@@ -208,16 +269,46 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name,setting", [(name, setting) for name in fake.MAKERS for setting in ("partial", "largeloss")]
-                         + [(name, "splc") for name in data.LISTS] + [("sheet", "partial"), ("sheet", "largeloss")])
+@pytest.mark.parametrize(
+    "name,setting",
+    [(name, setting) for name in fake.MAKERS for setting in ("partial", "largeloss")]
+    + [(name, "splc") for name in data.LISTS]
+    + [("sheet", "partial"), ("sheet", "largeloss")],
+)
 def test_one_epoch_through_the_command_line(trees, tmp_path, name, setting, capsys, one_thread):
     import train
+
     if name == "sheet":
         fake.sheet(tmp_path)
-    where = ["--data", tmp_path / "photos.csv"] if name == "sheet" else ["--data", name, "--root", trees / name]
+    where = (
+        ["--data", tmp_path / "photos.csv"]
+        if name == "sheet"
+        else ["--data", name, "--root", trees / name]
+    )
     labels = ["--ratio", 0.5] if setting == "partial" else ["--single-positive", setting]
-    code = train.main([str(a) for a in (*where, *labels, "--clip", "tiny", "--epochs", 1, "--size", 64, "--batch", 5,
-                                        "--context", 4, "--workers", 0, "--out", tmp_path / "run")])
+    code = train.main(
+        [
+            str(a)
+            for a in (
+                *where,
+                *labels,
+                "--clip",
+                "tiny",
+                "--epochs",
+                1,
+                "--size",
+                64,
+                "--batch",
+                5,
+                "--context",
+                4,
+                "--workers",
+                0,
+                "--out",
+                tmp_path / "run",
+            )
+        ]
+    )
     assert code == 0, capsys.readouterr().err
     about = json.loads((tmp_path / "run/config.json").read_text())["data"]
     info = about["photos/train" if name == "sheet" else f"{name}/train"]
@@ -226,7 +317,7 @@ def test_one_epoch_through_the_command_line(trees, tmp_path, name, setting, caps
     assert np.isfinite(line["L"])
 
 
-# ------------------------------------------------------------------------------------------------- real samples
+# ---- real samples
 @samples
 def test_real_coco():
     train, _, test = fake.load("coco", SAMPLES / "coco2014_mini", keep_unannotated=True)
@@ -239,7 +330,9 @@ def test_real_coco():
         boxes = np.concatenate(split.boxes)
         assert boxes[:, 1:].min() >= 0 and boxes[:, 1:].max() <= 1.001
         for i in (0, 5):
-            assert set(split.boxes[i][:, 0].astype(int)) <= set(np.flatnonzero(split.labels[i] == POSITIVE))
+            assert set(split.boxes[i][:, 0].astype(int)) <= set(
+                np.flatnonzero(split.labels[i] == POSITIVE)
+            )
     image, _ = data.Images(train, 64)[0]
     assert torch.isfinite(image).all() and -2.2 < image.min() and image.max() < 2.8
 
@@ -254,19 +347,65 @@ def test_real_voc2007_lists(tmp_path):
         for name in datasets.read_lines(base / f"ImageSets/Main/{split}.txt"):
             (base / "JPEGImages" / f"{name}.jpg").touch()
     train, _, test = fake.load("voc2007", tmp_path, ratio=0.5)
-    per_class = {"train": [238, 243, 330, 181, 244, 186, 713, 337, 445, 141, 200, 421, 287, 245, 2008, 245, 96, 229, 261, 256],
-                 "test": [204, 239, 282, 172, 212, 174, 721, 322, 417, 127, 190, 418, 274, 222, 2007, 224, 97, 223, 259, 229]}
+    per_class = {
+        "train": [
+            238,
+            243,
+            330,
+            181,
+            244,
+            186,
+            713,
+            337,
+            445,
+            141,
+            200,
+            421,
+            287,
+            245,
+            2008,
+            245,
+            96,
+            229,
+            261,
+            256,
+        ],
+        "test": [
+            204,
+            239,
+            282,
+            172,
+            212,
+            174,
+            721,
+            322,
+            417,
+            127,
+            190,
+            418,
+            274,
+            222,
+            2007,
+            224,
+            97,
+            223,
+            259,
+            229,
+        ],
+    }
     for split, images, total in ((train, 5011, 7306), (test, 4952, 7013)):
         assert split.truth.shape == (images, 20) and (split.truth == POSITIVE).sum() == total
         assert (split.truth == POSITIVE).sum(0).tolist() == per_class[split.name.split("/")[1]]
     assert (train.labels != UNKNOWN).sum() == 50163
     both = [voc.split(tmp_path, 2007, split, POSITIVE).labels for split in ("trainval", "test")]
-    assert [int((a == POSITIVE).sum() - t) for a, t in zip(both, (7306, 7013))] == [607, 619]     # cells only difficult
+    # cells only difficult
+    assert [int((a == POSITIVE).sum() - t) for a, t in zip(both, (7306, 7013))] == [607, 619]
 
 
 @samples
 def test_real_voc_xml(tmp_path):
     import shutil
+
     shutil.copytree(SAMPLES / "voc/VOCdevkit", tmp_path / "VOCdevkit")
     main = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main"
     os.chmod(main, 0o755)
@@ -276,19 +415,40 @@ def test_real_voc_xml(tmp_path):
 
 
 @samples
-@pytest.mark.parametrize("name,classes,single", [("coco_train_singlelabel", 80, True), ("scpnet_voc_train", 20, True),
-    ("scpnet_voc_val", 20, False), ("scpnet_cub_train", 312, True), ("nus_val", 81, False)])
+@pytest.mark.parametrize(
+    "name,classes,single",
+    [
+        ("coco_train_singlelabel", 80, True),
+        ("scpnet_voc_train", 20, True),
+        ("scpnet_voc_val", 20, False),
+        ("scpnet_cub_train", 312, True),
+        ("nus_val", 81, False),
+    ],
+)
 def test_real_lists(name, classes, single):
     names, labels = datasets.positive_list(SAMPLES / f"lists/{name}.head200.txt", classes)
     assert len(names) == 200 == len(set(names)) and all(name.endswith(".jpg") for name in names)
-    assert ((labels == POSITIVE).sum(1) == 1).all() if single else ((labels == POSITIVE).sum(1) >= 1).all()
+    assert (
+        ((labels == POSITIVE).sum(1) == 1).all()
+        if single
+        else ((labels == POSITIVE).sum(1) >= 1).all()
+    )
 
 
 @samples
 def test_real_names():
-    assert nuswide.concepts(SAMPLES / "nuswide")[:3] == ["airport", "animal", "beach"] and len(nuswide.concepts(SAMPLES / "nuswide")) == 81
+    assert (
+        nuswide.concepts(SAMPLES / "nuswide")[:3] == ["airport", "animal", "beach"]
+        and len(nuswide.concepts(SAMPLES / "nuswide")) == 81
+    )
     names = [line.split()[1] for line in datasets.read_lines(SAMPLES / "cub/attributes.txt")]
     prompts = data.prompts_for("cub", names, "peers")
     assert len(prompts) == 312 and prompts[0] == "curved bill" and prompts[6] == "all-purpose bill"
-    assert {"blue upper", "blue under", "forked tail tail", "large size::large", "owl-like shape::owl-like"} <= set(prompts)
+    assert {
+        "blue upper",
+        "blue under",
+        "forked tail tail",
+        "large size::large",
+        "owl-like shape::owl-like",
+    } <= set(prompts)
     assert datasets.read_lines(SAMPLES / "vg200/train_list_500.head200.txt")[0] == "2360596.jpg"

@@ -1,9 +1,12 @@
-"""Two processes that share every batch give what one process gives: losses, memory, thresholds, scores; only one of them writes.
+"""Two processes that share every batch give what one process gives: losses, memory, thresholds,
+scores; only one of them writes.
 
-The two run in processes of their own (this file, called with a rank), over gloo on the CPU. Adam divides by the size of the
-gradient, so it turns the rounding of a sum in another order into steps of its own: at scenes' learning rate float32 drifts apart
-within a dozen steps. The same in float64 does not, which shows that rounding is all there is.
+The two run in processes of their own (this file, called with a rank), over gloo on the CPU. Adam
+divides by the size of the gradient, so it turns the rounding of a sum in another order into steps
+of its own: at scenes' learning rate float32 drifts apart within a dozen steps. The same in float64
+does not, which shows that rounding is all there is.
 """
+
 import contextlib
 import dataclasses
 import json
@@ -19,9 +22,10 @@ import torch.distributed as dist
 from clip import features
 import train
 from support import UserError
-from small_world import make, options, start, world                                # noqa: F401   (world is a fixture)
+from small_world import make, options, start, world
 
-# 4 steps an epoch, the last of a single image. Dropout draws other numbers on every rank, so equality is asked without it.
+# 4 steps an epoch, the last of a single image. Dropout draws other numbers on every rank, so
+# equality is asked without it.
 UNEVEN = dict(train_images=19, batch=6, epochs=6, dropout=0.0)
 LR = {"float32": 1e-4, "float64": 1e-3}
 
@@ -37,10 +41,16 @@ def in_float64():
         return model
 
     def doubled(feed, *args, **kw):
-        return ((index, f.double(), x if x is None else x.double()) for index, f, x in batches(feed, *args, **kw))
+        return (
+            (index, f.double(), x if x is None else x.double())
+            for index, f, x in batches(feed, *args, **kw)
+        )
 
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), mock.patch.object(features.FeatureLoader, "batches", doubled), \
-            mock.patch.object(train.clip, "load", loaded):
+    with (
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(features.FeatureLoader, "batches", doubled),
+        mock.patch.object(train.clip, "load", loaded),
+    ):
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -58,8 +68,14 @@ def job(folder, rank, ranks, dtype):
 
 def record(cfg, folder, name):
     training, val, test = train.load_data(cfg)
-    test = dataclasses.replace(test, paths=test.paths[:11], labels=test.labels[:11], truth=test.truth[:11],
-                               boxes=test.boxes and test.boxes[:11])              # 6 and 5: one image more on rank 0
+    test = dataclasses.replace(
+        test,
+        paths=test.paths[:11],
+        labels=test.labels[:11],
+        truth=test.truth[:11],
+        # 6 and 5: one image more on rank 0
+        boxes=test.boxes and test.boxes[:11],
+    )
     steps, step, states, scores, evaluate = [], train.training_step, [], {}, train.evaluate
 
     def recorded(*args):
@@ -72,23 +88,38 @@ def record(cfg, folder, name):
         scores.update(found)
         return numbers, found
 
-    with mock.patch.multiple(train, training_step=recorded, evaluate=scored), mock.patch("tools.plots.curves"):
-        train.train(cfg, splits=(training, val, test), on_epoch=lambda state, line: states.append(state))
+    with (
+        mock.patch.multiple(train, training_step=recorded, evaluate=scored),
+        mock.patch("tools.plots.curves"),
+    ):
+        train.train(
+            cfg, splits=(training, val, test), on_epoch=lambda state, line: states.append(state)
+        )
     state = states[-1]
-    torch.save(dict(terms=steps, memory=state.memory.state_dict(), model=state.model.state_dict(),
-                    scores={k: torch.tensor(v) for k, v in scores.items()}, history=state.history), folder / name)
+    torch.save(
+        dict(
+            terms=steps,
+            memory=state.memory.state_dict(),
+            model=state.model.state_dict(),
+            scores={k: torch.tensor(v) for k, v in scores.items()},
+            history=state.history,
+        ),
+        folder / name,
+    )
 
 
 @pytest.fixture(scope="module", params=LR)
 def results(request, tmp_path_factory):
     """(one process, rank 0 of two, rank 1 of two), and the folder."""
     folder = make(tmp_path_factory.mktemp("ranks"))
-    job(folder, 0, 1, request.param)                                               # also fills the cache that all of them read
+    job(folder, 0, 1, request.param)  # also fills the cache that all of them read
     processes = [start(__file__, folder, rank, 2, request.param) for rank in range(2)]
     for process in processes:
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err[-3000:]
-    return [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")], folder
+    return [
+        torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
+    ], folder
 
 
 def test_losses_of_20_steps_agree(results):
@@ -99,7 +130,9 @@ def test_losses_of_20_steps_agree(results):
         for i, (a, b) in enumerate(zip(one["terms"][:20], rank["terms"])):
             assert a.keys() == b.keys()
             for k in a:
-                assert abs(a[k] - b[k]) <= bound * max(1, abs(a[k])), f"step {i}: {k} is {b[k]!r} on two processes, {a[k]!r} on one"
+                assert abs(a[k] - b[k]) <= bound * max(1, abs(a[k])), (
+                    f"step {i}: {k} is {b[k]!r} on two processes, {a[k]!r} on one"
+                )
 
 
 def test_memory_is_the_same_everywhere(results):
@@ -109,7 +142,7 @@ def test_memory_is_the_same_everywhere(results):
         for k in ("theta", "text_prototypes"):
             assert torch.equal(rank[k].isnan(), one[k].isnan())
             assert torch.allclose(rank[k], one[k], atol=1e-5, equal_nan=True), k
-    for k in one:                                                                  # and bit for bit between the two
+    for k in one:  # and bit for bit between the two
         assert torch.equal(two[0][k].nan_to_num(7), two[1][k].nan_to_num(7)), k
     for k, v in results[0][1]["model"].items():
         assert torch.equal(v, results[0][2]["model"][k]), k
@@ -121,26 +154,39 @@ def test_every_image_is_scored_once(results):
     for rank in two:
         for split in one:
             assert torch.allclose(rank[split].double(), one[split].double(), atol=1e-4), split
-    clean = lambda history: [{k: v for k, v in line.items() if k in ("stage", "pseudo_pos", "pseudo_neg")} for line in history]
-    assert clean(results[0][0]["history"]) == clean(results[0][1]["history"])     # padding is not counted
+    clean = lambda history: [
+        {k: v for k, v in line.items() if k in ("stage", "pseudo_pos", "pseudo_neg")}
+        for line in history
+    ]
+    # padding is not counted
+    assert clean(results[0][0]["history"]) == clean(results[0][1]["history"])
 
 
 def test_one_rank_writes(results):
     folder = results[1]
     assert sorted(p.name for p in folder.glob("run-2*")) == ["run-2"]
-    lines = [json.loads(line) for line in (folder / "run-2" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6] and {"config.json", "last.pt"} <= {p.name for p in (folder / "run-2").iterdir()}
+    lines = [
+        json.loads(line) for line in (folder / "run-2" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6] and {
+        "config.json",
+        "last.pt",
+    } <= {p.name for p in (folder / "run-2").iterdir()}
 
 
-def test_a_batch_that_does_not_divide_is_refused(world, tmp_path):                 # noqa: F811
+def test_a_batch_that_does_not_divide_is_refused(world, tmp_path):
     cfg, _ = train.parse(options(world, tmp_path / "run", batch=5))
-    with mock.patch.multiple(dist, is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2):
+    with mock.patch.multiple(
+        dist, is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2
+    ):
         with pytest.raises(UserError, match="--batch 5 does not divide among 2"):
             train.train(cfg)
 
 
 if __name__ == "__main__":
     folder, rank, ranks, dtype = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks
+    )
     job(folder, rank, ranks, dtype)
     dist.destroy_process_group()

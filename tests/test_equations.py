@@ -1,4 +1,5 @@
-"""Equations 1-15 against the loop transcriptions in oracles.py, at awkward sizes, in float64, gradients included."""
+"""Equations 1-15 against the loop transcriptions in oracles.py, at awkward sizes, in float64,
+gradients included."""
 import inspect
 import itertools
 import math
@@ -66,10 +67,11 @@ def slopes_agree(name, oracle, x, grad, rng, directions=2):
     """Autograd's gradient against central differences of the oracle along random directions."""
     for _ in range(directions):
         direction = rng.randn(*x.shape)
-        close(f"{name}: slope", (grad.numpy() * direction).sum(), oracles.slope(oracle, x, direction), 2e-6, 1e-7)
+        close(f"{name}: slope", (grad.numpy() * direction).sum(),
+              oracles.slope(oracle, x, direction), 2e-6, 1e-7)
 
 
-# -------------------------------------------------------------------------------------------------- Eq. 1 and 5
+# ---- Eq. 1 and 5
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scale", [1.0, 50.0])
@@ -86,13 +88,15 @@ def test_match_is_a_cosine_whatever_the_lengths():
     rng = np.random.RandomState(0)
     x, g_pos, g_neg = rng.randn(3, 4, 5), 7 * rng.randn(4, 5), 0.1 * rng.randn(4, 5)
     expected = oracles.match(x, unit(g_pos), unit(g_neg), 50.0)
-    close("match of 1000 x", trm.match(*map(tensor, (1000 * x, unit(g_pos), unit(g_neg))), 50.0), expected)
+    close("match of 1000 x", trm.match(*map(tensor, (1000 * x, unit(g_pos), unit(g_neg))), 50.0),
+          expected)
     close("match, text of any length", trm.match(*map(tensor, (x, g_pos, g_neg)), 50.0), expected)
 
 
 @pytest.mark.parametrize("lengths", ["unit", "any"])
 def test_match_gradients(lengths):
-    """Text features of unit length: their gradient is compared along the sphere, which is all that their maker sees."""
+    """Text features of unit length: their gradient is compared along the sphere, which is all that
+    their maker sees."""
     rng = np.random.RandomState(1)
     inputs = [rng.randn(2, 3, 4), rng.randn(3, 4), rng.randn(3, 4), np.array(5.0)]
     if lengths == "unit":
@@ -118,7 +122,7 @@ def test_match_of_a_zero_region_is_finite():
     assert torch.isfinite(out).all() and torch.isfinite(x.grad).all()
 
 
-# -------------------------------------------------------------------------------------------------- Eq. 2 and 4
+# ---- Eq. 2 and 4
 
 @pytest.mark.parametrize("case", CASES)
 def test_region_pool(case):
@@ -128,7 +132,8 @@ def test_region_pool(case):
     out = kernels.region_pool(energy_t, f_t)
     close("region_pool", out, oracles.region_pool(energy, f))
     (out * tensor(up)).sum().backward()
-    slopes_agree("energy", lambda e: (oracles.region_pool(e, f) * up).sum(), energy, energy_t.grad, rng, 1)
+    slopes_agree("energy", lambda e: (oracles.region_pool(e, f) * up).sum(), energy, energy_t.grad,
+                 rng, 1)
     slopes_agree("f", lambda v: (oracles.region_pool(energy, v) * up).sum(), f, f_t.grad, rng, 1)
 
 
@@ -139,7 +144,8 @@ def test_region_pool_every_gradient_entry():
     (kernels.region_pool(energy_t, f_t) * tensor(up)).sum().backward()
     close("d energy", energy_t.grad,
           oracles.gradient(lambda e: (oracles.region_pool(e, f) * up).sum(), energy), 1e-6, 1e-8)
-    close("d f", f_t.grad, oracles.gradient(lambda v: (oracles.region_pool(energy, v) * up).sum(), f), 1e-6, 1e-8)
+    close("d f", f_t.grad,
+          oracles.gradient(lambda v: (oracles.region_pool(energy, v) * up).sum(), f), 1e-6, 1e-8)
 
 
 def test_region_pool_of_extreme_energies():
@@ -159,13 +165,15 @@ def test_region_match_is_eq_1_on_eq_4(case):
     energy, f = 2 * rng.randn(B, C, N), rng.randn(B, N, D)
     g_pos, g_neg = unit(rng.randn(C, D)), unit(rng.randn(C, D))
     expected = oracles.match(oracles.region_pool(energy, f), g_pos, g_neg, 50.0)
-    close("region_match", kernels.region_match(*map(tensor, (energy, f, g_pos, g_neg)), 50.0), expected, 1e-8, 1e-9)
+    close("region_match", kernels.region_match(*map(tensor, (energy, f, g_pos, g_neg)), 50.0),
+          expected, 1e-8, 1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------- Eq. 3
+# ---- Eq. 3
 
 def carl(rng, C, D, queries=None, fresh=False):
-    """A decoder in float64. Every parameter is made random, so that no bias or LayerNorm hides behind 0 or 1."""
+    """A decoder in float64. Every parameter is made random, so that no bias or LayerNorm hides
+    behind 0 or 1."""
     module = trm.CARL(C, D) if queries is None else trm.CARL(C, D, queries=tensor(queries))
     module = module.double().eval()
     if not fresh:
@@ -182,7 +190,8 @@ def test_carl_shapes_and_region_output(case):
     f = 100 * rng.randn(B, N, D)
     energy, regions, queries = carl(rng, C, D)(tensor(f))
     assert energy.shape == (B, C, N) and queries.shape == (B, C, D)
-    close("regions pool the raw f", regions, oracles.region_pool(energy.detach().numpy(), f), 1e-8, 1e-9)
+    close("regions pool the raw f", regions, oracles.region_pool(energy.detach().numpy(), f), 1e-8,
+          1e-9)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -218,12 +227,14 @@ def test_carl_normalises_what_enters_the_decoder(case):
     rng, (B, C, N, D, L, K) = sizes(case)
     module, f = carl(rng, C, D), 100 * rng.randn(B, N, D)
     energy, _, queries = module(tensor(f))
-    for name, g in [("scaled", 3.7 * f), ("scaled at each location", f * rng.uniform(1, 9, size=(B, N, 1))),
+    for name, g in [("scaled", 3.7 * f),
+                    ("scaled at each location", f * rng.uniform(1, 9, size=(B, N, 1))),
                     ("shifted at each location", f + 50 * rng.randn(B, N, 1))]:
         energy_g, regions_g, queries_g = module(tensor(g))
         close(f"energy, f {name}", energy_g, energy.detach(), 1e-5, 1e-5)
         close(f"queries, f {name}", queries_g, queries.detach(), 1e-5, 1e-5)
-        close(f"regions, f {name}", regions_g, oracles.region_pool(energy_g.detach().numpy(), g), 1e-8, 1e-8)
+        close(f"regions, f {name}", regions_g, oracles.region_pool(energy_g.detach().numpy(), g),
+              1e-8, 1e-8)
 
 
 def test_carl_energy_is_a_product_of_query_and_key_before_any_softmax():
@@ -233,10 +244,12 @@ def test_carl_energy_is_a_product_of_query_and_key_before_any_softmax():
     energy = module(tensor(f))[0][0].detach()
     spectrum = torch.linalg.svdvals(energy)
     assert spectrum[D] < 1e-9 * spectrum[0], f"q.k has at most rank {D}: {spectrum.tolist()}"
-    assert not torch.allclose(energy.sum(1), torch.ones(C, dtype=energy.dtype)), "the energy went through a softmax"
+    ones = torch.ones(C, dtype=energy.dtype)
+    assert not torch.allclose(energy.sum(1), ones), "the energy went through a softmax"
     changed = f.copy()
     changed[0, 5:] = 100 * rng.randn(N - 5, D)
-    close("an energy depends on its own location only", module(tensor(changed))[0][0, :, :5], energy[:, :5], 1e-9, 1e-9)
+    close("an energy depends on its own location only", module(tensor(changed))[0][0, :, :5],
+          energy[:, :5], 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("B,C,N,D", [(1, 1, 1, 3), (2, 5, 7, 8), (3, 9, 4, 5)])
@@ -252,17 +265,21 @@ def test_carl_is_the_decoder_layer(B, C, N, D):
 
 
 def test_both_representations_meet_the_same_text():
-    """Eq. 5: p^q = Matching(F^q, G), p^r = Matching(F^r, G), with one learnable tau that starts at exp(-3.91)."""
+    """Eq. 5: p^q = Matching(F^q, G), p^r = Matching(F^r, G), with one learnable tau that starts at
+    exp(-3.91)."""
     rng = np.random.RandomState(24)
     B, C, N, D = 3, 4, 6, 7
     module = trm.TRM(C, D).double().eval()
     f, g_pos, g_neg = rng.randn(B, N, D), unit(rng.randn(C, D)), unit(rng.randn(C, D))
     out = module(tensor(f), tensor(rng.randn(B, D)), tensor(g_pos), tensor(g_neg))
-    parameters = {k[len("carl."):]: v.numpy() for k, v in module.state_dict().items() if k.startswith("carl.")}
+    parameters = {k[len("carl."):]: v.numpy() for k, v in module.state_dict().items()
+                  if k.startswith("carl.")}
     energy, queries = oracles.decoder(parameters, f)
     regions = oracles.region_pool(energy, f)
-    close("logits_r", out.logits_r, oracles.match(regions, g_pos, g_neg, math.exp(3.91)), 1e-6, 1e-6)
-    close("logits_q", out.logits_q, oracles.match(queries, g_pos, g_neg, math.exp(3.91)), 1e-6, 1e-6)
+    close("logits_r", out.logits_r, oracles.match(regions, g_pos, g_neg, math.exp(3.91)), 1e-6,
+          1e-6)
+    close("logits_q", out.logits_q, oracles.match(queries, g_pos, g_neg, math.exp(3.91)), 1e-6,
+          1e-6)
 
 
 def test_carl_images_do_not_mix():
@@ -270,7 +287,8 @@ def test_carl_images_do_not_mix():
     module, f = carl(rng, 4, 6), 100 * rng.randn(3, 7, 6)
     whole = module(tensor(f))
     for b in range(3):
-        for name, one, all_ in zip(("energy", "regions", "queries"), module(tensor(f[b:b + 1])), whole):
+        for name, one, all_ in zip(("energy", "regions", "queries"), module(tensor(f[b:b + 1])),
+                                   whole):
             close(f"{name} of image {b}", one[0], all_.detach()[b], 1e-8, 1e-8)
 
 
@@ -291,11 +309,13 @@ def test_carl_takes_initial_queries_and_learns_them():
     energy, regions, queries = module(torch.randn(2, 6, 8))
     (queries.square().sum() + regions.square().sum()).backward()
     assert mine[0].grad is not None and mine[0].grad.abs().sum() > 0
-    assert not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in module.modules()), "the paper names no dropout"
+    assert not any(isinstance(m, torch.nn.Dropout) and m.p > 0
+                   for m in module.modules()), "the paper names no dropout"
 
 
 def test_carl_gradient_reaches_the_energy_through_the_regions():
-    """Each parameter against central differences of the module itself: the fused paths may not cut the graph."""
+    """Each parameter against central differences of the module itself: the fused paths may not cut
+    the graph."""
     rng = np.random.RandomState(8)
     module, f = carl(rng, 3, 5), tensor(rng.randn(2, 4, 5))
     up_r, up_q = tensor(rng.randn(2, 3, 5)), tensor(rng.randn(2, 3, 5))
@@ -317,7 +337,7 @@ def test_carl_gradient_reaches_the_energy_through_the_regions():
         close(f"d {name}", (grad * direction).sum(), (above - below) / 2e-6, 1e-5, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- Eq. 6
+# ---- Eq. 6
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("how", ["softmax", "bernoulli"])
@@ -330,7 +350,8 @@ def test_distillation(case, how, temperature):
     close("L_KD", loss, oracles.distillation(r, q, how, temperature))
     loss.backward()
     assert r_t.grad is None or not r_t.grad.any(), "the teacher is detached"
-    slopes_agree("student", lambda v: oracles.distillation(r, v, how, temperature), q, q_t.grad, rng)
+    slopes_agree("student", lambda v: oracles.distillation(r, v, how, temperature), q, q_t.grad,
+                 rng)
 
 
 @pytest.mark.parametrize("how", ["softmax", "bernoulli"])
@@ -338,12 +359,14 @@ def test_distillation_special_cases(how):
     x = tensor(np.random.RandomState(9).randn(3, 4))
     close("equal predictions", losses.distillation(x, x, how=how), 0.0)
     if how == "softmax":
-        close("a distribution over one class", losses.distillation(x[:, :1], x[:, 1:2], how=how), 0.0)
+        close("a distribution over one class", losses.distillation(x[:, :1], x[:, 1:2], how=how),
+              0.0)
     extreme = torch.tensor([[100.0, -100.0, 0.0, 100.0]])
     student = (-extreme).requires_grad_()
     loss = losses.distillation(extreme, student, how=how)
     loss.backward()
-    close("extreme logits", loss, oracles.distillation(extreme.numpy(), -extreme.numpy(), how, 1.0), 1e-5)
+    close("extreme logits", loss, oracles.distillation(extreme.numpy(), -extreme.numpy(), how, 1.0),
+          1e-5)
     assert torch.isfinite(student.grad).all()
 
 
@@ -351,7 +374,8 @@ def test_distillation_default_temperature_is_one():
     rng = np.random.RandomState(10)
     r, q = rng.randn(3, 4), rng.randn(3, 4)
     for how in ("softmax", "bernoulli"):
-        close(how, losses.distillation(tensor(r), tensor(q), how=how), oracles.distillation(r, q, how, 1.0))
+        close(how, losses.distillation(tensor(r), tensor(q), how=how),
+              oracles.distillation(r, q, how, 1.0))
 
 
 @pytest.mark.parametrize("how", ["softmax", "bernoulli"])
@@ -373,7 +397,7 @@ def test_distillation_by_another_teacher(how):
     slopes_agree("student learns", lambda v: oracles.distillation(r, v, how, 2.0), q, q_t.grad, rng)
 
 
-# ------------------------------------------------------------------------------------------------------- Eq. 7
+# ---- Eq. 7
 
 def bank_of(C, L, D, **options):
     return memory.MemoryBank(C, L, D, **options).double()
@@ -383,7 +407,8 @@ def compare(bank, queues, name=""):
     close(f"{name} bank", bank.bank, queues.slots)
     assert bank.cursor.tolist() == [len(w) for w in queues.written], f"{name} cursor"
     C, L, D = queues.slots.shape
-    means = [np.mean(queues.queue(c), axis=0) if queues.written[c] else np.zeros(D) for c in range(C)]
+    means = [np.mean(queues.queue(c), axis=0) if queues.written[c] else np.zeros(D)
+             for c in range(C)]
     close(f"{name} prototypes", bank.mean_prototypes(), np.stack(means))
 
 
@@ -449,10 +474,11 @@ def test_unknown_and_negative_labels_write_nothing():
     assert bank.cursor.tolist() == [0, 0] and not bank.bank.any()
 
 
-# -------------------------------------------------------------------------------------------------- Eq. 8 and 9
+# ---- Eq. 8 and 9
 
 def filled(rng, C, L, D, counts, eta=0.99):
-    """A bank with counts[c] random prototypes of class c (some wrapped), the lists behind it, text prototypes."""
+    """A bank with counts[c] random prototypes of class c (some wrapped), the lists behind it, text
+    prototypes."""
     bank, queues = bank_of(C, L, D, eta=eta), oracles.Queues(C, L, D)
     for c, count in enumerate(counts):
         for _ in range(int(count)):
@@ -484,18 +510,20 @@ def test_text_similarity_is_a_cosine_whatever_the_lengths():
     rng = np.random.RandomState(15)
     bank, regions, text = bank_of(3, 2, 4), rng.randn(2, 3, 4), 6 * rng.randn(3, 4)
     bank.set_text_prototypes(tensor(text))
-    close("text", bank.similarities(tensor(regions))[1], oracles.similarities(regions, [[]] * 3, text)[1])
+    close("text", bank.similarities(tensor(regions))[1],
+          oracles.similarities(regions, [[]] * 3, text)[1])
 
 
 def test_a_class_without_prototypes_has_no_visual_similarity():
     rng = np.random.RandomState(16)
     bank, queues, text = filled(rng, 3, 4, 5, [2, 0, 1])
     s = bank.similarities(tensor(rng.randn(2, 3, 5)))
-    assert torch.isnan(s[0, :, 1]).all() and not torch.isnan(s[0, :, [0, 2]]).any() and not torch.isnan(s[1]).any()
+    assert torch.isnan(s[0, :, 1]).all()
+    assert not torch.isnan(s[0, :, [0, 2]]).any() and not torch.isnan(s[1]).any()
     close("zeros stand in its row", bank.mean_prototypes()[1], np.zeros(5))
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 11
+# ---- Eq. 11
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("eta", [0.99, 0.5, 0.0])
@@ -525,9 +553,11 @@ def test_thresholds_touch_only_classes_that_the_batch_holds():
     bank.update_thresholds(torch.full((2, 2, 3), 100.0, dtype=torch.float64), labels)
     expected = start.copy()
     expected[:, 0, 0] = 0.99 * start[:, 0, 0] + 1.0  # a positive of class 0
-    expected[:, 1, 1] = 0.99 * start[:, 1, 1] + 1.0  # a negative of class 1: Eq. 11's second line is theta_negative
+    # a negative of class 1: Eq. 11's second line is theta_negative
+    expected[:, 1, 1] = 0.99 * start[:, 1, 1] + 1.0
     close("theta", bank.theta, expected)
-    bank.update_thresholds(torch.full((2, 2, 3), 100.0, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.int8))
+    bank.update_thresholds(torch.full((2, 2, 3), 100.0, dtype=torch.float64),
+                           torch.zeros(2, 3, dtype=torch.int8))
     close("theta, nothing known", bank.theta, expected)
 
 
@@ -539,7 +569,7 @@ def test_a_missing_similarity_does_not_poison_a_threshold():
     close("theta", bank.theta[:, :, 0], [[0.25, 0.25], [0.99 * 0.25 + 0.005, 0.99 * 0.25 + 0.001]])
 
 
-# ------------------------------------------------------------------------------------------------- Eq. 10 and 12
+# ---- Eq. 10 and 12
 
 def decide(s_v, s_t, label, theta):
     """One cell through pseudo_labels: theta is ((visual pos, visual neg), (text pos, text neg))."""
@@ -550,7 +580,8 @@ def decide(s_v, s_t, label, theta):
 
 
 THETA = ((0.75, 0.25), (0.5, -0.5))
-SIDE = {1: (0.8, 0.6), 0: (0.5, 0.0), -1: (0.2, -0.6)}  # verdict: (visual similarity, text similarity) that gives it
+# verdict: (visual similarity, text similarity) that gives it
+SIDE = {1: (0.8, 0.6), 0: (0.5, 0.0), -1: (0.2, -0.6)}
 
 
 @pytest.mark.parametrize("visual,text", list(itertools.product((1, 0, -1), repeat=2)))
@@ -605,13 +636,15 @@ def test_pseudo_labels(case):
         bank.theta.copy_(tensor(theta.copy()))
         given = torch.tensor(labels)
         out = bank.pseudo_labels(tensor(s), given)
-        assert out.shape == (B, C) and out.dtype == torch.int8 and torch.equal(given, torch.tensor(labels))
+        assert out.shape == (B, C) and out.dtype == torch.int8 and torch.equal(given,
+                                                                               torch.tensor(labels))
         close("pseudo-labels", out, oracles.pseudo_labels(s, labels, theta))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_stream_of_batches(case):
-    """Section 3.4 as one: regions, similarities, thresholds, pseudo-labels and queues over several batches."""
+    """Section 3.4 as one: regions, similarities, thresholds, pseudo-labels and queues over several
+    batches."""
     rng, (B, C, N, D, L, K) = sizes(case)
     bank, queues, text = filled(rng, C, L, D, rng.randint(0, 3, size=C), eta=0.8)
     theta = np.full((2, 2, C), math.nan)
@@ -642,7 +675,7 @@ def test_the_bank_is_saved_and_restored_whole():
     assert not list(bank.parameters()) and bank.cursor.dtype == torch.int64
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 13
+# ---- Eq. 13
 
 CHUNKED = [name for name in inspect.signature(losses.contrastive).parameters if "chunk" in name]
 
@@ -674,7 +707,8 @@ def test_contrastive(case, tau):
 
 def test_contrastive_every_gradient_entry():
     rng = np.random.RandomState(18)
-    anchors, samples, classes = rng.randn(4, 3), rng.randn(6, 3), np.array([0, 2, 2, 3, 0, 2])  # class 1: no positive
+    # class 1: no positive
+    anchors, samples, classes = rng.randn(4, 3), rng.randn(6, 3), np.array([0, 2, 2, 3, 0, 2])
     a, s = tensor(anchors, grad=True), tensor(samples, grad=True)
     losses.contrastive(a, s, torch.tensor(classes), 0.2).backward()
     expected = (oracles.gradient(lambda v: oracles.contrastive(v, samples, classes, 0.2), anchors),
@@ -716,9 +750,10 @@ def test_contrastive_sharp_temperature_is_finite():
     assert torch.isfinite(a.grad).all() and torch.isfinite(s.grad).all()
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 14
+# ---- Eq. 14
 
-ASL = [(1.0, 2.0, 0.05), (0.0, 0.0, 0.0), (0.0, 4.0, 0.05), (2.0, 1.0, 0.2), (1.0, 2.0, 0.0), (0.5, 0.5, 0.05)]
+ASL = [(1.0, 2.0, 0.05), (0.0, 0.0, 0.0), (0.0, 4.0, 0.05), (2.0, 1.0, 0.2), (1.0, 2.0, 0.0),
+       (0.5, 0.5, 0.05)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -728,7 +763,8 @@ def test_asymmetric(case, gamma_pos, gamma_neg, shift, assume_negative):
     rng, (B, C, N, D, L, K) = sizes(case)
     logits, labels = 3 * rng.randn(B, C), codes(rng, B, C)
     x = tensor(logits, grad=True)
-    options = dict(gamma_pos=gamma_pos, gamma_neg=gamma_neg, shift=shift, assume_negative=assume_negative)
+    options = dict(gamma_pos=gamma_pos, gamma_neg=gamma_neg, shift=shift,
+                   assume_negative=assume_negative)
     loss = losses.asymmetric(x, torch.tensor(labels), **options)
     close("L_cls", loss, oracles.asymmetric(logits, labels, **options))
     loss.backward()
@@ -744,7 +780,8 @@ def test_asymmetric_every_gradient_entry_and_defaults():
     loss = losses.asymmetric(x, torch.tensor(labels))
     close("the paper's 1, 2, 0.05", loss, oracles.asymmetric(logits, labels, 1, 2, 0.05))
     loss.backward()
-    close("d logits", x.grad, oracles.gradient(lambda v: oracles.asymmetric(v, labels, 1, 2, 0.05), logits), 1e-6, 1e-8)
+    close("d logits", x.grad,
+          oracles.gradient(lambda v: oracles.asymmetric(v, labels, 1, 2, 0.05), logits), 1e-6, 1e-8)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -798,7 +835,7 @@ def test_asymmetric_never_turns_autograd_on():
     assert losses.asymmetric(x, labels).requires_grad and torch.is_grad_enabled()
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 15
+# ---- Eq. 15
 
 def test_total():
     keys = ("L_q", "L_r", "L_KD", "L_NCE")
@@ -813,5 +850,6 @@ def test_total():
                 loss.backward()
             for k, leaf in leaves.items():
                 close(f"d {k}", leaf.grad, {"L_q": 1.0, "L_r": 1.0, "L_KD": 0.05, "L_NCE": 0.01}[k])
-    close("alpha, beta, gamma", losses.total({k: tensor(v) for k, v in values.items()}, 2.0, 3.0, 5.0),
+    close("alpha, beta, gamma",
+          losses.total({k: tensor(v) for k, v in values.items()}, 2.0, 3.0, 5.0),
           oracles.total(values, 2.0, 3.0, 5.0))

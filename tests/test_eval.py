@@ -1,4 +1,5 @@
 """What a practitioner does with a run: predictions, pictures, tables; and what is refused."""
+
 import csv
 import json
 import os
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_world import command, one_line, run, weights, world                              # noqa: F401
+from small_world import command, one_line, run, weights, world
 
 import clip
 import data
@@ -22,7 +23,7 @@ from support import UserError
 
 
 @pytest.fixture
-def trained(world, tmp_path_factory):                                              # noqa: F811
+def trained(world, tmp_path_factory):
     """A run of two epochs on the small world, made once."""
     out = world / "trained"
     if not out.exists():
@@ -37,12 +38,22 @@ def photos(tmp_path):
     folder.mkdir()
     rgb = Image.fromarray(rng.randint(0, 256, (90, 140, 3), np.uint8))
     exif = Image.Exif()
-    exif[0x0112] = 6                                                               # turned by the camera
-    for name, image, how in (("wide.jpg", rgb.resize((900, 40)), {}), ("tall.png", rgb.resize((3, 200)), {}), ("one.bmp", rgb.resize((1, 1)), {}),
-                             ("grey.png", rgb.convert("L"), {}), ("grey16.png", Image.fromarray(rng.randint(0, 65536, (50, 60)).astype(np.uint16)), {}),
-                             ("alpha.png", rgb.convert("RGBA"), {}), ("palette.gif", rgb.convert("P"), {}), ("print.jpg", rgb.convert("CMYK"), {}),
-                             ("bits.png", rgb.convert("1"), {}), ("turned.jpg", rgb, dict(exif=exif)), ("scan.tif", rgb, {}), ("web.webp", rgb, {}),
-                             ("größe π.JPG", rgb, {})):
+    exif[0x0112] = 6  # turned by the camera
+    for name, image, how in (
+        ("wide.jpg", rgb.resize((900, 40)), {}),
+        ("tall.png", rgb.resize((3, 200)), {}),
+        ("one.bmp", rgb.resize((1, 1)), {}),
+        ("grey.png", rgb.convert("L"), {}),
+        ("grey16.png", Image.fromarray(rng.randint(0, 65536, (50, 60)).astype(np.uint16)), {}),
+        ("alpha.png", rgb.convert("RGBA"), {}),
+        ("palette.gif", rgb.convert("P"), {}),
+        ("print.jpg", rgb.convert("CMYK"), {}),
+        ("bits.png", rgb.convert("1"), {}),
+        ("turned.jpg", rgb, dict(exif=exif)),
+        ("scan.tif", rgb, {}),
+        ("web.webp", rgb, {}),
+        ("größe π.JPG", rgb, {}),
+    ):
         image.save(folder / name, **how)
     (folder / "notes.txt").write_text("not an image, and not taken for one")
     return folder
@@ -50,9 +61,29 @@ def photos(tmp_path):
 
 def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, tmp_path, capfd):
     sheet, pictures = tmp_path / "all.csv", tmp_path / "pictures"
-    status, out, err = command(evaluation.main, [trained, "--image", photos, "--json", "--csv", sheet, "--out", pictures, "--top", 3,
-                                                 "--batch", 4], capfd)
-    assert status == 0 and len(err) == 1 and "1 of 14 files are no readable images and were skipped" in err[0]
+    status, out, err = command(
+        evaluation.main,
+        [
+            trained,
+            "--image",
+            photos,
+            "--json",
+            "--csv",
+            sheet,
+            "--out",
+            pictures,
+            "--top",
+            3,
+            "--batch",
+            4,
+        ],
+        capfd,
+    )
+    assert (
+        status == 0
+        and len(err) == 1
+        and "1 of 14 files are no readable images and were skipped" in err[0]
+    )
     found = [json.loads(line) for line in out]
     images = sorted(p for p in photos.iterdir() if p.suffix != ".txt")
     assert [row["image"] for row in found] == [str(p) for p in images] and len(images) == 13
@@ -61,21 +92,41 @@ def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, 
     assert [row.pop("image") for row in rows] == [str(p) for p in images] and list(rows[0]) == names
     for row, wide in zip(found, rows):
         shown = list(row["scores"].values())
-        assert len(shown) == 3 and shown == sorted(shown, reverse=True) and all(0 < p < 1 for p in shown)
+        assert (
+            len(shown) == 3
+            and shown == sorted(shown, reverse=True)
+            and all(0 < p < 1 for p in shown)
+        )
         best = sorted((float(p) for p in wide.values()), reverse=True)[:3]
         assert np.allclose(shown, best, atol=1e-4)
         with Image.open(row["picture"]) as picture:
             assert picture.size == (4 * 198 + 6, 219)
     assert len(list(pictures.iterdir())) == 13
 
-    status, out, err = command(evaluation.main, [trained, "--image", photos / "grey.png", "--pictures", 0, "--out", tmp_path / "none"], capfd)
-    assert status == 0 and len(out) == 2 and out[1].startswith(f"{photos / 'grey.png'}: ") and not list((tmp_path / "none").iterdir())
+    status, out, err = command(
+        evaluation.main,
+        [trained, "--image", photos / "grey.png", "--pictures", 0, "--out", tmp_path / "none"],
+        capfd,
+    )
+    assert (
+        status == 0
+        and len(out) == 2
+        and out[1].startswith(f"{photos / 'grey.png'}: ")
+        and not list((tmp_path / "none").iterdir())
+    )
 
 
 def test_one_pass_of_the_network_in_batches(trained, photos, tmp_path, capfd, monkeypatch):
     sizes, encode = [], clip.CLIP.encode_dense
-    monkeypatch.setattr(clip.CLIP, "encode_dense", lambda self, x: sizes.append(len(x)) or encode(self, x))
-    assert evaluation.main([str(trained), "--image", str(photos), "--batch", "5", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(
+        clip.CLIP, "encode_dense", lambda self, x: sizes.append(len(x)) or encode(self, x)
+    )
+    assert (
+        evaluation.main(
+            [str(trained), "--image", str(photos), "--batch", "5", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     assert sizes == [5, 5, 4]  # one of them is no image
 
 
@@ -92,20 +143,41 @@ def test_files_of_one_name_keep_their_own_pictures(trained, photos, tmp_path, ca
     (tmp_path / "more").mkdir()
     for name in ("grey.png", "GREY.png"):
         shutil.copy(photos / "grey.png", tmp_path / "more" / name)
-    arguments = [trained, "--image", photos / "grey.png", tmp_path / "more", photos / "grey.png", "--out", tmp_path / "out", "--json"]
+    arguments = [
+        trained,
+        "--image",
+        photos / "grey.png",
+        tmp_path / "more",
+        photos / "grey.png",
+        "--out",
+        tmp_path / "out",
+        "--json",
+    ]
     status, out, _ = command(evaluation.main, arguments, capfd)
     drawn = {json.loads(line)["picture"].lower() for line in out}
-    assert status == 0 and len(out) == len(drawn) == 4 and len(list((tmp_path / "out").iterdir())) == 4
+    assert (
+        status == 0 and len(out) == len(drawn) == 4 and len(list((tmp_path / "out").iterdir())) == 4
+    )
 
 
 def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd):
     (photos / "broken.jpg").write_bytes((photos / "turned.jpg").read_bytes()[:700])
     (photos / "empty.png").write_bytes(b"")
-    status, out, err = command(evaluation.main, [trained, "--image", photos, "--json", "--out", tmp_path, "--workers", 1], capfd)
+    status, out, err = command(
+        evaluation.main,
+        [trained, "--image", photos, "--json", "--out", tmp_path, "--workers", 1],
+        capfd,
+    )
     assert status == 0 and len(out) == 13
-    assert len(err) == 1 and err[0].startswith("3 of 16 files are no readable images and were skipped: ")
+    assert len(err) == 1 and err[0].startswith(
+        "3 of 16 files are no readable images and were skipped: "
+    )
     assert "broken.jpg" in err[0] and "empty.png" in err[0]
-    strict = command(evaluation.main, [trained, "--image", photos, "--strict", "--out", tmp_path / "again"], capfd)
+    strict = command(
+        evaluation.main,
+        [trained, "--image", photos, "--strict", "--out", tmp_path / "again"],
+        capfd,
+    )
     assert strict[0] == 2 and strict[2][-1].startswith("error: 3 of 16")
     with pytest.raises(UserError, match="broken.jpg"):
         Predictor(trained).predict([photos / "grey.png", photos / "broken.jpg"])
@@ -122,7 +194,9 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     assert row["present"] == model.names[1::2]
 
 
-def test_inference_needs_the_run_folder_and_the_image_encoder_only(world, photos, tmp_path, monkeypatch):       # noqa: F811
+def test_inference_needs_the_run_folder_and_the_image_encoder_only(
+    world, photos, tmp_path, monkeypatch
+):
     shutil.copytree(world / "scenes", tmp_path / "scenes")
     run(world, tmp_path / "run", root=tmp_path / "scenes", epochs=1, cache_dir=tmp_path / "cache")
     before = Predictor(tmp_path / "run").predict([photos / "grey.png"])
@@ -134,9 +208,15 @@ def test_inference_needs_the_run_folder_and_the_image_encoder_only(world, photos
 
     def never(*_, **__):
         raise AssertionError("the text encoder was asked")
+
     for name in ("encode_text", "embed", "tokenize"):
         monkeypatch.setattr(clip.CLIP, name, never)
-    monkeypatch.setattr(clip.CLIP, "encode_prompts", lambda _, embeddings, __: None if embeddings.is_meta else never())   # meta: a check of shapes
+    # meta: a check of shapes
+    monkeypatch.setattr(
+        clip.CLIP,
+        "encode_prompts",
+        lambda _, embeddings, __: None if embeddings.is_meta else never(),
+    )
     monkeypatch.setattr(data, "load", never)
     assert Predictor(tmp_path / "run").predict([photos / "grey.png"]) == before
 
@@ -145,15 +225,28 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
     status, out, err = command(evaluation.main, [trained, "--checkpoint", "last", "--json"], capfd)
     stored = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["test"]
     got = json.loads(out[-1])
-    assert status == 0 and got["mAP"] == pytest.approx(stored["mAP"], abs=0.01) and got["left_out"] == stored["left_out"]
-    status, out, _ = command(evaluation.main, [trained, "--ensemble", trained, "--checkpoint", "last", "--json"], capfd)
+    assert (
+        status == 0
+        and got["mAP"] == pytest.approx(stored["mAP"], abs=0.01)
+        and got["left_out"] == stored["left_out"]
+    )
+    status, out, _ = command(
+        evaluation.main, [trained, "--ensemble", trained, "--checkpoint", "last", "--json"], capfd
+    )
     assert status == 0 and json.loads(out[-1])["mAP"] == pytest.approx(stored["mAP"], abs=0.01)
     status, out, _ = command(evaluation.main, [trained, "--compare", trained], capfd)
-    assert status == 0 and [line.split(",")[0].split(" ")[0] for line in out[-10:]] == ["zero-shot"] * 2 + [str(trained)] * 8
-    assert all(f"{trained}, {what} " in line for what, line in zip(("region score", "query score", "mean score", "mask"), out[-4:]))
+    assert (
+        status == 0
+        and [line.split(",")[0].split(" ")[0] for line in out[-10:]]
+        == ["zero-shot"] * 2 + [str(trained)] * 8
+    )
+    assert all(
+        f"{trained}, {what} " in line
+        for what, line in zip(("region score", "query score", "mean score", "mask"), out[-4:])
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ---- refusals
 def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd):
     bad = lambda *arguments, words: one_line(evaluation.main, arguments, capfd, *words)
     bad(trained, "--imgae", "x.jpg", words=["--imgae", "did you mean --image"])
@@ -166,14 +259,35 @@ def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd
     bad(trained, "--image", photos, "--top", 0, words=["--top"])
     bad(trained, "--image", photos, "--batch", 0, words=["--batch"])
     bad(trained, "--image", photos, "--suggest", tmp_path / "s.csv", words=["give one"])
-    bad(trained, "--suggest", tmp_path / "no" / "s.csv", "--pictures", 0, words=["s.csv", "cannot be written"])
+    bad(
+        trained,
+        "--suggest",
+        tmp_path / "no" / "s.csv",
+        "--pictures",
+        0,
+        words=["s.csv", "cannot be written"],
+    )
     bad(trained, "--image", photos / "grey.png", "--out", photos / "grey.png", words=["grey.png"])
     bad(trained, "--root", tmp_path / "moved", words=["moved"])
     bad(trained, "--split", "val", "--root", tmp_path, words=[str(tmp_path)])
 
 
-@pytest.mark.parametrize("damage", ("truncated", "empty", "text", "pickle", "foreign", "folder", "names", "threshold",
-                                    "model", "config", "settings"))
+@pytest.mark.parametrize(
+    "damage",
+    (
+        "truncated",
+        "empty",
+        "text",
+        "pickle",
+        "foreign",
+        "folder",
+        "names",
+        "threshold",
+        "model",
+        "config",
+        "settings",
+    ),
+)
 def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage):
     shutil.copytree(trained, tmp_path / "run")
     file = tmp_path / "run" / "best.pt"
@@ -186,10 +300,18 @@ def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage)
         file.write_text("<html>404</html>")
     elif damage == "pickle":
         file.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    elif damage in ("names", "threshold", "model", "config", "settings"):        # parts that do not fit each other
+    # parts that do not fit each other
+    elif damage in ("names", "threshold", "model", "config", "settings"):
         state = torch.load(file, weights_only=True)
-        state.update({"names": dict(names=state["names"][1:]), "threshold": dict(threshold=[0.5]), "model": dict(model={}),
-                      "config": dict(config="{"), "settings": dict(config=json.dumps({"colour": 1}))}[damage])
+        state.update(
+            {
+                "names": dict(names=state["names"][1:]),
+                "threshold": dict(threshold=[0.5]),
+                "model": dict(model={}),
+                "config": dict(config="{"),
+                "settings": dict(config=json.dumps({"colour": 1})),
+            }[damage]
+        )
         torch.save(state, file)
     elif damage == "foreign":
         torch.save({"model": {"weight": torch.zeros(3)}}, file)
@@ -200,17 +322,31 @@ def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage)
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_clip_is_refused(trained, world, tmp_path, capfd):                 # noqa: F811
+def test_another_clip_is_refused(trained, world, tmp_path, capfd):
     from safetensors.torch import save_file
-    run(world, tmp_path / "run", epochs=1, clip=shutil.copy(world / "clip-quickgelu.safetensors", tmp_path / "mine-quickgelu.safetensors"))
-    save_file({k: v + (0.1 if v.is_floating_point() else 0) for k, v in weights().items()}, tmp_path / "mine-quickgelu.safetensors")
+
+    run(
+        world,
+        tmp_path / "run",
+        epochs=1,
+        clip=shutil.copy(
+            world / "clip-quickgelu.safetensors", tmp_path / "mine-quickgelu.safetensors"
+        ),
+    )
+    save_file(
+        {k: v + (0.1 if v.is_floating_point() else 0) for k, v in weights().items()},
+        tmp_path / "mine-quickgelu.safetensors",
+    )
     one_line(evaluation.main, [tmp_path / "run"], capfd, "was trained on CLIP")
     one_line(train.main, ["--resume", tmp_path / "run"], capfd, "CLIP weights")
 
 
-# ------------------------------------------------------------------------------------------------------------ platforms
-def test_the_device_is_chosen_and_every_module_works_without_optional_packages(world, trained, monkeypatch):      # noqa: F811
+# ---- platforms
+def test_the_device_is_chosen_and_every_module_works_without_optional_packages(
+    world, trained, monkeypatch
+):
     from support.cli import best_device
+
     if not torch.cuda.is_available():
         assert best_device().type == ("mps" if torch.backends.mps.is_available() else "cpu")
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -219,14 +355,18 @@ def test_the_device_is_chosen_and_every_module_works_without_optional_packages(w
     assert str(best_device(3, 4)) == "cuda:3"
 
 
-def test_without_triton_a_run_trains_and_predicts(world, tmp_path):                          # noqa: F811
+def test_without_triton_a_run_trains_and_predicts(world, tmp_path):
     """As on Windows and macOS: the packages are hidden from a fresh interpreter."""
     import subprocess
     from small_world import ROOT, options
-    code = ("import sys\nsys.modules['triton'] = None\n"
-            "import train, eval\n"
-            f"assert train.main({options(world, tmp_path / 'run', epochs=1)!r}) == 0\n"
-            f"assert eval.main([{str(tmp_path / 'run')!r}, '--image', {str(world / 'scenes' / 'val2014')!r}, '--pictures', '1']) == 0")
+
+    code = (
+        "import sys\nsys.modules['triton'] = None\n"
+        "import train, eval\n"
+        f"assert train.main({options(world, tmp_path / 'run', epochs=1)!r}) == 0\n"
+        f"assert eval.main([{str(tmp_path / 'run')!r}, '--image', "
+        f"{str(world / 'scenes' / 'val2014')!r}, '--pictures', '1']) == 0"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "triton is not installed" in done.stdout
@@ -235,5 +375,12 @@ def test_without_triton_a_run_trains_and_predicts(world, tmp_path):             
 
 def test_names_of_pictures_are_distinct_and_cost_no_more_for_more_photos():
     from tools.predict import picture_names
-    assert picture_names(["d/a.jpg", "e/A.png", "a.bmp", "b.jpg"]) == ["a.png", "A-2.png", "a-3.png", "b.png"]
-    assert len(set(picture_names([f"{i:06d}.jpg" for i in range(50000)]))) == 50000            # once quadratic: minutes
+
+    assert picture_names(["d/a.jpg", "e/A.png", "a.bmp", "b.jpg"]) == [
+        "a.png",
+        "A-2.png",
+        "a-3.png",
+        "b.png",
+    ]
+    # once quadratic: minutes
+    assert len(set(picture_names([f"{i:06d}.jpg" for i in range(50000)]))) == 50000

@@ -1,5 +1,7 @@
-"""What happens to runs in the world: killed, out of disk, read-only, broken loaders, NaN, two writers. Always a readable
-checkpoint of a finished epoch or one clear line. tests/kill_train.py kills 200 times; here it kills four times."""
+"""What happens to runs in the world: killed, out of disk, read-only, broken loaders, NaN, two
+writers. Always a readable checkpoint of a finished epoch or one clear line. tests/kill_train.py
+kills 200 times; here it kills four times."""
+
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ import time
 import pytest
 import torch
 from kill_train import same_run
-from small_world import ROOT, command, one_line, options, run, start, world        # noqa: F401
+from small_world import ROOT, command, one_line, options, run, start, world
 
 import eval as evaluation
 from support import checkpoint
@@ -24,7 +26,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="fork, mount and /pro
 
 @linux
 def test_kill_9_leaves_a_finished_epoch_and_resumes_bit_for_bit():
-    done = subprocess.run([sys.executable, "tests/kill_train.py", "4", "3"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tests/kill_train.py", "4", "3"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     count = json.loads(done.stdout.splitlines()[-1])
     assert count["kills"] == 4 and count["runs"] >= 1
@@ -35,8 +39,10 @@ def test_a_write_is_all_or_nothing(tmp_path, monkeypatch):
     write_atomically(file, "old")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
+
             def full(*_):
                 raise OSError(28, "No space left on device")
+
             patch.setattr(checkpoint.os, name, full)
             with pytest.raises(UserError, match="No space left on device.*free some space"):
                 write_atomically(file, "new")
@@ -53,31 +59,55 @@ def mounted(tmp_path):
     def mount(how):
         point = tmp_path / f"mount{len(points)}"
         point.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "none", str(point)], capture_output=True, text=True) \
-            if shutil.which("mount") and os.geteuid() == 0 else None
+        done = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", how, "none", str(point)],
+                capture_output=True,
+                text=True,
+            )
+            if shutil.which("mount") and os.geteuid() == 0
+            else None
+        )
         if done is None or done.returncode:
-            pytest.skip(f"cannot mount a small file system here: {done.stderr.strip() if done else 'not root'}")
+            pytest.skip(
+                "cannot mount a small file system here: "
+                f"{done.stderr.strip() if done else 'not root'}"
+            )
         points.append(point)
         return point
+
     yield mount
     for point in points:
         subprocess.run(["umount", "-l", str(point)])
 
 
 @linux
-@pytest.mark.parametrize("room", (("config.json",), ("config.json", "best.pt"), ("config.json", "best.pt", "last.pt"),
-                                  ("config.json", "best.pt", "last.pt", "last.pt", "metrics.jsonl")), ids=lambda r: f"after {len(r)} files")
-def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, monkeypatch, room):              # noqa: F811
-    """No room for best.pt; for last.pt; for the second version beside the first; for the pictures at the end."""
+@pytest.mark.parametrize(
+    "room",
+    (
+        ("config.json",),
+        ("config.json", "best.pt"),
+        ("config.json", "best.pt", "last.pt"),
+        ("config.json", "best.pt", "last.pt", "last.pt", "metrics.jsonl"),
+    ),
+    ids=lambda r: f"after {len(r)} files",
+)
+def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, monkeypatch, room):
+    """No room for best.pt; for last.pt; for the second version beside the first; for the pictures
+    at the end."""
     if not (world / "measured").exists():
         run(world, world / "measured")
-    disk = mounted(f"size={sum((world / 'measured' / name).stat().st_size // 1024 + 8 for name in room)}k")
+    disk = mounted(
+        f"size={sum((world / 'measured' / name).stat().st_size // 1024 + 8 for name in room)}k"
+    )
     monkeypatch.setattr("tools.plots.curves", lambda *_: None)
-    line = one_line(train.main, options(world, disk / "run", epochs=3), capfd, "No space left on device")
+    line = one_line(
+        train.main, options(world, disk / "run", epochs=3), capfd, "No space left on device"
+    )
     assert str(disk) in line and not list(disk.rglob("*.tmp"))
     if (disk / "run" / "last.pt").exists():
         assert read_checkpoint(disk / "run" / "last.pt")["epoch"] >= 1
-    if (disk / "run" / "config.json").exists():                                    # room was made: it goes on
+    if (disk / "run" / "config.json").exists():  # room was made: it goes on
         shutil.copytree(disk / "run", tmp_path / "moved")
         assert train.main(["--resume", str(tmp_path / "moved")]) == 0
         run(world, tmp_path / "never-full", epochs=3)
@@ -85,22 +115,31 @@ def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, 
 
 
 @linux
-def test_a_full_disk_under_the_feature_cache_is_told_before_it_is_filled(world, mounted, tmp_path, capfd):       # noqa: F811
+def test_a_full_disk_under_the_feature_cache_is_told_before_it_is_filled(
+    world, mounted, tmp_path, capfd
+):
     disk = mounted("size=8k")
-    one_line(train.main, options(world, tmp_path / "run", cache_dir=disk, batch=8, cache_features=3, augment="flip"), capfd,
-             "feature cache needs", "--cache-dir")
+    one_line(
+        train.main,
+        options(world, tmp_path / "run", cache_dir=disk, batch=8, cache_features=3, augment="flip"),
+        capfd,
+        "feature cache needs",
+        "--cache-dir",
+    )
     assert not (tmp_path / "run").exists()
 
 
 @linux
-def test_a_read_only_folder_is_told_before_anything_is_decoded(world, mounted, capfd, monkeypatch):              # noqa: F811
+def test_a_read_only_folder_is_told_before_anything_is_decoded(world, mounted, capfd, monkeypatch):
     disk = mounted("size=1m,ro")
-    monkeypatch.setattr(train.data, "load", None)                                  # not reached
+    monkeypatch.setattr(train.data, "load", None)  # not reached
     one_line(train.main, options(world, disk / "run"), capfd, disk, "choose another --out")
 
 
 @linux
-def test_a_run_folder_that_became_read_only_is_refused_for_writing_and_read(world, mounted, tmp_path, capfd):    # noqa: F811
+def test_a_run_folder_that_became_read_only_is_refused_for_writing_and_read(
+    world, mounted, tmp_path, capfd
+):
     run(world, tmp_path / "run", epochs=1)
     disk = mounted("size=8m")
     shutil.copytree(tmp_path / "run", disk / "run")
@@ -111,20 +150,28 @@ def test_a_run_folder_that_became_read_only_is_refused_for_writing_and_read(worl
     assert command(evaluation.main, [*photos, "--out", tmp_path / "pictures"], capfd)[0] == 0
 
 
-def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, monkeypatch):                       # noqa: F811
+def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, monkeypatch):
     read, parent = train.data.Images.__getitem__, os.getpid()
 
     def dies(self, key):
-        if key[0] == 1 and os.getpid() != parent:                                  # in the second epoch
+        if key[0] == 1 and os.getpid() != parent:  # in the second epoch
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, key)
+
     monkeypatch.setattr(train.data.Images, "__getitem__", dies)
-    one_line(train.main, options(world, tmp_path / "run", workers=2, cache_features=0), capfd, "--workers")
+    one_line(
+        train.main,
+        options(world, tmp_path / "run", workers=2, cache_features=0),
+        capfd,
+        "--workers",
+    )
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
 
 
 @pytest.mark.parametrize("where", ("images", "weights"))
-def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(world, tmp_path, capfd, monkeypatch, where):    # noqa: F811
+def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(
+    world, tmp_path, capfd, monkeypatch, where
+):
     monkeypatch.setattr("tools.plots.curves", lambda *_: None)
     with monkeypatch.context() as patch:
         if where == "images":
@@ -132,22 +179,33 @@ def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(world
 
             def spoilt(model, memory, encoder, cfg, f, *rest):
                 calls.append(1)
-                return step(model, memory, encoder, cfg, f * (float("nan") if len(calls) > 6 else 1), *rest)
+                return step(
+                    model, memory, encoder, cfg, f * (float("nan") if len(calls) > 6 else 1), *rest
+                )
+
             patch.setattr(train, "training_step", spoilt)
-            words = ["epoch 3", "loss is not finite after step 1 of 3", "L_r nan", "L_q nan", "holds epoch 2"]
-        else:                                                                      # a gradient overflows in the very last step
+            words = [
+                "epoch 3",
+                "loss is not finite after step 1 of 3",
+                "L_r nan",
+                "L_q nan",
+                "holds epoch 2",
+            ]
+        else:  # a gradient overflows in the very last step
             total, calls = train.losses.total, []
 
             def overflow(*arguments):
                 calls.append(1)
                 return total(*arguments) if len(calls) < 9 else _Overflow.apply(total(*arguments))
+
             patch.setattr(train.losses, "total", overflow)
             words = ["epoch 3", "weight is not finite", "L_r ", "holds epoch 2"]
         line = one_line(train.main, options(world, tmp_path / "run", epochs=4), capfd, *words)
     assert "--lr" in line
     state = read_checkpoint(tmp_path / "run" / "last.pt")
     assert state["epoch"] == 2 and all(v.isfinite().all() for v in state["model"].values())
-    assert train.main(["--resume", str(tmp_path / "run")]) == 0                    # the cause is gone: it goes on as if nothing was
+    # the cause is gone: it goes on as if nothing was
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
     run(world, tmp_path / "never", epochs=4)
     same_run(tmp_path / "never", tmp_path / "run")
 
@@ -165,25 +223,34 @@ class _Overflow(torch.autograd.Function):
 
 
 @linux
-def test_two_writers_of_one_folder(world, tmp_path, capfd):                        # noqa: F811
+def test_two_writers_of_one_folder(world, tmp_path, capfd):
     first = start("train.py", *options(world, tmp_path / "run", epochs=500))
     while not (tmp_path / "run" / "last.pt").exists():
         assert first.poll() is None, first.communicate()
     one_line(train.main, ["--resume", tmp_path / "run"], capfd, "another process is writing")
     one_line(train.main, options(world, tmp_path / "run"), capfd, "holds a run already")
-    first.send_signal(signal.SIGSTOP)                                              # reading meanwhile is fine
+    first.send_signal(signal.SIGSTOP)  # reading meanwhile is fine
     assert command(evaluation.main, [tmp_path / "run", "--checkpoint", "last"], capfd)[0] == 0
     first.kill()
     first.communicate()
     checkpoint.lock(tmp_path / "run" / ".lock").release()  # the lock went with the process
 
 
-def test_a_reader_sees_whole_checkpoints_while_they_are_written(world, tmp_path):  # noqa: F811
+def test_a_reader_sees_whole_checkpoints_while_they_are_written(world, tmp_path):
     run(world, tmp_path / "run", epochs=1)
     whole = (tmp_path / "run" / "last.pt").read_bytes()
-    writer = subprocess.Popen([sys.executable, "-c", "import sys, pathlib; from support.checkpoint import write_atomically\n"
-                               "file = pathlib.Path(sys.argv[1]); content = file.read_bytes()\n"
-                               "for _ in range(200): write_atomically(file, content)\n", str(tmp_path / "run" / "last.pt")], cwd=ROOT)
+    writer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib; from support.checkpoint "
+            "import write_atomically\n"
+            "file = pathlib.Path(sys.argv[1]); content = file.read_bytes()\n"
+            "for _ in range(200): write_atomically(file, content)\n",
+            str(tmp_path / "run" / "last.pt"),
+        ],
+        cwd=ROOT,
+    )
     reads = 0
     while writer.poll() is None:
         assert (tmp_path / "run" / "last.pt").read_bytes() == whole

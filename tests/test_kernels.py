@@ -1,8 +1,11 @@
-"""Both kernels against float64 and the torch reference, in Triton's interpreter without a GPU and natively with one.
+"""Both kernels against float64 and the torch reference, in Triton's interpreter without a GPU and
+natively with one.
 
-Tolerance is derived: an element may be off by twice the reference's largest error in the same dtype (it sums in another
-order) plus one unit in the last place. float32 products are IEEE here (region_pool.blocks), so no TF32 slack is needed.
+Tolerance is derived: an element may be off by twice the reference's largest error in the same dtype
+(it sums in another order) plus one unit in the last place. float32 products are IEEE here
+(region_pool.blocks), so no TF32 slack is needed.
 """
+
 import itertools
 import os
 import shutil
@@ -16,28 +19,48 @@ from conftest import gpu
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels.region_pool import grad_op, match_op, pool_op, region_match_reference, region_pool_reference
+from kernels.region_pool import (
+    grad_op,
+    match_op,
+    pool_op,
+    region_match_reference,
+    region_pool_reference,
+)
 from kernels.topk_prototypes import topk_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1, 1), (3, 3, 20, 20), (2, 20, 196, 80), (1, 80, 81, 196), (2, 81, 80, 3), (1, 3, 1023, 81),
-          (2, 1, 3, 1023), (1, 196, 20, 81), (1, 1023, 1, 20)]                                      # (B, C, N, D)
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 3, 20, 20),
+    (2, 20, 196, 80),
+    (1, 80, 81, 196),
+    (2, 81, 80, 3),
+    (1, 3, 1023, 81),
+    (2, 1, 3, 1023),
+    (1, 196, 20, 81),
+    (1, 1023, 1, 20),
+]  # (B, C, N, D)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
 def assert_close(name, got, reference, exact):
-    assert got.dtype == reference.dtype and got.shape == exact.shape, f"{name}: {got.dtype} {tuple(got.shape)}"
+    assert got.dtype == reference.dtype and got.shape == exact.shape, (
+        f"{name}: {got.dtype} {tuple(got.shape)}"
+    )
     limits = torch.finfo(got.dtype)
     got, reference = got.detach().cpu().double(), reference.detach().cpu().double()
     allowed = 2 * (reference - exact).abs().max() + limits.eps * exact.abs().clamp(min=limits.tiny)
     excess = (got - exact).abs() - allowed
-    wrong = ~(excess <= 0)                                                                      # NaN is wrong too
+    wrong = ~(excess <= 0)  # NaN is wrong too
     if wrong.any():
         worst = int(excess.nan_to_num(torch.inf).argmax())
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape))
-        pytest.fail(f"{name}: {int(wrong.sum())} of {got.numel()} elements off, worst at {index}: "
-                    f"kernel {got[index]:.9g}, float64 {exact[index]:.9g}, allowed {allowed[index]:.3g}")
+        pytest.fail(
+            f"{name}: {int(wrong.sum())} of {got.numel()} elements off, worst at {index}: "
+            f"kernel {got[index]:.9g}, float64 {exact[index]:.9g}, allowed "
+            f"{allowed[index]:.3g}"
+        )
 
 
 def inputs(shape, dtype, device="cpu", spread=3.0):
@@ -55,14 +78,17 @@ def launched(triton_path, monkeypatch):
     for module in ("kernels.region_pool", "kernels.topk_prototypes"):
         for name, kernel in vars(sys.modules[module]).items():
             if name.endswith("_kernel"):
+
                 def run(*args, _name=name, _run=kernel.run, **kwargs):
                     names.append(_name)
                     return _run(*args, **kwargs)
+
                 monkeypatch.setattr(kernel, "run", run)
     return names
 
 
-# ---- region_pool, region_match ---------------------------------------------------------------------------------------
+# ---- region_pool, region_match
+
 
 @each_dtype
 @each_shape
@@ -70,8 +96,15 @@ def test_region_pool(shape, dtype, triton_path, launched):
     energy, f, generator = inputs(shape, dtype, triton_path)
     upstream = torch.randn(shape[0], shape[1], shape[3], generator=generator).to(triton_path, dtype)
     results = []
-    for pool, to in ((kernels.region_pool, dtype), (region_pool_reference, dtype), (region_pool_reference, torch.float64)):
-        e, x = (t.to("cpu" if to == torch.float64 else triton_path, to).requires_grad_() for t in (energy, f))
+    for pool, to in (
+        (kernels.region_pool, dtype),
+        (region_pool_reference, dtype),
+        (region_pool_reference, torch.float64),
+    ):
+        e, x = (
+            t.to("cpu" if to == torch.float64 else triton_path, to).requires_grad_()
+            for t in (energy, f)
+        )
         out = pool(e, x)
         results.append((out, *torch.autograd.grad(out, (e, x), upstream.to(out))))
     assert launched == ["pool_kernel", "grad_kernel", "pool_kernel"]
@@ -82,7 +115,9 @@ def test_region_pool(shape, dtype, triton_path, launched):
 @pytest.mark.parametrize("wanted, kernel", [("energy", "grad_kernel"), ("f", "pool_kernel")])
 def test_only_the_gradients_that_are_asked_for(wanted, kernel, triton_path, launched):
     energy, f, _ = inputs((2, 3, 20, 8), torch.float32, triton_path)
-    kernels.region_pool(energy.requires_grad_(wanted == "energy"), f.requires_grad_(wanted == "f")).sum().backward()
+    kernels.region_pool(
+        energy.requires_grad_(wanted == "energy"), f.requires_grad_(wanted == "f")
+    ).sum().backward()
     assert launched == ["pool_kernel", kernel] and (energy.grad is None) == (wanted == "f")
 
 
@@ -90,11 +125,18 @@ def test_only_the_gradients_that_are_asked_for(wanted, kernel, triton_path, laun
 @each_shape
 def test_region_match(shape, dtype, triton_path, launched):
     energy, f, generator = inputs(shape, dtype, triton_path)
-    g_pos, g_neg = F.normalize(torch.randn(2, shape[1], shape[3], generator=generator), dim=-1).to(triton_path)
+    g_pos, g_neg = F.normalize(torch.randn(2, shape[1], shape[3], generator=generator), dim=-1).to(
+        triton_path
+    )
     got = kernels.region_match(energy, f, g_pos, g_neg, torch.tensor(50.0))
     assert launched == ["match_kernel"] and not got.requires_grad
     reference = 50 * region_match_reference(energy, f, g_pos, g_neg)
-    assert_close("logits", got, reference, 50 * exact_match(*(t.cpu().double() for t in (energy, f, g_pos, g_neg))))
+    assert_close(
+        "logits",
+        got,
+        reference,
+        50 * exact_match(*(t.cpu().double() for t in (energy, f, g_pos, g_neg))),
+    )
 
 
 def exact_match(energy, f, g_pos, g_neg):
@@ -106,7 +148,11 @@ def exact_match(energy, f, g_pos, g_neg):
 def test_mixed_types_strides_and_extreme_energies(triton_path, launched):
     energy, f, _ = inputs((2, 20, 81, 20), torch.float32, triton_path, spread=200.0)
     energy[0, 0, :3] = torch.tensor([torch.inf, -torch.inf, 0.0])
-    for e, x in ((energy, f.bfloat16()), (energy.mT.contiguous().mT, f.mT.contiguous().mT), (energy[:, ::2], f)):
+    for e, x in (
+        (energy, f.bfloat16()),
+        (energy.mT.contiguous().mT, f.mT.contiguous().mT),
+        (energy[:, ::2], f),
+    ):
         exact = region_pool_reference(e.cpu().double(), x.cpu().double())
         assert_close("F^r", kernels.region_pool(e, x), region_pool_reference(e, x), exact)
     assert launched == ["pool_kernel"] * 3
@@ -114,10 +160,15 @@ def test_mixed_types_strides_and_extreme_energies(triton_path, launched):
 
 def test_a_zero_region_matches_nothing(triton_path, launched):
     g = F.normalize(torch.randn(3, 8, device=triton_path), dim=-1)
-    energy, f = torch.full((1, 3, 4), -torch.inf, device=triton_path), torch.randn(1, 4, 8, device=triton_path)
+    energy, f = (
+        torch.full((1, 3, 4), -torch.inf, device=triton_path),
+        torch.randn(1, 4, 8, device=triton_path),
+    )
     for path in ("triton", "reference"):
         kernels.use(path)
-        assert torch.equal(kernels.region_match(energy, f, g, -g, 50.0), torch.zeros(1, 3, device=triton_path))
+        assert torch.equal(
+            kernels.region_match(energy, f, g, -g, 50.0), torch.zeros(1, 3, device=triton_path)
+        )
 
 
 def test_gradcheck_of_the_autograd_wiring():
@@ -129,12 +180,19 @@ def test_flops(triton_path):
     energy, f, _ = inputs((2, 3, 20, 8), torch.float32, triton_path)
     with FlopCounterMode(display=False) as counter:
         kernels.region_pool(energy.requires_grad_(), f.requires_grad_()).sum().backward()
-        kernels.region_match(energy.detach(), f.detach(), torch.ones(3, 8, device=triton_path),
-                             torch.ones(3, 8, device=triton_path), 1.0)
-    assert counter.get_total_flops() == 4 * 2 * 2 * 3 * 20 * 8      # forward, two gradients, matching: 2 B C N D each
+        kernels.region_match(
+            energy.detach(),
+            f.detach(),
+            torch.ones(3, 8, device=triton_path),
+            torch.ones(3, 8, device=triton_path),
+            1.0,
+        )
+    # forward, two gradients, matching: 2 B C N D each
+    assert counter.get_total_flops() == 4 * 2 * 2 * 3 * 20 * 8
 
 
-# ---- topk_prototypes -------------------------------------------------------------------------------------------------
+# ---- topk_prototypes
+
 
 def by_hand(energy, f, labels, bank, cursor, k):
     """Eq. 7, one row at a time."""
@@ -149,7 +207,8 @@ def by_hand(energy, f, labels, bank, cursor, k):
 
 
 def run_topk(energy, f, labels, L, k, dtype=torch.float32, calls=1, path="triton", start=0):
-    """(bank, cursor) after some calls, on the given path and by hand; untouched slots keep their poison."""
+    """(bank, cursor) after some calls, on the given path and by hand; untouched slots keep their
+    poison."""
     C, D = labels.shape[1], f.shape[2]
     bank, cursor = torch.full((C, L, D), 7.0, dtype=dtype), torch.full((C,), start)
     exact = bank.clone(), cursor.clone()
@@ -158,20 +217,36 @@ def run_topk(energy, f, labels, L, k, dtype=torch.float32, calls=1, path="triton
     for _ in range(calls):
         kernels.topk_prototypes(energy, f, labels.to(energy.device), bank, cursor, k)
         exact = by_hand(energy.cpu().float(), f.cpu(), labels, *exact, k)
-    assert torch.equal(cursor.cpu(), exact[1]), f"cursor {cursor.tolist()}, expected {exact[1].tolist()}"
+    assert torch.equal(cursor.cpu(), exact[1]), (
+        f"cursor {cursor.tolist()}, expected {exact[1].tolist()}"
+    )
     assert_close("bank", bank, exact[0].to(dtype), exact[0])
     return bank, cursor
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 20, 20, 3), (20, 3, 81, 80), (2, 3, 1023, 20), (3, 1, 196, 1023),
-                                   (1, 196, 3, 1), (80, 1, 1, 20), (81, 1, 3, 3), (1, 80, 80, 81)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (3, 20, 20, 3),
+        (20, 3, 81, 80),
+        (2, 3, 1023, 20),
+        (3, 1, 196, 1023),
+        (1, 196, 3, 1),
+        (80, 1, 1, 20),
+        (81, 1, 3, 3),
+        (1, 80, 80, 81),
+    ],
+    ids=str,
+)
 def test_topk(shape, dtype, triton_path, launched):
     B, C, N, D = shape
-    energy, f, generator = inputs(shape, dtype, triton_path)            # half precision brings many equal energies
+    # half precision brings many equal energies
+    energy, f, generator = inputs(shape, dtype, triton_path)
     labels = torch.randint(-1, 2, (B, C), generator=generator, dtype=torch.int8)
     labels[0, 0] = 1
-    L, k = (7, 3) if N % 2 else (64, 5)                                 # wraps round, K > N, more rows than slots
+    L, k = (7, 3) if N % 2 else (64, 5)  # wraps round, K > N, more rows than slots
     run_topk(energy, f, labels, L, k, calls=2)
     run_topk(energy, f, labels, L, k, calls=2, path="reference")
     assert launched == ["topk_kernel"] * 2
@@ -181,31 +256,40 @@ def test_topk(shape, dtype, triton_path, launched):
 def test_topk_special_cases(path, triton_path):
     device, inf, nan = triton_path, torch.inf, torch.nan
     f = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)).to(device)
-    energy = torch.tensor([[[1., 1, 1, 1, 1, 1], [nan, 2, nan, 3, nan, nan]],                   # all equal; NaN ranks last
-                           [[-inf, 0, -inf, 0, nan, 0], [inf, -inf, inf, 0, 1, 2]],            # -inf and NaN are equal
-                           [[0.0, -0.0, 0.0, -0.0, -1, 5], [nan] * 6],                         # 0.0 equals -0.0
-                           [[-inf] * 6, [5., 4, 3, 2, 1, 0]]]).to(device)
+    # all equal; NaN ranks last
+    energy = torch.tensor(
+        [
+            [[1.0, 1, 1, 1, 1, 1], [nan, 2, nan, 3, nan, nan]],
+            # -inf and NaN are equal
+            [[-inf, 0, -inf, 0, nan, 0], [inf, -inf, inf, 0, 1, 2]],
+            [[0.0, -0.0, 0.0, -0.0, -1, 5], [nan] * 6],  # 0.0 equals -0.0
+            [[-inf] * 6, [5.0, 4, 3, 2, 1, 0]],
+        ]
+    ).to(device)
     ones = torch.ones(4, 2, dtype=torch.int8)
     some = torch.tensor([[1, -1], [0, 1], [1, 0], [1, 1]], dtype=torch.int8)
-    for labels, L, k in itertools.product((ones, some), (1, 2, 5, 24, 30), (1, 2, 4, 9)):       # L < K, one row, K > N
+    # L < K, one row, K > N
+    for labels, L, k in itertools.product((ones, some), (1, 2, 5, 24, 30), (1, 2, 4, 9)):
         run_topk(energy, f, labels, L, k, path=path, start=3)
-    run_topk(energy, f * 0, ones, 8, 2, path=path)                                              # zero rows stay zero
-    run_topk(energy, f, ones * 0, 8, 2, path=path)                                              # nothing known
+    run_topk(energy, f * 0, ones, 8, 2, path=path)  # zero rows stay zero
+    run_topk(energy, f, ones * 0, 8, 2, path=path)  # nothing known
     run_topk(energy, f, -ones, 8, 2, path=path)
-    run_topk(energy, f, ones, 8, 2, path=path, start=2**31 - 3)                                 # rows past 2^31
-    run_topk(energy, f, ones, 8, 2, path=path, dtype=torch.bfloat16)                            # a bank in half precision
-    run_topk(energy.mT.contiguous().mT, f.mT.contiguous().mT, ones, 8, 2, path=path)            # strided inputs
+    run_topk(energy, f, ones, 8, 2, path=path, start=2**31 - 3)  # rows past 2^31
+    run_topk(energy, f, ones, 8, 2, path=path, dtype=torch.bfloat16)  # a bank in half precision
+    # strided inputs
+    run_topk(energy.mT.contiguous().mT, f.mT.contiguous().mT, ones, 8, 2, path=path)
 
 
 def test_topk_does_not_depend_on_the_order_of_programs(triton_path, monkeypatch):
     energy, f, generator = inputs((20, 3, 20, 8), torch.float32, triton_path)
     labels = torch.randint(-1, 2, (20, 3), generator=generator, dtype=torch.int8)
     expected = run_topk(energy, f, labels, 11, 3)
-    if triton_path == "cuda":                                           # the hardware shuffles
+    if triton_path == "cuda":  # the hardware shuffles
         for _ in range(50):
             assert torch.equal(run_topk(energy, f, labels, 11, 3)[0], expected[0])
         return
     from triton.runtime.interpreter import interpreter_builder as builder
+
     step = builder.set_grid_idx
     for order in (torch.arange(59, -1, -1), torch.randperm(60, generator=generator)):
         monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: step(int(order[x]), y, z))
@@ -213,17 +297,24 @@ def test_topk_does_not_depend_on_the_order_of_programs(triton_path, monkeypatch)
         assert torch.equal(bank, expected[0]) and torch.equal(cursor, expected[1])
 
 
-# ---- torch.library ---------------------------------------------------------------------------------------------------
+# ---- torch.library
+
 
 @pytest.mark.parametrize("path", ["triton", "reference"])
 def test_opcheck(path, triton_path):
     energy, f, generator = inputs((2, 3, 20, 8), torch.float32, triton_path)
     kernels.use(path)
     g = torch.randn(2, 3, 8, generator=generator).to(triton_path)
-    bank, cursor = torch.zeros(3, 4, 8, device=triton_path), torch.zeros(3, dtype=torch.int64, device=triton_path)
+    bank, cursor = (
+        torch.zeros(3, 4, 8, device=triton_path),
+        torch.zeros(3, dtype=torch.int64, device=triton_path),
+    )
     torch.library.opcheck(grad_op, (g, energy, f))
     torch.library.opcheck(match_op, (energy, f, g[0], g[1]))
-    torch.library.opcheck(topk_op, (energy, f, torch.ones(2, 3, dtype=torch.int8, device=triton_path), bank, cursor, 3))
+    torch.library.opcheck(
+        topk_op,
+        (energy, f, torch.ones(2, 3, dtype=torch.int8, device=triton_path), bank, cursor, 3),
+    )
     torch.library.opcheck(pool_op, (energy.requires_grad_(), f.requires_grad_()))
 
 
@@ -240,7 +331,10 @@ def test_torch_compile_sees_whole_graphs(path, triton_path):
     results = []
     for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
         e = energy.clone().requires_grad_()
-        bank, cursor = torch.zeros(3, 4, 8, device=triton_path), torch.zeros(3, dtype=torch.int64, device=triton_path)
+        bank, cursor = (
+            torch.zeros(3, 4, 8, device=triton_path),
+            torch.zeros(3, dtype=torch.int64, device=triton_path),
+        )
         loss, total = run(e, f, bank, cursor)
         loss.backward()
         results.append((loss.detach(), total, e.grad, bank, cursor))
@@ -248,7 +342,8 @@ def test_torch_compile_sees_whole_graphs(path, triton_path):
         torch.testing.assert_close(compiled, eager, msg=lambda text: f"{name}: {text}")
 
 
-# ---- the choice of path ----------------------------------------------------------------------------------------------
+# ---- the choice of path
+
 
 def test_choice_of_path(triton_path):
     assert kernels.chosen().startswith("kernels: triton (asked for")
@@ -277,31 +372,55 @@ except ValueError as error: print(error)
 """
 
 
-@pytest.mark.parametrize("blocked, reason", [(True, "triton is not installed"), (False, "no CUDA device")])
+@pytest.mark.parametrize(
+    "blocked, reason", [(True, "triton is not installed"), (False, "no CUDA device")]
+)
 def test_without_triton_or_gpu_the_reference_runs_and_one_line_says_so(blocked, reason):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", WITHOUT.format(blocked=blocked)], env=env, text=True,
-                         capture_output=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(blocked=blocked)],
+        env=env,
+        text=True,
+        capture_output=True,
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
     first, value, error = run.stdout.splitlines()
-    said = [line for line in run.stderr.splitlines() if "triton not found" not in line]     # torch's CUDA builds miss it aloud
+    # torch's CUDA builds miss it aloud
+    said = [line for line in run.stderr.splitlines() if "triton not found" not in line]
     assert first == f"kernels: reference ({reason})" and value == "12.0" and not said, run.stderr
     assert error.startswith("kernels: triton was asked for but")
 
 
 def test_wrong_shapes_are_named():
     energy, f = torch.zeros(2, 3, 5), torch.zeros(2, 5, 4)
-    with pytest.raises(ValueError, match=r"expected energy \(B, C, N\) and f \(B, N, D\), got \(2, 3, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected energy \(B, C, N\) and f \(B, N, D\), got \(2, "
+        r"3, 5\)",
+    ):
         kernels.region_pool(energy, f.mT)
     with pytest.raises(ValueError, match=r"expected text features \(C, D\) = \(3, 4\)"):
         kernels.region_match(energy, f, torch.zeros(4, 3), torch.zeros(3, 4), 1.0)
-    bank, cursor, labels = torch.zeros(3, 7, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int8)
-    for wrong in ((labels.mT, bank, cursor, 1), (labels, bank, cursor, 0), (labels, bank, cursor.int(), 1),
-                  (labels, bank.mT.contiguous().mT, cursor, 1), (labels, bank[:2], cursor, 1)):
+    bank, cursor, labels = (
+        torch.zeros(3, 7, 4),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(2, 3, dtype=torch.int8),
+    )
+    for wrong in (
+        (labels.mT, bank, cursor, 1),
+        (labels, bank, cursor, 0),
+        (labels, bank, cursor.int(), 1),
+        (labels, bank.mT.contiguous().mT, cursor, 1),
+        (labels, bank[:2], cursor, 1),
+    ):
         with pytest.raises(ValueError, match="expected|contiguous"):
             kernels.topk_prototypes(energy, f, *wrong)
 
 
-# ---- only on a GPU ---------------------------------------------------------------------------------------------------
+# ---- only on a GPU
+
 
 @gpu
 @each_dtype
@@ -314,7 +433,10 @@ def test_native_at_the_papers_size(dtype, triton_path, launched):
 @gpu
 def test_prototypes_do_not_make_the_host_wait(triton_path):
     energy, f, _ = inputs((4, 3, 20, 8), torch.float32, "cuda")
-    bank, cursor = torch.zeros(3, 4, 8, device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
+    bank, cursor = (
+        torch.zeros(3, 4, 8, device="cuda"),
+        torch.zeros(3, dtype=torch.int64, device="cuda"),
+    )
     labels = torch.ones(4, 3, dtype=torch.int8, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -326,8 +448,29 @@ def test_prototypes_do_not_make_the_host_wait(triton_path):
 @gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
-    sanitizer = shutil.which("compute-sanitizer") or pytest.skip("GPU case: compute-sanitizer is not installed")
-    wanted = "test_region_pool and 20-196-80 or test_topk_special_cases or test_region_match and 20-196-80"
-    run = subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
-                          __file__, "-k", wanted], capture_output=True, text=True)
+    sanitizer = shutil.which("compute-sanitizer") or pytest.skip(
+        "GPU case: compute-sanitizer is not installed"
+    )
+    wanted = (
+        "test_region_pool and 20-196-80 or test_topk_special_cases "
+        "or test_region_match and 20-196-80"
+    )
+    run = subprocess.run(
+        [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            __file__,
+            "-k",
+            wanted,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-3000:]

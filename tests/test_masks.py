@@ -1,4 +1,5 @@
-"""Which labels are seen: SARB's masks and Cole's single positives, against published counts and first numbers."""
+"""Which labels are seen: SARB's masks and Cole's single positives, against published counts and
+first numbers."""
 import hashlib
 
 import numpy as np
@@ -11,7 +12,8 @@ from support import UserError
 
 
 def test_partial_mask_is_sarbs():
-    """SARB: np.random.seed(0); np.random.random(shape) < p. Counts of kept cells at 0.5 as published."""
+    """SARB: np.random.seed(0); np.random.random(shape) < p. Counts of kept cells at 0.5 as
+    published."""
     for shape, kept in (((5011, 20), 50163), ((82783, 80), 3310164), ((82904, 200), 8289679)):
         assert data.partial_mask(shape, 0.5).sum() == kept
     first = np.random.RandomState(0).random_sample((2, 3))
@@ -42,16 +44,19 @@ def cole(labels, seed, shuffle_negatives=True):
 
 
 def test_single_positives_are_coles_negatives_shuffled_too():
-    labels = np.where(np.random.RandomState(1).rand(2000, 80) < 0.04, POSITIVE, NEGATIVE).astype(np.int8)
+    labels = np.where(np.random.RandomState(1).rand(2000, 80) < 0.04, POSITIVE,
+                      NEGATIVE).astype(np.int8)
     observed = data.single_positives(labels)
     filled = (labels == POSITIVE).any(1)
     assert (observed.sum(1) == filled).all() and set(np.unique(observed)) == {UNKNOWN, POSITIVE}
     assert (labels[observed == POSITIVE] == POSITIVE).all()
     assert (observed.argmax(1)[filled] == cole(labels, 1200)[filled]).all()
-    assert (observed.argmax(1) == cole(labels, 1200, False))[filled].mean() < 0.7    # the negatives move the stream
+    # the negatives move the stream
+    assert (observed.argmax(1) == cole(labels, 1200, False))[filled].mean() < 0.7
 
 
-@pytest.mark.parametrize("count,train,held", [(82081, 65665, 16416), (5717, 4574, 1143), (5994, 4795, 1199), (150000, 120000, 30000)])
+@pytest.mark.parametrize("count,train,held", [(82081, 65665, 16416), (5717, 4574, 1143),
+                                              (5994, 4795, 1199), (150000, 120000, 30000)])
 def test_hold_out_sizes_are_the_published_ones(count, train, held):
     rows, rest = data.hold_out(count, 0.2)
     assert (len(rows), len(rest)) == (train, held)
@@ -63,15 +68,18 @@ def test_hold_out_sizes_are_the_published_ones(count, train, held):
 @pytest.fixture
 def table():
     rng = np.random.RandomState(0)
-    return data.Split("x", [], list("abcde"), np.where(rng.rand(30, 5) < 0.3, POSITIVE, NEGATIVE).astype(np.int8))
+    return data.Split("x", [], list("abcde"),
+                      np.where(rng.rand(30, 5) < 0.3, POSITIVE, NEGATIVE).astype(np.int8))
 
 
-@pytest.mark.parametrize("form", ["bool.npy", "01.npy", "codes.npy", "codes.npz", "commas.txt", "blanks.txt"])
+@pytest.mark.parametrize("form", ["bool.npy", "01.npy", "codes.npy", "codes.npz", "commas.txt",
+                                  "blanks.txt"])
 def test_mask_files(tmp_path, table, form):
     kept = data.partial_mask(table.labels.shape, 0.4)
     codes, path = table.labels * kept, tmp_path / form
     if form.endswith("npy"):
-        np.save(path, {"bool": kept, "01": kept.astype(int), "codes": codes.astype(float)}[form[:-4]])
+        np.save(path,
+                {"bool": kept, "01": kept.astype(int), "codes": codes.astype(float)}[form[:-4]])
     elif form.endswith("npz"):
         np.savez(path, codes)
     else:
@@ -86,8 +94,9 @@ def test_mask_files_refused(tmp_path, table):
             data.read_mask(tmp_path / "m.npy", table)
     refused(table.labels[:-1], r"expected a mask for \(30, 5\)")
     refused(table.labels * 2, "a cell is 1, 0 or -1, got")
-    refused(-table.labels, "disagree with the data set, first row 1")     # DualCoOp's coding: -1 means unknown there
-    refused(np.array([{"a": 1}], object), "not an array file")       # would need pickle: never loaded
+    # DualCoOp's coding: -1 means unknown there
+    refused(-table.labels, "disagree with the data set, first row 1")
+    refused(np.array([{"a": 1}], object), "not an array file")  # would need pickle: never loaded
     (tmp_path / "m.txt").write_text("1,0,1\n1,0\n")
     with pytest.raises(UserError, match="not a mask file"):
         data.read_mask(tmp_path / "m.txt", table)
@@ -98,8 +107,11 @@ def test_hash_names_the_mask(tmp_path):
     train = fake.load("voc2007", tmp_path, ratio=0.3)[0]
     kept = data.partial_mask((10, 20), 0.3)
     assert train.info["mask_sha256"] == hashlib.sha256(kept.tobytes()).hexdigest()
-    assert ((train.labels != UNKNOWN) == kept).all() and (train.labels[kept] == train.truth[kept]).all()
+    assert ((train.labels != UNKNOWN) == kept).all() and (train.labels[kept]
+                                                          == train.truth[kept]).all()
     again = fake.load("voc2007", tmp_path, ratio=0.3, train_images=4)[0]
-    assert again.info["mask_sha256"] == train.info["mask_sha256"] and (again.labels == train.labels[:4]).all()
+    assert again.info["mask_sha256"] == train.info["mask_sha256"] and (again.labels
+                                                                       == train.labels[:4]).all()
     np.save(tmp_path / "own.npy", kept)
-    assert (fake.load("voc2007", tmp_path, mask=tmp_path / "own.npy")[0].labels == train.labels).all()
+    assert (fake.load("voc2007", tmp_path, mask=tmp_path / "own.npy")[0].labels
+            == train.labels).all()

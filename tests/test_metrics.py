@@ -1,4 +1,6 @@
-"""metrics.py against scikit-learn, loops and brute force: ties, empty categories and unknown labels included."""
+"""metrics.py against scikit-learn, loops and brute force: ties, empty categories and unknown labels
+included."""
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
@@ -8,7 +10,8 @@ from tools.localise import localisation
 
 
 def case(seed, n=60, C=7, ties=True, unknown=0.3):
-    """Scores with many ties, truth with unknown cells; category 0 has no positive, category 1 only unknown labels."""
+    """Scores with many ties, truth with unknown cells; category 0 has no positive, category 1 only
+    unknown labels."""
     rng = np.random.RandomState(seed)
     scores = rng.random_sample((n, C)).astype(np.float32)
     scores = np.round(scores, 1) if ties else scores
@@ -31,12 +34,15 @@ def test_average_precision_is_scikit_learns_in_any_order_of_the_images(ties):
                 continue
             assert got == pytest.approx(average_precision_score(positive, scores[:, c]), abs=1e-12)
             shuffled = np.random.RandomState(seed).permutation(len(scores))
-            assert average_precision(scores[shuffled, c], positive[shuffled]) == pytest.approx(got, abs=1e-12)
+            assert average_precision(scores[shuffled, c], positive[shuffled]) == pytest.approx(
+                got, abs=1e-12
+            )
 
 
 def test_extremes_of_average_precision():
     assert average_precision(np.array([0.5]), np.array([True])) == 1
-    assert average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25      # tied: the prevalence
+    # tied: the prevalence
+    assert average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25
     assert average_precision(np.arange(4.0), np.ones(4, bool)) == 1
     assert np.isnan(average_precision(np.zeros(0), np.zeros(0, bool)))
     assert np.isnan(interpolated_precision(np.zeros(0), np.zeros(0, bool)))
@@ -44,8 +50,8 @@ def test_extremes_of_average_precision():
 
 def test_the_documented_example():
     scores, positive = np.array([0.9, 0.8, 0.7, 0.6]), np.array([False, True, True, False])
-    assert average_precision(scores, positive) == pytest.approx((1 / 2 + 2 / 3) / 2)          # 0.5833
-    assert interpolated_precision(scores, positive) == pytest.approx(2 / 3)                   # 0.6667
+    assert average_precision(scores, positive) == pytest.approx((1 / 2 + 2 / 3) / 2)  # 0.5833
+    assert interpolated_precision(scores, positive) == pytest.approx(2 / 3)  # 0.6667
 
 
 def test_interpolated_precision_by_loops_and_never_below_the_plain_one():
@@ -53,7 +59,9 @@ def test_interpolated_precision_by_loops_and_never_below_the_plain_one():
         scores, truth = case(seed, ties=False)
         for c in range(2, truth.shape[1]):
             positive = truth[:, c] == 1
-            ranked = [bool(p) for _, p in sorted(zip(-scores[:, c], positive), key=lambda pair: pair[0])]
+            ranked = [
+                bool(p) for _, p in sorted(zip(-scores[:, c], positive), key=lambda pair: pair[0])
+            ]
             precision = [sum(ranked[: k + 1]) / (k + 1) for k in range(len(ranked))]
             want = [max(precision[k:]) for k in range(len(ranked)) if ranked[k]]
             got = interpolated_precision(scores[:, c], positive)
@@ -84,7 +92,15 @@ def test_metrics_by_loops(per_category):
                 aps.append(average_precision_score(truth[known, c] == 1, scores[known, c]))
             hits, saids, exists = hits + hit, saids + said, exists + exist
         CP, CR, OP, OR = sum(P) / C, sum(R) / len(R), hits / saids, hits / exists
-        want = dict(mAP=sum(aps) / len(aps), CP=CP, CR=CR, CF1=2 * CP * CR / (CP + CR), OP=OP, OR=OR, OF1=2 * OP * OR / (OP + OR))
+        want = dict(
+            mAP=sum(aps) / len(aps),
+            CP=CP,
+            CR=CR,
+            CF1=2 * CP * CR / (CP + CR),
+            OP=OP,
+            OR=OR,
+            OF1=2 * OP * OR / (OP + OR),
+        )
         got = metrics(scores, truth, threshold)
         for name, value in want.items():
             assert got[name] == pytest.approx(100 * value, abs=1e-3), name
@@ -94,7 +110,9 @@ def test_metrics_by_loops(per_category):
 def test_metrics_of_nothing_are_zeros_and_no_warning():
     with np.errstate(all="raise"):
         got = metrics(np.full((3, 2), 0.1), np.full((3, 2), -1, np.int8))
-    assert got["left_out"] == 2 and not any(value for name, value in got.items() if name != "left_out")
+    assert got["left_out"] == 2 and not any(
+        value for name, value in got.items() if name != "left_out"
+    )
 
 
 def test_scores_of_unknown_cells_change_nothing():
@@ -126,25 +144,44 @@ def test_localisation_by_loops():
     boxes = []
     for i in range(n):
         count = rng.randint(0, 4)
-        corner, side = rng.random_sample((count, 2)) * 0.6, 0.05 + rng.random_sample((count, 2)) * 0.5
+        corner, side = (
+            rng.random_sample((count, 2)) * 0.6,
+            0.05 + rng.random_sample((count, 2)) * 0.5,
+        )
         classes = rng.randint(0, C, count)
         truth[i, classes] = 1
-        boxes.append(np.concatenate([classes[:, None], corner, np.minimum(corner + side, 1)], 1).astype(np.float32))
+        boxes.append(
+            np.concatenate([classes[:, None], corner, np.minimum(corner + side, 1)], 1).astype(
+                np.float32
+            )
+        )
     hits, shares, sizes = [], [], []
     for i in range(n):
         for c in sorted(set(boxes[i][:, 0].astype(int))):
             own = [b[1:] for b in boxes[i] if b[0] == c]
-            inside = [any(x0 <= (x + 0.5) / w <= x1 and y0 <= (y + 0.5) / h <= y1 for x0, y0, x1, y1 in own)
-                      for y in range(h) for x in range(w)]
+            inside = [
+                any(
+                    x0 <= (x + 0.5) / w <= x1 and y0 <= (y + 0.5) / h <= y1
+                    for x0, y0, x1, y1 in own
+                )
+                for y in range(h)
+                for x in range(w)
+            ]
             m = maps[i, c]
             hits.append(inside[max(range(h * w), key=lambda k: m[k])])
             positive = [max(v, 0) for v in m]
             shares.append(sum(v for v, yes in zip(positive, inside) if yes) / sum(positive))
             sizes.append(max((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in own))
-    share = lambda chosen: round(100 * sum(h for h, yes in zip(hits, chosen) if yes) / sum(chosen), 2) if sum(chosen) else None
+    share = lambda chosen: (
+        round(100 * sum(h for h, yes in zip(hits, chosen) if yes) / sum(chosen), 2)
+        if sum(chosen)
+        else None
+    )
     got = localisation(maps, (h, w), boxes, truth)
     assert got["pairs"] == len(hits) and got["pointing"] == share([True] * len(hits))
-    assert got["small"] == share([s < 0.02 for s in sizes]) and got["medium"] == share([0.02 <= s < 0.1 for s in sizes])
+    assert got["small"] == share([s < 0.02 for s in sizes]) and got["medium"] == share(
+        [0.02 <= s < 0.1 for s in sizes]
+    )
     assert got["large"] == share([s >= 0.1 for s in sizes])
     assert got["mass"] == pytest.approx(100 * sum(shares) / len(shares), abs=0.01)
     peaks = maps.max(-1)
@@ -153,5 +190,12 @@ def test_localisation_by_loops():
 
 
 def test_localisation_without_a_single_box():
-    got = localisation(np.zeros((2, 3, 4)), (2, 2), [np.zeros((0, 5))] * 2, np.full((2, 3), -1, np.int8))
-    assert got["pairs"] == 0 and got["pointing"] is None and got["mass"] is None and got["present"] is None
+    got = localisation(
+        np.zeros((2, 3, 4)), (2, 2), [np.zeros((0, 5))] * 2, np.full((2, 3), -1, np.int8)
+    )
+    assert (
+        got["pairs"] == 0
+        and got["pointing"] is None
+        and got["mass"] is None
+        and got["present"] is None
+    )

@@ -14,9 +14,11 @@ def test_every_equation_is_mapped_to_the_line_that_cites_it():
         text = (ROOT / file).read_text().split("\n")
         for equation in re.findall(r"\d+", equations):
             cites = [i for i, t in enumerate(text, 1)
-                     if any(equation in re.findall(r"\d+", c) for c in re.findall(r"Eq\. ((?:\d+(?:, | and |-)?)+)", t))]
+                     if any(equation in re.findall(r"\d+", c)
+                            for c in re.findall(r"Eq\. ((?:\d+(?:, | and |-)?)+)", t))]
             if int(line) not in cites:
-                wrong.append(f"Eq. {equation}: README says {file}:{line}, the file cites it in lines {cites}")
+                wrong.append(f"Eq. {equation}: README says {file}:{line}, the file cites it in "
+                             f"lines {cites}")
     assert not wrong, "\n".join(wrong)
     mapped = {int(n) for equations, *_ in rows for n in re.findall(r"\d+", equations)}
     assert mapped == set(range(1, 16)), f"equations without a row: {set(range(1, 16)) - mapped}"
@@ -25,7 +27,8 @@ def test_every_equation_is_mapped_to_the_line_that_cites_it():
 def test_commands_name_files_and_flags_that_exist():
     import dataclasses
     from config import Config
-    flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)} | {"--resume", "--help"}
+    flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)} | {"--resume",
+                                                                                     "--help"}
     commands = re.findall(r"^(?:python|torchrun\b.*?) (train\.py[^#\n]*)", README, re.M)
     assert len(commands) >= 8
     for command in commands:

@@ -1,4 +1,6 @@
-"""reproduce.py on a small world: every table runs, is resumed, and shares its runs; the paper's numbers agree with its own averages."""
+"""reproduce.py on a small world: every table runs, is resumed, and shares its runs; the paper's
+numbers agree with its own averages."""
+
 import json
 import os
 from unittest import mock
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_world import command, one_line, options, world                          # noqa: F401
+from small_world import command, one_line, options, world
 
 from paper import reproduce
 import train
@@ -15,10 +17,11 @@ from config import Config
 
 
 @pytest.fixture
-def call(world, capfd):                                                            # noqa: F811
-    """call("--table", 3, ...) -> (stdout lines, folder). All calls share one folder of runs, as a user's would."""
+def call(world, capfd):
+    """call("--table", 3, ...) -> (stdout lines, folder). All calls share one folder of runs, as a
+    user's would."""
     folder, threads = world / "tables", torch.get_num_threads()
-    torch.set_num_threads(1)                                                       # so small a world is slower with two
+    torch.set_num_threads(1)  # so small a world is slower with two
 
     def work(*arguments, **changes):
         rest = options(world, folder, **dict(ratio=None, epochs=2, augment="none") | changes)
@@ -26,6 +29,7 @@ def call(world, capfd):                                                         
             status, out, err = command(reproduce.main, [*arguments, "--seeds", 1, *rest], capfd)
         assert status == 0, err
         return out, folder
+
     yield work
     torch.set_num_threads(threads)
 
@@ -39,7 +43,10 @@ def measured(folder, name):
 
 
 def configs(folder):
-    return {file.parent: json.loads(file.read_text())["config"] for file in folder.glob("runs/*/config.json")}
+    return {
+        file.parent: json.loads(file.read_text())["config"]
+        for file in folder.glob("runs/*/config.json")
+    }
 
 
 def last_line(run):
@@ -50,37 +57,64 @@ def test_the_papers_numbers_agree_with_the_averages_that_it_prints():
     averages = {"coco": (83.6, 83.6, 85.4), "voc2007": (94.0, 94.8, 95.2, 95.4), "vg200": (52.8,)}
     for name, rows in reproduce.PAPER_1.items():
         assert all(len(row) == 9 for row in rows.values())
-        assert np.allclose([np.mean(row) for row in rows.values()], averages[name], atol=0.13), name     # its means are not all exact
+        # its means are not all exact
+        assert np.allclose([np.mean(row) for row in rows.values()], averages[name], atol=0.13), name
     for name, averages in {"voc2007": (94.0, 95.0), "coco": (83.3, 84.1)}.items():
         assert np.allclose([np.mean(row) for row in reproduce.PAPER_4[name]], averages, atol=0.06)
-    assert np.allclose([np.mean([reproduce.PAPER_2[d][i] for d in reproduce.PAPER_2]) for i in (0, 1)], (63.7, 65.6), atol=0.06)
-    assert np.allclose(np.mean(list(reproduce.PAPER_3.values()), 0), (84.3, 89.2, 89.5, 89.8, 89.9, 90.3), atol=0.06)
+    assert np.allclose(
+        [np.mean([reproduce.PAPER_2[d][i] for d in reproduce.PAPER_2]) for i in (0, 1)],
+        (63.7, 65.6),
+        atol=0.06,
+    )
+    assert np.allclose(
+        np.mean(list(reproduce.PAPER_3.values()), 0),
+        (84.3, 89.2, 89.5, 89.8, 89.9, 90.3),
+        atol=0.06,
+    )
 
 
 def test_table_3_is_the_ladder_and_is_not_trained_twice(call):
     out, folder = call("--table", 3, "--ratios", 0.51, 0.52, "--rows", "average", "CARL", "TRM")
     found = measured(folder, "table-3")
-    assert list(found) == ["average feature", "+CARL", "+CARL +KD", "+CARL +KD +MMCP", "+CARL +KD +MMCL", "TRM-ML"]
+    assert list(found) == [
+        "average feature",
+        "+CARL",
+        "+CARL +KD",
+        "+CARL +KD +MMCP",
+        "+CARL +KD +MMCL",
+        "TRM-ML",
+    ]
     assert list(found["TRM-ML"]) == ["51 %", "52 %", "Avg."]
     text = (folder / "table-3-scenes.md").read_text()
     assert "| *the paper* |  |  | 84.4 |" in text and all(line in out for line in text.splitlines())
-    whole = next(run for run, c in configs(folder).items()
-                 if c["matching"] == "carl" and not c["without"] and c["ratio"] == 0.51)
-    assert found["TRM-ML"]["51 %"]["0"] == last_line(whole)["test"]["mAP_query"]  # the scenes' score
+    whole = next(
+        run
+        for run, c in configs(folder).items()
+        if c["matching"] == "carl" and not c["without"] and c["ratio"] == 0.51
+    )
+    # the scenes' score
+    assert found["TRM-ML"]["51 %"]["0"] == last_line(whole)["test"]["mAP_query"]
 
     with mock.patch.object(train, "train_one_epoch", side_effect=AssertionError("trained again")):
         again, _ = call("--table", 3, "--ratios", 0.51, 0.52, "--rows", "average", "CARL", "TRM")
         assert not any("to train" in line for line in again)
-        call("--study", "queries", "--ratios", 0.51, "--rows", "text")  # the default is a row of every table
-        call("--table", 3, "--ratios", 0.51, 0.52, "--rows", "TRM", "--score", "region")  # another score, the same runs
-    assert measured(folder, "table-3")["TRM-ML"]["51 %"]["0"] == last_line(whole)["test"]["mAP_region"]
+        # the default is a row of every table
+        call("--study", "queries", "--ratios", 0.51, "--rows", "text")
+        # another score, the same runs
+        call("--table", 3, "--ratios", 0.51, 0.52, "--rows", "TRM", "--score", "region")
+    assert (
+        measured(folder, "table-3")["TRM-ML"]["51 %"]["0"] == last_line(whole)["test"]["mAP_region"]
+    )
 
 
 def test_a_study_is_judged_on_validation(call):
     out, folder = call("--study", "queries", "--ratios", 0.5)
     number = measured(folder, "study-queries")["queries text"]["50 %"]["0"]
-    run = next(run for run, c in configs(folder).items()
-               if (c["queries"], c["ratio"], c["matching"], c["without"]) == ("text", 0.5, "carl", ""))
+    run = next(
+        run
+        for run, c in configs(folder).items()
+        if (c["queries"], c["ratio"], c["matching"], c["without"]) == ("text", 0.5, "carl", "")
+    )
     assert number == last_line(run)["val"]["mAP_query"] != last_line(run)["test"]["mAP_query"]
     assert any("score on val in %" in text for text in out)
 
@@ -92,7 +126,10 @@ def test_the_ladder_of_single_positive_shares_its_runs_with_table_2(call):
     assert "paper*" not in (folder / "table-3-scenes.md").read_text()
     out, _ = call("--table", 2, "--rows", "DualCoOp")
     assert not any("to train" in line for line in out)
-    assert measured(folder, "table-2")["DualCoOp"]["LargeLoss setup"] == found["DualCoOp"]["single positive, largeloss"]
+    assert (
+        measured(folder, "table-2")["DualCoOp"]["LargeLoss setup"]
+        == found["DualCoOp"]["single positive, largeloss"]
+    )
 
 
 def test_a_stopped_row_goes_on_where_it_was(call):
@@ -103,9 +140,14 @@ def test_a_stopped_row_goes_on_where_it_was(call):
         if state.epoch == 1:
             raise KeyboardInterrupt
         return epoch(state, *rest)
+
     with mock.patch.object(train, "train_one_epoch", stop), pytest.raises(AssertionError):
         call("--table", 3, "--ratios", 0.7, "--rows", "average")
-    with mock.patch.object(train, "train_one_epoch", lambda state, *rest: calls.append(state.epoch) or epoch(state, *rest)):
+    with mock.patch.object(
+        train,
+        "train_one_epoch",
+        lambda state, *rest: calls.append(state.epoch) or epoch(state, *rest),
+    ):
         call("--table", 3, "--ratios", 0.7, "--rows", "average")
     assert calls == [1]
 
@@ -117,6 +159,7 @@ def test_a_diverged_row_is_told_and_the_others_go_on(call):
         if cfg.matching == "global":
             raise FloatingPointError("the loss is not finite")
         return step(model, memory, encoder, cfg, *arguments)
+
     with mock.patch.object(train, "training_step", diverge):
         out, _ = call("--table", 3, "--ratios", 0.8, "--rows", "global feature", "average")
     assert any("global" in line and "diverged" in line for line in out)
@@ -133,21 +176,29 @@ def test_table_1_averages_scores_with_prompts_of_captions(call):
     assert len(abouts) == 2 and all(about["data"]["captions"]["images"] > 40 for about in abouts)
     cells = found["DualCoOp"]
     assert cells["Avg."]["0"] == pytest.approx((cells["50 %"]["0"] + cells["90 %"]["0"]) / 2)
-    printed = out[next(i for i, line in enumerate(out) if line.startswith("| **TaI-DPT+DualCoOp**")) + 1]
+    printed = out[
+        next(i for i, line in enumerate(out) if line.startswith("| **TaI-DPT+DualCoOp**")) + 1
+    ]
     assert printed.startswith("| *the paper* | 83.9 | 84.5 |")
     assert Image.open(folder / "table-1-scenes.png").size[0] > 800
 
 
 def test_tables_2_4_and_6(call):
     _, folder = call("--table", 2)
-    assert set(measured(folder, "table-2")["TRM-ML"]) == {"LargeLoss setup"}  # no lists of the SPLC setup
+    # no lists of the SPLC setup
+    assert set(measured(folder, "table-2")["TRM-ML"]) == {"LargeLoss setup"}
     _, folder = call("--table", 4, "--ratios", 0.5)
     assert list(measured(folder, "table-4")) == ["w/o complete", "w complete"]
-    frozen, = [c for c in configs(folder).values() if c["carl_from"]]
+    (frozen,) = [c for c in configs(folder).values() if c["carl_from"]]
     source = configs(folder)[folder / "runs" / os.path.basename(frozen["carl_from"])]
     assert source["ratio"] == 1 and source["without"] == frozen["without"] == "mmcp,mmcl"
     _, folder = call("--table", 6, "--ratios", 0.5)
-    assert list(measured(folder, "table-6")) == ["neither (CARL, KD)", "text", "visual", "text and visual"]
+    assert list(measured(folder, "table-6")) == [
+        "neither (CARL, KD)",
+        "text",
+        "visual",
+        "text and visual",
+    ]
 
 
 def test_table_5_counts_what_the_paper_counts(call):
@@ -163,7 +214,7 @@ def test_table_5_counts_what_the_paper_counts(call):
 def test_figure_4_draws_both_methods_and_scores_their_maps(call):
     out, folder = call("--figure", 4, "--ratios", 0.5)
     width, height = Image.open(folder / "figure-4-scenes.png").size
-    assert width > 4 * 192 and height > 8 * 192                                    # photo and three regions; two rows for four photos
+    assert width > 4 * 192 and height > 8 * 192  # photo and three regions; two rows for four photos
     row = next(line for line in out if line.startswith("| **TRM-ML**")).split("|")
     assert 0 <= float(row[3]) <= 100 and int(row[-2]) > 10
     photo = folder.parent / "scenes" / "tune2014" / "COCO_tune2014_000000000001.jpg"
@@ -171,7 +222,7 @@ def test_figure_4_draws_both_methods_and_scores_their_maps(call):
     assert Image.open(folder / "figure-4-scenes.png").size[1] < 3 * 192
 
 
-def test_two_jobs_give_what_one_gives(call, world):  # noqa: F811
+def test_two_jobs_give_what_one_gives(call, world):
     call("--table", 3, "--ratios", 0.3, "--rows", "average", "global feature")
     one = measured(world / "tables", "table-3")
     (world / "tables" / "runs").rename(world / "tables" / "runs-of-one")
@@ -188,9 +239,24 @@ def test_every_study_is_made_of_settings_that_exist():
             Config(**of_row[0])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], ["--table"]), (["--table", 1, "--figure", 4], ["not allowed with"]), (["--table", 7], ["choice", "7"]), (["--table", 3, "--seeds", 0], ["from 1"]),
-    (["--table", 3, "--resume", "x"], ["--resume"]), (["--table", 3, "--epoch", 3], ["--epochs"]), (["--study", "luck"], ["luck"]),
-    (["--table", 3, "--rows", "nobody"], ["nobody"]), (["--table", 3, "--data", "coco"], ["--root"])])
-def test_a_wrong_call_is_one_line(arguments, words, world, tmp_path, capfd):       # noqa: F811
-    one_line(reproduce.main, [*arguments, "--out", tmp_path, "--clip", world / "clip-quickgelu.safetensors"], capfd, *words)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["--table"]),
+        (["--table", 1, "--figure", 4], ["not allowed with"]),
+        (["--table", 7], ["choice", "7"]),
+        (["--table", 3, "--seeds", 0], ["from 1"]),
+        (["--table", 3, "--resume", "x"], ["--resume"]),
+        (["--table", 3, "--epoch", 3], ["--epochs"]),
+        (["--study", "luck"], ["luck"]),
+        (["--table", 3, "--rows", "nobody"], ["nobody"]),
+        (["--table", 3, "--data", "coco"], ["--root"]),
+    ],
+)
+def test_a_wrong_call_is_one_line(arguments, words, world, tmp_path, capfd):
+    one_line(
+        reproduce.main,
+        [*arguments, "--out", tmp_path, "--clip", world / "clip-quickgelu.safetensors"],
+        capfd,
+        *words,
+    )

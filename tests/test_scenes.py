@@ -1,4 +1,5 @@
 """The drawn data set: deterministic, disjoint splits, valid COCO, honest boxes and captions."""
+
 import hashlib
 import json
 import random
@@ -26,7 +27,11 @@ def read(root, what, split):
 
 
 def digests(root):
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in root.rglob("*")
+        if p.is_file()
+    }
 
 
 def test_the_number_of_workers_changes_no_byte(root, tmp_path):
@@ -41,7 +46,12 @@ def test_a_scene_depends_on_its_seed_alone():
 
 
 def test_no_split_shares_a_seed_or_a_picture(root):
-    seeds = [scenes.seed_of(s, split, i) for s in (0, 1, 11) for split in (*scenes.SPLITS, "pretrain") for i in range(120)]
+    seeds = [
+        scenes.seed_of(s, split, i)
+        for s in (0, 1, 11)
+        for split in (*scenes.SPLITS, "pretrain")
+        for i in range(120)
+    ]
     assert len(set(seeds)) == len(seeds)
     pictures = [h for name, h in digests(root).items() if name.endswith(".jpg")]
     assert len(set(pictures)) == len(pictures) == 230
@@ -54,9 +64,14 @@ def test_coco_layout(root, split, count):
     assert len(images) == count and texts["images"] == instances["images"]
     for row in images.values():
         with Image.open(root / split / row["file_name"]) as picture:
-            assert picture.size == (row["width"], row["height"]) == (256, 256) and picture.mode == "RGB"
+            assert (
+                picture.size == (row["width"], row["height"]) == (256, 256)
+                and picture.mode == "RGB"
+            )
     ids = [row["id"] for row in instances["categories"]]
-    assert [row["name"] for row in instances["categories"]] == scenes.NAMES and len(ids) == len(set(ids)) == 24
+    assert [row["name"] for row in instances["categories"]] == scenes.NAMES and len(ids) == len(
+        set(ids)
+    ) == 24
     assert max(ids) > 24, "ids have holes, as COCO's, so that nobody takes an id for an index"
     assert len({row["id"] for row in instances["annotations"]}) == len(instances["annotations"])
     for row in instances["annotations"]:
@@ -64,7 +79,9 @@ def test_coco_layout(root, split, count):
         assert row["image_id"] in images and row["category_id"] in ids and row["iscrowd"] == 0
         assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= 256 and y + h <= 256
         assert scenes.MIN_AREA <= row["area"] <= w * h
-    assert {row["image_id"] for row in texts["annotations"]} == set(images) and len(texts["annotations"]) == 5 * count
+    assert {row["image_id"] for row in texts["annotations"]} == set(images) and len(
+        texts["annotations"]
+    ) == 5 * count
 
 
 def test_every_category_appears_and_small_ones_too(root):
@@ -88,15 +105,28 @@ def test_captions_name_only_what_is_there(root):
             assert told and told <= present[row["image_id"]], row
             assert "{" not in row["caption"] and "  " not in row["caption"]
             full += told == present[row["image_id"]]
-        assert 0.2 < full / (5 * len(instances["images"])) < 0.8, "most captions leave something out, some do not"
+        assert 0.2 < full / (5 * len(instances["images"])) < 0.8, (
+            "most captions leave something out, some do not"
+        )
 
 
 def test_boxes_are_tight_around_what_is_drawn():
-    """A lone object on a canvas without distractors: its pixels differ from the background's inside the box only."""
+    """A lone object on a canvas without distractors: its pixels differ from the background's inside
+    the box only."""
     for k, kind in enumerate(scenes.KINDS):
         picture, mask = Image.new("RGB", (200, 200)), Image.new("L", (100, 100))
         pens = scenes.ImageDraw.Draw(picture), scenes.ImageDraw.Draw(mask)
-        scenes.stamp(*pens, 1, kind.art, scenes.PAINT | {"c": (250, 60, 60), "o": (60, 250, 60)}, random.Random(k), 50, 50, 40, 0.1)
+        scenes.stamp(
+            *pens,
+            1,
+            kind.art,
+            scenes.PAINT | {"c": (250, 60, 60), "o": (60, 250, 60)},
+            random.Random(k),
+            50,
+            50,
+            40,
+            0.1,
+        )
         coloured, numbered = np.asarray(picture.reduce(2)).sum(2) > 100, np.asarray(mask) == 1
         for axis in (0, 1):
             seen, told = (np.flatnonzero(a.any(axis)) for a in (coloured, numbered))
@@ -104,7 +134,8 @@ def test_boxes_are_tight_around_what_is_drawn():
 
 
 def test_things_keep_company():
-    """Boats come with fish far more often than chance has it, and no row names a category that is not there."""
+    """Boats come with fish far more often than chance has it, and no row names a category that is
+    not there."""
     for kind in scenes.KINDS:
         assert set(kind.company.split()) <= set(scenes.NAMES) - {kind.name}
     r, rows = random.Random(0), np.zeros((4000, 24), bool)
@@ -115,11 +146,19 @@ def test_things_keep_company():
 
 
 def test_captions_of_all_lengths():
-    """Prompts of 16 learned tokens and a name end at positions 17 to 22 of the text: captions must train those, and later ones."""
+    """Prompts of 16 learned tokens and a name end at positions 17 to 22 of the text: captions must
+    train those, and later ones."""
     from clip import Tokenizer
-    texts = [t for i in range(60) for t in scenes.scene(scenes.seed_of(0, "pretrain", i), 128, (1, 3))[2]]
+
+    texts = [
+        t for i in range(60) for t in scenes.scene(scenes.seed_of(0, "pretrain", i), 128, (1, 3))[2]
+    ]
     lengths = Tokenizer(4514)(texts, 77).argmax(1)
-    assert lengths.min() < 8 and (lengths > 18).float().mean() > 0.25 and (lengths > 30).float().mean() > 0.05
+    assert (
+        lengths.min() < 8
+        and (lengths > 18).float().mean() > 0.25
+        and (lengths > 30).float().mean() > 0.05
+    )
 
 
 def test_crowded_canvas_still_draws():
@@ -130,7 +169,7 @@ def test_crowded_canvas_still_draws():
 
 def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
     before = digests(root)
-    scenes.write(root, **SMALL)                                     # the very same: left alone
+    scenes.write(root, **SMALL)  # the very same: left alone
     assert digests(root) == before
     with pytest.raises(scenes.UserError, match="delete it or name another root"):
         scenes.write(root, **{**SMALL, "seed": 4})
@@ -140,7 +179,7 @@ def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
         scenes.write(tmp_path / "mine", **SMALL)
     with pytest.raises(scenes.UserError, match="64 to 512"):
         scenes.write(tmp_path / "huge", **{**SMALL, "size": 2000})
-    monkeypatch.setattr(scenes, "annotate", lambda *a: 1 / 0)       # dies on the way
+    monkeypatch.setattr(scenes, "annotate", lambda *a: 1 / 0)  # dies on the way
     with pytest.raises(ZeroDivisionError):
         scenes.write(tmp_path / "killed", **SMALL)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
@@ -168,8 +207,14 @@ def test_processes_that_draw_have_ended_before_what_they_drew_is_removed(tmp_pat
 
     ended, end, remove = [], scenes.ProcessPoolExecutor.shutdown, scenes.shutil.rmtree
     monkeypatch.setattr(scenes, "annotate", interrupted)
-    monkeypatch.setattr(scenes.ProcessPoolExecutor, "shutdown", lambda *a, **k: (end(*a, **k), ended.append("processes")))
-    monkeypatch.setattr(scenes.shutil, "rmtree", lambda *a, **k: (ended.append("files"), remove(*a, **k)))
+    monkeypatch.setattr(
+        scenes.ProcessPoolExecutor,
+        "shutdown",
+        lambda *a, **k: (end(*a, **k), ended.append("processes")),
+    )
+    monkeypatch.setattr(
+        scenes.shutil, "rmtree", lambda *a, **k: (ended.append("files"), remove(*a, **k))
+    )
     with pytest.raises(KeyboardInterrupt):
         scenes.write(tmp_path / "s", 400, 1, 1, 64, workers=2)
     assert ended == ["processes", "files"] and not list(tmp_path.iterdir())

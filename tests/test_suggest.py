@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_world import command, run, world  # noqa: F401
+from small_world import command, run, world
 
 import data
 import eval as evaluation
@@ -20,7 +20,7 @@ from tools.suggest import choose_cells, suggest
 
 
 @pytest.fixture
-def trained(world):  # noqa: F811
+def trained(world):
     """A run of two epochs on the small world, made once."""
     out = world / "trained"
     if not out.exists():
@@ -107,7 +107,7 @@ def test_cached_features_are_used_and_the_backbone_is_not_run(trained, tmp_path,
 
 @pytest.mark.parametrize("cached", (0, 1))
 def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(
-        world, tmp_path, capfd, cached):  # noqa: F811
+        world, tmp_path, capfd, cached):
     images = sorted((world / "scenes" / "train2014").iterdir())[:24]
     (tmp_path / "in").mkdir()
     lines, rng = ["image,sun, a tree ,=Hünd"], np.random.RandomState(0)
@@ -140,7 +140,7 @@ def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(
     run(world, tmp_path / "again", data=sheet, root=None, ratio=None, epochs=1, cache_features=0)
 
 
-def test_an_empty_sheet_is_suggested_for_by_clip_alone(world, tmp_path, capfd):  # noqa: F811
+def test_an_empty_sheet_is_suggested_for_by_clip_alone(world, tmp_path, capfd):
     photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
     sheet = photos / "labels.csv"
     assert command(review.main, ["new-sheet", photos, "--categories", "sun,tree"], capfd)[0] == 0

@@ -24,12 +24,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
-from config import Config  # noqa: E402
-from eval import Predictor, metrics, zero_shot, zero_shot_text  # noqa: E402
-from tools import review  # noqa: E402
+import data
+import eval as evaluation
+import train
+from config import Config
+from eval import Predictor, metrics, zero_shot, zero_shot_text
+from tools import review
 
 RECIPE = ("--clip tiny --size 256 --batch 16 --augment flip --lr 1e-3 --dropout 0.2 --score query "
           "--cache-features 2 --workers 0")

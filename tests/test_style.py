@@ -1,0 +1,103 @@
+"""How the code is written: width, one statement a line, imports that run one way."""
+circle."""
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [path for path in sorted(ROOT.rglob("*.py"))
+         if not {".venv", "generated", "runs"} & set(path.relative_to(ROOT).parts)]
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+# unindented rows of data
+TABLES = ("datasets/augment.py", "paper/captions.py", "tests/fake_datasets.py")
+# A file may import what stands on its own floor or below.
+FLOORS = (("support",), ("clip", "kernels", "datasets"),
+          ("config", "data", "trm", "memory", "losses"),
+          ("tools", "eval", "train", "paper"))
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imports(path):
+    """Modules of the project that a file imports, late ones too; not what it does as a command."""
+    found = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body
+                 if not (isinstance(node, ast.If) and "__main__" in ast.dump(node.test))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            for length in range(len(parts), 0, -1):
+                file = "/".join(parts[:length]) + ".py"
+                if file in NAMES or f"{'/'.join(parts[:length])}/__init__.py" in NAMES:
+                    found.add(file if file in NAMES else f"{'/'.join(parts[:length])}/__init__.py")
+                    break
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_lines_are_at_most_100_columns(path):
+    table = path.relative_to(ROOT).as_posix() in TABLES
+    lines = path.read_text(encoding="utf-8").split("\n")
+    long = [i for i, line in enumerate(lines, 1)
+            if len(line) > 100 and not (table and not line.startswith(" "))]
+    assert not long, f"lines {long}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_one_statement_a_line(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    starts = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    twice = {line for line in starts if starts.count(line) > 1}
+    assert not twice, f"lines {sorted(twice)}"
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path, name in zip(FILES, NAMES):
+        own = FLOOR.get(name.split("/")[0].removesuffix(".py"))
+        for other in imports(path) if own is not None else ():
+            if FLOOR.get(other.split("/")[0].removesuffix(".py"), -1) > own:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong, wrong
+
+
+def test_no_import_circle():
+    graph = {name: imports(path) - {name} for path, name in zip(FILES, NAMES)
+             if not name.startswith("tests")}
+
+    def visit(name, above):
+        assert name not in above, " -> ".join([*above[above.index(name):], name])
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, [*above, name])
+            done.add(name)
+
+    done = set()
+    for name in sorted(graph):
+        visit(name, [])
+
+
+def test_seven_files_at_the_top():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a checkout of git")
+    top = [name for name in tracked.stdout.split() if "/" not in name]
+    assert top == ["config.py", "data.py", "eval.py", "losses.py", "memory.py", "train.py",
+                   "trm.py"]
+
+
+def test_names_of_equations_are_cited_in_the_method():
+    cited = set()
+    for name in ("trm.py", "memory.py", "losses.py", "train.py", "kernels/region_pool.py"):
+        cited |= {int(n)
+                  for n in re.findall(r"Eq\. (\d+)", (ROOT / name).read_text(encoding="utf-8"))}
+    assert cited >= set(range(1, 16)) - {7}  # Eq. 7 is cited in its kernel
