@@ -329,12 +329,13 @@ def finish(run, cfg, state, encoder, splits, timers):
     else:
         print("no best epoch: there is no known positive to choose it on; eval.py takes the last "
               "one")
-    curves(state.history, run / "curves.png")
+    weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # Eq. 15
+    curves(state.history, run / "curves.png", weights, state.best and state.best["epoch"])
     train_split, val_split, test_split = splits
     shown = test_split or val_split or (train_split if cfg.images == "photos" else None)
     if shown:
         predictor = Predictor(run, "last", state.memory.bank.device, encoder)
-        save_regions(predictor, shown.paths[:6], run / "regions.png")
+        save_regions(predictor, shown, run / "regions.png")
     print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in timers.items())
           + f"; peak memory {peak_memory()}")
     print(f"wrote {run}/: {' '.join(name for name in FILES[1:] if (run / name).exists())}")

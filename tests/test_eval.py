@@ -116,6 +116,20 @@ def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, 
     )
 
 
+def test_a_picture_says_whether_its_verdicts_are_right_and_which_maps_are_flat(photos):
+    from types import SimpleNamespace
+    from tools.plots import region_tiles
+    predictor = SimpleNamespace(names=["a", "b", "c", "d"], grid=(2, 3),
+                                threshold=np.array([0.5, 0.5, 0.2, 0.2]))
+    maps = np.full((4, 6), 0.9)
+    maps[0, :5] = 0.1
+    p, truth = np.array([0.7, 0.4, 0.3, 0.3]), np.array([1, 1, -1, 0])
+    tiles = region_tiles(predictor, photos / "grey.png", p, maps, range(4), truth)
+    assert [caption for _, caption in tiles] == [
+        "grey.png", "+ a 0.70>0.50 peak 0.90", "x b 0.40<0.50 flat 0.90",
+        "x c 0.30>0.20 flat 0.90", "? d 0.30>0.20 flat 0.90"]
+
+
 def test_one_pass_of_the_network_in_batches(trained, photos, tmp_path, capfd, monkeypatch):
     sizes, encode = [], clip.CLIP.encode_dense
     monkeypatch.setattr(

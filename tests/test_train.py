@@ -57,14 +57,23 @@ def test_from_scratch_the_loss_falls_and_every_term_is_finite(world, tmp_path):
     assert rows(folder) == timeless(history)
 
 
-def test_the_curves_are_drawn(world, whole, tmp_path):
+def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_epoch(
+        world, whole, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
     from tools.plots import curves
-
-    curves(
-        [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()],
-        tmp_path / "curves.png",
-    )
+    history = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    drawn = {}
+    axvline, plot = Axes.axvline, Axes.plot
+    monkeypatch.setattr(Axes, "axvline", lambda axis, x, **how: drawn.update({how["label"]: x})
+                        or axvline(axis, x, **how))
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, label: drawn.update({label: y})
+                        or plot(axis, x, y, label=label))
+    curves(history, tmp_path / "curves.png", dict(L_r=1.0, L_KD=0.05, L_NCE=0.01), best=2)
+    last = sum(drawn[name][-1] for name in ("L_q", "L_r", "0.05 L_KD", "0.01 L_NCE"))
+    assert last == pytest.approx(drawn["L"][-1], abs=1e-4)  # what is drawn sums to the total
+    first = next(line["epoch"] for line in history if line["stage"] == 2)
+    assert drawn["stage two"] == first - 0.5 and drawn["best epoch 2"] == 2
     assert Image.open(tmp_path / "curves.png").size[0] > 500
 
 

@@ -34,16 +34,28 @@ def fit(image, side):
     return image.resize([max(1, round(scale * length)) for length in image.size], Image.BICUBIC)
 
 
-def region_tiles(predictor, path, p, maps, categories, side=192):
-    """A row of `grid_of`: the photo, then the regions of `categories` with probability and peak.
+def region_tiles(predictor, path, p, maps, categories, truth=None, side=192):
+    """A row of `grid_of`: the photo, then the regions of `categories` with what they say.
 
-    p (C,) probabilities, maps (C, N) of the image, as Predictor.iterate gives them
+    p (C,) probabilities, maps (C, N) of the image, as Predictor.iterate gives them; truth (C,) in
+    {1, -1, 0} marks each verdict (probability against the category's threshold) as + right,
+    x wrong or ? unknown. A map that its own peak would paint red everywhere is called flat.
     """
     image = fit(augment.read(path), side)
     name = Path(path).name[-32:] if isinstance(path, (str, Path)) else "image"
-    return [(image, name)] + [
-        (heat(image, maps[c], predictor.grid),
-         f"{predictor.names[c]} {p[c]:.2f}  peak {maps[c].max():.2f}") for c in categories]
+    tiles = [(image, name)]
+    for c in categories:
+        present = p[c] >= predictor.threshold[c]
+        mark = ""
+        if truth is not None:
+            mark = "? " if truth[c] == 0 else "+ " if present == (truth[c] == 1) else "x "
+        peak = maps[c].max()
+        flat = np.mean(maps[c] > peak / 2) > 0.8  # share of the locations that look marked
+        verdict = f"{p[c]:.2f}{'>' if present else '<'}{predictor.threshold[c]:.2f}"
+        tiles.append((heat(image, maps[c], predictor.grid),
+                      f"{mark}{predictor.names[c]} {verdict} {'flat' if flat else 'peak'} "
+                      f"{peak:.2f}"))
+    return tiles
 
 
 def grid_of(rows, side=192):
@@ -66,9 +78,11 @@ def grid_of(rows, side=192):
     return canvas
 
 
-def save_regions(predictor, paths, file, top=3):
+def save_regions(predictor, split, file, images=6, top=3):
     """Fig. 4 as a PNG: a row an image, the photo and then the regions of its `top` categories."""
-    rows = [region_tiles(predictor, paths[i], p, maps, np.argsort(-p, kind="stable")[:top])
+    paths = split.paths[:images]
+    rows = [region_tiles(predictor, paths[i], p, maps, np.argsort(-p, kind="stable")[:top],
+                         split.truth[i])
             for i, p, maps in predictor.iterate(paths)]
     picture = grid_of(rows)
     save_atomically(lambda buffer: picture.save(buffer, "PNG"), file)
@@ -83,13 +97,18 @@ def two_axes(width, height):
     return figure, figure.subplots(1, 2)
 
 
-def curves(history, file):
-    """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured."""
+def curves(history, file, weights=None, best=None):
+    """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured.
+
+    weights  {"L_r": alpha, ...} of Eq. 15, so that the terms that are drawn sum to L
+    best     the best epoch, if one was chosen
+    """
     figure, (left, right) = two_axes(9, 3.2)
     for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
-        points = [(line["epoch"], line[name]) for line in history if name in line]
-        if points:
-            left.plot(*zip(*points), label=name)
+        weight = (weights or {}).get(name, 1)
+        points = [(line["epoch"], weight * line[name]) for line in history if name in line]
+        if points and weight:
+            left.plot(*zip(*points), label=name if weight == 1 else f"{weight:g} {name}")
     for split in ("val", "test"):
         for score in ("mAP_region", "mAP_query"):
             points = [(line["epoch"], line[split][score]) for line in history
@@ -98,7 +117,12 @@ def curves(history, file):
                 right.plot(*zip(*points), label=f"{split} {score[4:]}")
     left.set(xlabel="epoch", ylabel="loss", yscale="log", xlim=(0, history[-1]["epoch"]))
     right.set(xlabel="epoch", ylabel="mAP (%)", xlim=(0, history[-1]["epoch"]))
+    two = [line["epoch"] for line in history if line["stage"] == 2]
     for axis in (left, right):
+        if two and two[0] > 1:
+            axis.axvline(two[0] - 0.5, color="grey", linestyle="--", label="stage two")
+        if best and axis is right:
+            axis.axvline(best, color="grey", linestyle=":", label=f"best epoch {best}")
         if axis.lines:
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
