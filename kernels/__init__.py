@@ -1,74 +1,8 @@
-"""The fused operations of TRM-ML and the choice of path: Triton on a GPU, plain torch elsewhere.
+"""The fused operations of TRM-ML, Triton kernels beside their torch references.
 
-region_pool, region_match   sigmoid + pooling (+ matching)               Eq. 1, 2, 4
-                            region_pool.py
-topk_prototypes             top-K rows into the category queues          Eq. 7
-                            topk_prototypes.py
-
-Both paths have one signature. `use(...)` chooses once (train.py --kernels), `chosen()` is the line
-that is logged.
+Read in this order: dispatch.py (which path runs), region_pool.py (Eq. 2, 4), topk_prototypes.py
+(Eq. 7); each file goes reference, kernel, operator, public function, and says what it costs.
 """
-import os
-from types import SimpleNamespace
-
-import torch
-
-try:
-    import triton
-    import triton.language as tl
-    jit, operator = triton.jit, torch.library.triton_op
-except ImportError:  # macOS, Windows: everything runs on the torch references, and chosen() says so
-    triton, tl = None, SimpleNamespace(constexpr=bool)
-    jit, operator = (lambda fn: fn), torch.library.custom_op
-
-# torch.compile sees through a wrapped launch; what the interpreter runs, torch 2.11 would not wrap.
-wrap = torch.library.wrap_triton
-if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
-    wrap = lambda kernel: kernel  # noqa: E731
-_path = "auto"
-
-
-def interpreted():
-    """True when Triton's kernels run in its interpreter, on CPU tensors (how they are tested
-    without a GPU)."""
-    return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def use(path):
-    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton"; returns the earlier
-    choice."""
-    global _path
-    if path not in ("auto", "reference", "triton"):
-        raise ValueError(f"kernels: expected auto, reference or triton, got {path!r}")
-    if path == "triton" and triton is None:
-        raise ValueError("kernels: triton was asked for but is not installed; pip install triton "
-                         "(Linux), or use auto")
-    if path == "triton" and not (torch.cuda.is_available() or interpreted()):
-        raise ValueError("kernels: triton was asked for but there is no CUDA device; use auto or "
-                         "reference")
-    earlier, _path = _path, path
-    return earlier
-
-
-def runs_triton(x):
-    """Whether an operation on tensor x launches a Triton kernel."""
-    # the kernels sum in float32
-    if triton is None or _path == "reference" or x.dtype == torch.float64:
-        return False
-    return x.is_cuda or (_path == "triton" and interpreted())
-
-
-def chosen():
-    """One line: the path in use and why."""
-    if _path != "auto":
-        where = ", in the interpreter" if _path == "triton" and interpreted() else ""
-        return f"kernels: {_path} (asked for{where})"
-    if triton is None:
-        return "kernels: reference (triton is not installed)"
-    if torch.cuda.is_available():
-        return "kernels: triton (CUDA device found)"
-    return "kernels: reference (no CUDA device)"
-
-
-from kernels.region_pool import region_match, region_pool  # noqa: E402
-from kernels.topk_prototypes import topk_prototypes  # noqa: E402
+from kernels.dispatch import chosen, interpreted, runs_triton, use
+from kernels.region_pool import region_match, region_pool
+from kernels.topk_prototypes import topk_prototypes

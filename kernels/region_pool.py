@@ -15,8 +15,7 @@ back: fusing saves those four times 4 MB.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import kernels
-from kernels import jit, operator, tl, triton, wrap
+from kernels.dispatch import interpreted, jit, operator, runs_triton, tl, triton, wrap
 
 
 # ---- reference
@@ -41,7 +40,7 @@ def region_match_reference(energy, f, g_pos, g_neg):
 
 # ---- kernels
 
-INTERPRETED = tl.constexpr(kernels.interpreted())
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @jit
@@ -215,7 +214,7 @@ def match_op(energy: torch.Tensor, f: torch.Tensor, g_pos: torch.Tensor,
 # its own kernel: traced for torch.compile, the interpreter would meet fake tensors
 def on_cpu(op, launch, reference):
     op.register_kernel("cpu")(lambda
-                              *args: (launch if kernels.runs_triton(args[0]) else reference)(*args))
+                              *args: (launch if runs_triton(args[0]) else reference)(*args))
 
 
 on_cpu(pool_op, launch_pool, region_pool_reference)
@@ -272,7 +271,7 @@ def region_pool(energy, f):
     returns (B, C, D) in f's type; sums are float32
     """
     check(energy, f)
-    return pool_op(energy, f) if kernels.runs_triton(energy) else region_pool_reference(energy, f)
+    return pool_op(energy, f) if runs_triton(energy) else region_pool_reference(energy, f)
 
 
 @torch.no_grad()
@@ -286,5 +285,5 @@ def region_match(energy, f, g_pos, g_neg, scale):
     returns         logits (B, C) float32
     """
     check(energy, f, g_pos, g_neg)
-    match = match_op if kernels.runs_triton(energy) else region_match_reference
+    match = match_op if runs_triton(energy) else region_match_reference
     return scale * match(energy, f, g_pos, g_neg)

@@ -17,8 +17,7 @@ operations and `nonzero` makes the host wait; the kernel is one launch, no wait.
 """
 import torch
 
-import kernels
-from kernels import jit, tl, triton
+from kernels.dispatch import jit, runs_triton, tl, triton
 
 POSITIVE = 1  # data.POSITIVE; the kernels import nothing of the project above them
 TICKET = 1 << 40  # the cursor's upper bits count arrivals during the launch, its lower 40 the rows
@@ -108,7 +107,7 @@ def launch_topk(energy, f, labels, bank, cursor, k):
 @torch.library.custom_op("trm_ml::topk_prototypes", mutates_args=("bank", "cursor"))
 def topk_op(energy: torch.Tensor, f: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor,
             cursor: torch.Tensor, k: int) -> None:
-    run = launch_topk if kernels.runs_triton(energy) else topk_prototypes_reference
+    run = launch_topk if runs_triton(energy) else topk_prototypes_reference
     run(energy, f, labels, bank, cursor, k)
 
 

@@ -67,7 +67,7 @@ def write(row):
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    version = kernels.triton.__version__ if kernels.triton else ""
+    version = kernels.dispatch.triton.__version__ if kernels.dispatch.triton else ""
     row = (
         {k: "" for k in FIELDS}
         | row
@@ -86,7 +86,7 @@ def measure(fn):
     if GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        times = kernels.triton.testing.do_bench(fn, quantiles=[0.2, 0.5, 0.8])
+        times = kernels.dispatch.triton.testing.do_bench(fn, quantiles=[0.2, 0.5, 0.8])
         return *times, (torch.cuda.max_memory_allocated() - before) / 1e6
     times, end = [], time.perf_counter() + 1
     while len(times) < 5 or time.perf_counter() < end:

@@ -358,7 +358,7 @@ def test_choice_of_path(triton_path):
 
 
 def test_the_fixture_restores_the_choice():
-    assert kernels._path == "auto" and "asked for" not in kernels.chosen()
+    assert kernels.dispatch._path == "auto" and "asked for" not in kernels.chosen()
 
 
 WITHOUT = """

@@ -1,5 +1,4 @@
 """How the code is written: width, one statement a line, imports that run one way."""
-circle."""
 import ast
 import re
 import subprocess
