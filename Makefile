@@ -1,9 +1,10 @@
 # make demo    the whole method on drawn scenes, minutes on two cores      make test    the tests
-# make bench   timings: kernels, training step, loader                     make clean   forget environment and generated data
+# make bench   timings: kernels, training step, loader                     make map     the README's map of equations
+# make clean   forget environment and generated data
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench map clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}"'
@@ -19,6 +20,9 @@ demo: .venv/done
 
 test: .venv/done
 	$(PY) -m pytest -q tests
+
+map: .venv/done
+	$(PY) -m tools.equation_map
 
 bench: .venv/done
 	$(PY) -m pytest -q -s tests/bench_*.py

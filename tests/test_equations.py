@@ -15,6 +15,8 @@ import memory
 import oracles
 import trm
 
+pytestmark = pytest.mark.paper
+
 CASES = list(range(10))
 # (B, C, N, D, L, K): the corners first, then draws in between
 CORNERS = [(1, 1, 1, 3, 1, 1), (7, 9, 23, 16, 11, 5), (1, 9, 2, 3, 5, 5), (7, 1, 23, 5, 2, 5)]

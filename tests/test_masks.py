@@ -10,6 +10,8 @@ import fake_datasets as fake
 from data import NEGATIVE, POSITIVE, UNKNOWN
 from support import UserError
 
+pytestmark = pytest.mark.paper
+
 
 def test_partial_mask_is_sarbs():
     """SARB: np.random.seed(0); np.random.random(shape) < p. Counts of kept cells at 0.5 as
