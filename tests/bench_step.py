@@ -247,12 +247,11 @@ class Version:
         self.model, self.memory = copy.deepcopy(case.model), copy.deepcopy(case.memory)
         self.learned = list(self.model.parameters())
         self.optimizer = self.optimizer(self.learned, lr=1e-4)
-        # what train.Run.step looks for
-        self.labels = self.truth = case.labels
-        self.device, self.amp, self.world, self.pseudo = DEVICE, None, 1, train.PseudoCount(DEVICE)
-        self.scaler, self.scheduler = (
-            torch.amp.GradScaler(DEVICE.type, enabled=False),
-            SimpleNamespace(step=lambda: None),
+        self.labels = case.labels
+        self.state = SimpleNamespace(
+            optimizer=self.optimizer,
+            scaler=torch.amp.GradScaler(DEVICE.type, enabled=False),
+            scheduler=SimpleNamespace(step=lambda: None),
         )
 
     def text_features(self):
@@ -261,7 +260,11 @@ class Version:
     def step(self):
         f = self.image(self.clip, self.case.images)
         if hasattr(self, "whole_step"):
-            return train.Run.step(self, torch.arange(len(f), device=DEVICE), f, None, True)
+            loss, terms, _ = train.training_step(
+                self.model, self.memory, self.clip, self.cfg, f, None, self.labels, True
+            )
+            train.update(self.state, loss, self.cfg)
+            return {name: term.detach() for name, term in (terms | {"L": loss}).items()}
         g_pos, g_neg = self.text_features()
         energy, regions, queries = self.carl(self.model.carl, f)
         scale, labels, cfg, memory = self.model.log_scale.exp(), self.labels, self.cfg, self.memory
@@ -319,7 +322,7 @@ def make_case(backbone, size, C, batch, L=64):
     # as in the later epochs: queues are full
     case.memory.bank.copy_(F.normalize(torch.randn(C, L, D), dim=-1))
     case.memory.cursor.fill_(L)
-    case.memory.T.copy_(F.normalize(torch.randn(C, D), dim=-1))
+    case.memory.text_prototypes.copy_(F.normalize(torch.randn(C, D), dim=-1))
     # not the batch's own means: ties would flip by rounding
     case.memory.theta.copy_(torch.tensor([[0.0], [-1e-4]]).expand_as(case.memory.theta))
     case.images = torch.randn(batch, 3, size, size, device=DEVICE)
@@ -439,7 +442,7 @@ def compare(case, repeats=3, ends=False):
     with torch.no_grad():
         g, regions = (
             plain.text_features(),
-            torch.randn(len(case.images), *case.memory.T.shape, device=DEVICE),
+            torch.randn(len(case.images), *case.memory.text_prototypes.shape, device=DEVICE),
         )
     L = case.memory.bank.shape[1]
     similarity = [
