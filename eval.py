@@ -1,6 +1,7 @@
 """Metrics, evaluation of a split, and a trained run that scores images (paper, Sec. 4.1).
 
     python eval.py runs/demo                                  the table of its test split
+    python eval.py runs/demo --categories                     a line a category, doubtful labels
     python eval.py runs/demo --image photo.jpg folder/        ranked categories, their regions
     python eval.py runs/demo --suggest suggested.csv          unknown labels that it believes
     python eval.py --zero-shot --data sheet.csv --suggest suggested.csv       without a run
@@ -32,6 +33,7 @@ from config import PLACES, PRESETS, Config, is_path
 from support import UserError
 from support.cli import best_device, make_parser, run_main, words
 from support.distributed import gather_scores
+from tools.categories import table
 from tools.localise import localisation
 from tools.predictor import Predictor, region_map, score_split
 
@@ -293,6 +295,8 @@ def main(argv=None):
                         help="average the probabilities with these runs")
     parser.add_argument("--compare", nargs="+", metavar="RUN",
                         help="zero-shot, this run and these, side by side")
+    parser.add_argument("--categories", action="store_true",
+                        help="also a line a category, the worst first, and labels that look wrong")
     parser.add_argument("--top", type=int, default=5, help="--image: categories shown (default: 5)")
     parser.add_argument("--pictures", type=int,
                         help="--image: pictures drawn at most; --suggest: cells on the page")
@@ -316,6 +320,9 @@ def main(argv=None):
         if len(given) > 1:
             raise UserError("--image, --suggest, --ensemble and --compare are four commands: give "
                             "one of them")
+        if args.categories and (given or args.json):
+            raise UserError("--categories belongs to the table of a split: drop --json, --image, "
+                            "--suggest and --compare")
         if not args.image and (args.csv or args.out or args.strict):
             raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
         if min(args.top, args.batch) < 1 or args.workers < 0:
@@ -342,11 +349,17 @@ def main(argv=None):
         if args.compare:
             return compare(predictors, split)
         scores = np.mean([member.score_split(member.loader(split)) for member in predictors], 0)
-        numbers = metrics(scores, split.truth,
-                          np.mean([member.threshold for member in predictors], 0))
+        threshold = np.mean([member.threshold for member in predictors], 0)
+        numbers = metrics(scores, split.truth, threshold)
         text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+        rests_on = (f"{(split.truth == 1).sum()} positives of "
+                    f"{len(split.names) - numbers['left_out']} categories")
         print(json.dumps(numbers) if args.json else
-              f"{split.name}, {len(split.paths)} images, epoch {predictors[0].epoch}: {text}")
+              f"{split.name}, {len(split.paths)} images, {rests_on}, epoch "
+              f"{predictors[0].epoch}: {text}")
+        if args.categories:
+            precision = precision_per_category(scores, split.truth)
+            print(*table(split, scores, precision, threshold), sep="\n")
     return run_main(work)
 
 

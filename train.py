@@ -329,7 +329,7 @@ def finish(run, cfg, state, encoder, splits, timers):
     else:
         print("no best epoch: there is no known positive to choose it on; eval.py takes the last "
               "one")
-    weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # Eq. 15
+    weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
     curves(state.history, run / "curves.png", weights, state.best and state.best["epoch"])
     train_split, val_split, test_split = splits
     shown = test_split or val_split or (train_split if cfg.images == "photos" else None)

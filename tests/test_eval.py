@@ -260,6 +260,39 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
     )
 
 
+def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(trained, capfd):
+    from datasets.base import Split
+    from tools.categories import suspects, table
+    truth = np.where(np.random.RandomState(0).random_sample((60, 3)) < 0.4, 1, -1).astype(np.int8)
+    scores = np.where(truth == 1, 0.8, 0.1) + np.random.RandomState(1).random_sample((60, 3)) / 10
+    for planted in ((5, 1), (9, 2)):
+        scores[planted] = 0.95 if truth[planted] == 1 else 0.05
+        truth[planted] *= -1
+    truth[7], scores[7] = 0, 0.5
+    assert sorted(suspects(scores, truth)) == [(5, 1), (9, 2)]
+    split = Split("x", [f"{i}.png" for i in range(60)], ["a", "b", "c"], truth)
+    lines = table(split, scores, np.array([0.9, np.nan, 0.2]), np.full(3, 0.5))
+    assert [line.split()[0] for line in lines[1:4]] == ["c", "a", "b"]
+    assert lines[1].split()[-2:] == ["58", "1"] and lines[2].split()[-2:] == ["59", "0"]
+    assert len(lines) == 7 and any("9.png: c" in line for line in lines[5:])
+
+    status, out, _ = command(evaluation.main, [trained, "--categories"], capfd)
+    names = Predictor(trained).names
+    assert status == 0 and {line.split("  ")[0] for line in out[-99:]} >= set(names)
+    one_line(evaluation.main, [trained, "--categories", "--json"], capfd, "--categories")
+
+
+def test_a_sheet_without_a_test_split_is_scored_on_its_validation_rows(trained, world, tmp_path,
+                                                                       capfd):
+    photos = sorted((world / "scenes" / "val2014").iterdir())
+    sheet = tmp_path / "sheet.csv"
+    lines = [f"{photo},{i % 2},{i % 3 // 2}" for i, photo in enumerate(photos)]
+    sheet.write_text("\n".join(["image,dog,cat", *lines]) + "\n")
+    run(world, tmp_path / "run", data=sheet, root=None, ratio=None, val=0.4, epochs=1)
+    status, out, _ = command(evaluation.main, [tmp_path / "run"], capfd)
+    assert status == 0 and "/val, " in out[-1] and "positives of" in out[-1]
+
+
 # ---- refusals
 def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd):
     bad = lambda *arguments, words: one_line(evaluation.main, arguments, capfd, *words)

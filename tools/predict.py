@@ -112,8 +112,8 @@ def predict(predictor, paths, args):
         write_atomically(Path(args.csv), sheet.getvalue())
     if unreadable:
         told = f"{', '.join(unreadable[:5])}{' ...' if len(unreadable) > 5 else ''}"
-        text = (f"{len(unreadable)} of {len(paths)} files are no readable images and were skipped: "
-                f"{told}")
+        text = (f"{len(unreadable)} of {len(paths)} files are no readable images and were "
+                f"skipped: {told}")
         if args.strict or len(unreadable) == len(paths):
             raise UserError(text)
         print(text, file=sys.stderr)

@@ -1,0 +1,45 @@
+"""What a run says about each category of a split, and the labels that look wrong."""
+import numpy as np
+
+
+def suspects(scores, truth):
+    """Known labels that the scores deny, as confident learning finds them (Northcutt et al., 2021).
+
+    A label "absent" is suspect where the probability reaches the mean of the images labelled
+    present; a label "present" where it is as low as the mean of those labelled absent.
+    scores (n, C), truth (n, C) in {1, -1, 0} -> list of (i, c), the furthest beyond its mean first.
+    """
+    def mean(of):  # (C,); NaN, which nothing reaches, for a category without such a label
+        count = of.sum(0)
+        return np.where(of, scores, 0).sum(0) / np.where(count, count, np.nan)
+
+    beyond = np.full(scores.shape, np.nan)
+    beyond = np.where(truth == -1, scores - mean(truth == 1), beyond)
+    beyond = np.where(truth == 1, mean(truth == -1) - scores, beyond)  # (n, C)
+    found = np.argwhere(beyond >= 0)
+    return sorted(map(tuple, found.tolist()), key=lambda cell: -beyond[cell])
+
+
+def table(split, scores, precision, threshold, labels=10):
+    """Lines of text: the categories, the worst AP first, then at most `labels` suspect labels.
+
+    scores (n, C) probabilities, precision (C,) AP in 0..1 or NaN, threshold (C,)
+    """
+    truth = split.truth
+    known, positives = (truth != 0).sum(0), (truth == 1).sum(0)
+    right = ((scores >= threshold) == (truth == 1)) & (truth != 0)  # (n, C)
+    width = max(8, *map(len, split.names))
+    lines = [f"{'category':{width}}  known  positives     AP  threshold  right  wrong"]
+    for c in np.argsort(precision, kind="stable"):  # NaN last: no positive
+        ap = "     -" if np.isnan(precision[c]) else f"{100 * precision[c]:6.2f}"
+        lines.append(f"{split.names[c]:{width}}  {known[c]:5d}  {positives[c]:9d} {ap}  "
+                     f"{threshold[c]:9.3f}  {right[:, c].sum():5d}  "
+                     f"{known[c] - right[:, c].sum():5d}")
+    doubted = suspects(scores, truth)
+    lines.append(f"{len(doubted)} labels look wrong; the probability denies them"
+                 + (", the clearest first:" if doubted else ""))
+    for i, c in doubted[:labels]:
+        label = "present" if truth[i, c] == 1 else "absent"
+        lines.append(f"  {split.paths[i]}: {split.names[c]} is labelled {label}, "
+                     f"probability {scores[i, c]:.2f}")
+    return lines
