@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
+from support import UserError
+
 try:
     import triton
     import triton.language as tl
@@ -34,12 +36,12 @@ def use(path):
     choice."""
     global _path
     if path not in ("auto", "reference", "triton"):
-        raise ValueError(f"kernels: expected auto, reference or triton, got {path!r}")
+        raise UserError(f"kernels: expected auto, reference or triton, got {path!r}")
     if path == "triton" and triton is None:
-        raise ValueError("kernels: triton was asked for but is not installed; pip install triton "
+        raise UserError("kernels: triton was asked for but is not installed; pip install triton "
                          "(Linux), or use auto")
     if path == "triton" and not (torch.cuda.is_available() or interpreted()):
-        raise ValueError("kernels: triton was asked for but there is no CUDA device; use auto or "
+        raise UserError("kernels: triton was asked for but there is no CUDA device; use auto or "
                          "reference")
     earlier, _path = _path, path
     return earlier

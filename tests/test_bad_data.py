@@ -289,7 +289,7 @@ def test_boxes_that_real_files_hold(coco, tmp_path):
 @pytest.mark.parametrize(
     "text,match",
     [
-        (b'{"images": [{"id": 1, "file_na', "not valid JSON.*incomplete"),
+        (b'{"images": [{"id": 1, "file_na', "not valid JSON.*is the download complete"),
         (b"", "not valid JSON"),
         (b"[1, 2]", "expected COCO's"),
         (b"null", "expected COCO's"),
