@@ -19,7 +19,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from clip.model import MEAN, STD
-from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
+try:
+    from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
+except ImportError as error:
+    raise ImportError(f"{error}; if another package called 'datasets' is installed, put the folder "
+                      "of this project first: sys.path.insert(0, folder)") from error
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
                            read_lines, require_unique)
 from datasets.csv_sheet import is_sheet

@@ -153,7 +153,7 @@ def read(path, root, cfg):
             elif bad:
                 problems.append(f"{path}:{line}: a cell is 1 (present), 0 (absent) or empty "
                                 f"(unknown), got {', '.join(bad[:3])}; a column that is no "
-                                "category goes into --ignore (docs/data.md: other forms)")
+                                "category goes into --ignore (README, docs/data.md: lists)")
             cells.append([codes.get(row[c].lower(), UNKNOWN) for c in columns])
     problems += doubtful_names(path, names)
 
@@ -167,7 +167,7 @@ def read(path, root, cfg):
                                     else safe_join(root, row[0], f"{path}:{line}"))
             if file in first:  # links followed: one image, one row
                 raise UserError(f"{path}:{line}: {row[0]} is already on line {first[file]}; merge "
-                                "the two rows (docs/data.md: long forms)")
+                                "the two rows (README, docs/data.md: long)")
             if not os.path.isfile(file):
                 what = "a folder" if os.path.isdir(file) else "missing"
                 raise UserError(f"{path}:{line}: no image {file} ({what}); --root says where image "

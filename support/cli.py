@@ -90,6 +90,9 @@ def failed(error):
     """One line for what the user can mend; anything else is raised again. -> exit status."""
     try:
         raise error
+    except UnicodeEncodeError as error:  # a file name under a locale that does not know its letters
+        name = ascii(error.object[error.start:error.end])
+        line = f"the locale cannot write {name} of a file name: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     except (UserError, FloatingPointError) as error:
         line = str(error)
     except BrokenExecutor:

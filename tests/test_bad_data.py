@@ -810,3 +810,60 @@ def test_scenes_roots_that_are_refused_before_drawing(tmp_path, monkeypatch, cas
     with pytest.raises(ValueError, match="should hold scenes .* delete it or name another root"):
         scenes.write(tmp_path / case, **FEW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loop"]
+
+
+def test_the_same_picture_under_two_names_is_told(tmp_path, capsys):
+    fake.photo(tmp_path / "a.jpg", 0)
+    fake.photo(tmp_path / "c.jpg", 1)
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    fake.write(tmp_path / "s.csv", "image,dog,cat\na.jpg,1,0\nb.jpg,0,1\nc.jpg,1,1\n")
+    assert check.main([str(tmp_path / "s.csv")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "b.jpg and" in line and "a.jpg are the same picture, and their labels disagree" in line
+
+
+def test_a_locale_that_cannot_write_a_file_name_is_one_line(tmp_path, capsys):
+    from support.cli import run_main
+
+    assert run_main(lambda: "\u732b.jpg".encode("ascii")) == 2
+    assert "PYTHONUTF8=1" in capsys.readouterr().err
+
+
+def test_another_package_called_datasets_is_told(tmp_path):
+    import subprocess
+    import sys
+
+    (tmp_path / "site/datasets").mkdir(parents=True)
+    (tmp_path / "site/datasets/__init__.py").write_text("")
+    code = (
+        "import sys; sys.path[:0] = ['site']; "
+        f"sys.path.append({str(Path(__file__).resolve().parents[1])!r}); import data"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode and "sys.path.insert(0, folder)" in run.stderr
+
+
+def test_photos_with_large_notes_deep_colour_keys_or_odd_exif_are_read(tmp_path):
+    """A 3 MiB note in a PNG, a colour key of 16 bits, an orientation mark that is no number."""
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    fake.photo(tmp_path / "a.png", 0)
+    raw = (tmp_path / "a.png").read_bytes()
+    note = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * (3 << 20)))
+    (tmp_path / "note.png").write_bytes(raw[:33] + note + raw[33:])
+    assert augment.read(tmp_path / "note.png").size == augment.read(tmp_path / "a.png").size
+    rows = (b"\0" + struct.pack(">H", 1000) * 8 * 3) * 8
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    key = chunk(b"tRNS", struct.pack(">H", 1000) * 3)
+    content = head + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "key.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert np.asarray(augment.read(tmp_path / "key.png"))[0, 0].tolist() == [255] * 3
+    image = Image.open(tmp_path / "a.png").convert("RGB")
+    exif = image.getexif()
+    exif[0x0112] = 9
+    image.save(tmp_path / "odd.jpg", exif=exif)
+    assert augment.read(tmp_path / "odd.jpg").size == image.size

@@ -1,5 +1,8 @@
 """Checks a data set or a sheet: counts, what is seen together, each problem with its line. `python
 data.py DATA`."""
+import collections
+import hashlib
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +11,7 @@ import numpy as np
 import data
 from config import Config
 from datasets import augment, vg200
+from datasets.base import read_bytes
 from support import UserError
 from support.cli import make_parser, run_main, words
 
@@ -35,6 +39,7 @@ def check(cfg, decode=True):
             problems.append(f"train: no image has {', '.join(map(repr, never[:5]))}{more}: nothing "
                             "to learn from")
         print_companions(split.names, positive)
+        problems += same_pictures(split)
         if decode:
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
                 found = pool.map(unreadable, split.paths, split.where or [""] * len(split.paths))
@@ -54,6 +59,22 @@ def print_companions(names, positive):
         if lift[a, b] > 1:
             print(f"  {names[a]} + {names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times "
                   "chance")
+
+
+def same_pictures(split):
+    """Images that are byte for byte the same under two names; worst where their labels disagree."""
+    seen, problems = {}, []
+    sizes = [os.path.getsize(path) for path in split.paths]
+    count = collections.Counter(sizes)
+    for i, path in enumerate(split.paths):
+        if count[sizes[i]] > 1:  # only these are read
+            first = seen.setdefault(hashlib.sha256(read_bytes(path)).digest(), i)
+            if first != i:
+                both = split.labels[first] * split.labels[i]
+                told = "and their labels disagree: " if (both < 0).any() else ""
+                problems.append(f"{path} and {split.paths[first]} are the same picture, {told}keep "
+                                "one")
+    return problems
 
 
 def unreadable(path, where):

@@ -1,0 +1,93 @@
+"""What the method does beside its equations: starts, order of a step, dropout, clipping, stages."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_world import run, world
+
+import train
+from memory import MemoryBank
+from trm import CARL, spatial_aggregation
+
+pytestmark = pytest.mark.paper
+
+
+def test_the_energies_start_as_clips_own_similarity():
+    carl = CARL(3, 8)
+    for linear in (carl.q, carl.k):
+        assert torch.equal(linear.weight, torch.eye(8)) and not linear.bias.any()
+
+
+def test_dropout_acts_on_the_attention_the_three_residuals_and_the_feed_forward():
+    class Counted(torch.nn.Module):
+        shapes = []
+
+        def forward(self, x):
+            self.shapes.append(tuple(x.shape))
+            return x
+
+    carl = CARL(3, 8, dropout=0.5)
+    carl.dropout = Counted()
+    carl.mlp[2] = Counted()
+    carl(torch.randn(2, 5, 8))
+    # self-attention's residual; attention weights; cross-attention's; feed-forward inside, outside
+    assert Counted.shapes == [(1, 3, 8), (2, 3, 5), (2, 3, 8), (2, 3, 32), (2, 3, 8)]
+
+
+def test_dualcoop_weights_its_locations_by_the_positive_similarity():
+    torch.manual_seed(0)
+    f = torch.randn(2, 4, 6)
+    g_pos, g_neg = F.normalize(torch.randn(2, 3, 6), dim=-1)
+    logits, shown = spatial_aggregation(f, g_pos, g_neg, 50.0, 20.0)
+    for b in range(2):
+        for c in range(3):
+            pos = [float(F.cosine_similarity(f[b, n], g_pos[c], dim=0)) for n in range(4)]
+            neg = [float(F.cosine_similarity(f[b, n], g_neg[c], dim=0)) for n in range(4)]
+            weight = np.exp(20 * np.array(pos)) / np.exp(20 * np.array(pos)).sum()
+            want = 50 * sum(w * (p - q) for w, p, q in zip(weight, pos, neg))
+            assert float(logits[b, c]) == pytest.approx(want, abs=1e-4)
+            assert shown[b, c].tolist() == pytest.approx(pos, abs=1e-5)
+
+
+def test_a_slot_is_filled_from_the_first_row_on_and_not_before():
+    memory = MemoryBank(4, 3, 2)
+    memory.cursor.copy_(torch.tensor([0, 1, 3, 7]))
+    assert memory.filled().sum(1).tolist() == [0, 1, 3, 3]
+    assert memory.filled()[1].tolist() == [True, False, False]
+
+
+def test_an_empty_slot_is_no_sample_of_the_contrastive_loss():
+    class Model:
+        heads = torch.nn.ModuleDict({name: torch.nn.Identity() for name in ("region", "pixel")})
+
+    memory = MemoryBank(2, 3, 4)
+    memory.cursor.copy_(torch.tensor([1, 0]))
+    memory.bank[0, 0] = 1
+    present = torch.tensor([[True, False], [False, True]])
+    regions = torch.randn(2, 2, 4)
+    samples, classes = train.contrastive_samples(Model, memory, regions, present)
+    assert classes.tolist() == [0, 1, 0]
+    assert torch.equal(samples, torch.stack([regions[0, 0], regions[1, 1], memory.bank[0, 0]]))
+
+
+def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch):
+    """The bank, then the thresholds, then the verdict; prototypes of the text once, at the end of
+    stage one; other dropout in each epoch; the gradient's norm clipped in each step."""
+    calls, seeds, norms = [], [], []
+    for name in ("enqueue", "similarities", "update_thresholds", "pseudo_labels",
+                 "set_text_prototypes"):
+        def recorded(self, *arguments, name=name, original=getattr(MemoryBank, name)):
+            calls.append(name)
+            return original(self, *arguments)
+        monkeypatch.setattr(MemoryBank, name, recorded)
+    seed, clip_norm = torch.manual_seed, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda parameters, norm: norms.append(norm) or clip_norm(parameters, norm))
+    run(world, tmp_path / "run", epochs=3, clip_grad=0.5)
+    assert calls.count("set_text_prototypes") == 1
+    second = calls[calls.index("set_text_prototypes") + 1:]
+    step = ["enqueue", "similarities", "update_thresholds", "pseudo_labels"]
+    assert second == step * (len(second) // 4) and len(second) == 4 * 6  # two epochs of three steps
+    assert len(norms) == 9 and set(norms) == {0.5}
+    assert len(set(seeds[-3:])) == 3
