@@ -103,19 +103,19 @@ def metrics(scores, truth, threshold=0.5):
     return percent | {"left_out": int((~there).sum())}
 
 
-def best_thresholds(scores, truth):
-    """(C,) threshold with the best F1 on a validation split; 0.5 for a category without a
-    positive."""
+def best_thresholds(scores, truth, k=2):
+    """(C,) threshold with the best F1 on a validation split, shrunk towards 0.5: with n positives
+    (n t + 2 * 0.5) / (n + 2), since a threshold of one positive says little (docs/readings.md)."""
     thresholds = np.full(truth.shape[1], 0.5)
     for c in range(truth.shape[1]):
         known = truth[:, c] != 0
         s, positive = scores[known, c], truth[known, c] == 1
         if positive.any():
+            n = positive.sum()
             rank = np.argsort(-s, kind="stable")
-            hit = np.cumsum(positive[rank])
-            f1 = 2 * hit / (np.arange(1, len(s) + 1) + positive.sum())
+            f1 = 2 * np.cumsum(positive[rank]) / (np.arange(1, len(s) + 1) + n)
             f1[np.append(np.diff(s[rank]) == 0, False)] = 0  # a threshold cannot split a tie
-            thresholds[c] = s[rank[f1.argmax()]]
+            thresholds[c] = (n * s[rank[f1.argmax()]] + k * 0.5) / (n + k)
     return thresholds
 
 

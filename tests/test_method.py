@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_world import run, world
+from small_world import run, weights, world
 
 import train
+from clip import build
 from memory import MemoryBank
-from trm import CARL, spatial_aggregation
+from trm import CARL, Prompts, spatial_aggregation
 
 pytestmark = pytest.mark.paper
 
@@ -16,6 +17,14 @@ def test_the_energies_start_as_clips_own_similarity():
     carl = CARL(3, 8)
     for linear in (carl.q, carl.k):
         assert torch.equal(linear.weight, torch.eye(8)) and not linear.bias.any()
+
+
+def test_the_context_starts_as_the_paper_says():
+    """N(0, 0.02), Sec. 4.1."""
+    clip = build(weights())
+    context = Prompts(clip, ["cat", "dog"] * 20, 8).context
+    assert context.shape == (2, 40, 8, clip.W)
+    assert float(context.std()) == pytest.approx(0.02, rel=0.05)
 
 
 def test_dropout_acts_on_the_attention_the_three_residuals_and_the_feed_forward():
@@ -27,6 +36,7 @@ def test_dropout_acts_on_the_attention_the_three_residuals_and_the_feed_forward(
             return x
 
     carl = CARL(3, 8, dropout=0.5)
+    assert carl.dropout.p == carl.mlp[2].p == 0.5
     carl.dropout = Counted()
     carl.mlp[2] = Counted()
     carl(torch.randn(2, 5, 8))

@@ -125,7 +125,8 @@ def test_scores_of_unknown_cells_change_nothing():
 def test_best_thresholds_by_brute_force():
     for seed in range(20):
         scores, truth = case(seed)
-        got = best_thresholds(scores, truth)
+        got = best_thresholds(scores, truth, k=0)
+        shrunk = best_thresholds(scores, truth)
         for c in range(truth.shape[1]):
             known = truth[:, c] != 0
             s, positive = scores[known, c], truth[known, c] == 1
@@ -134,6 +135,8 @@ def test_best_thresholds_by_brute_force():
                 continue
             f1 = lambda t: 2 * (positive & (s >= t)).sum() / ((s >= t).sum() + positive.sum())
             assert f1(got[c]) == max(f1(t) for t in s)
+            n = positive.sum()  # a threshold of few positives is drawn towards 0.5
+            assert shrunk[c] == pytest.approx((n * got[c] + 2 * 0.5) / (n + 2))
 
 
 def test_localisation_by_loops():

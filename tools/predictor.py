@@ -158,5 +158,10 @@ class Predictor:
                             "or train anew")
         return dict(zip(("train", "val", "test"), parts))
 
+    def inspect(self, image, labels=None):
+        """All that the method computes on one image, by the paper's names: tools/inspection.py."""
+        from tools.inspection import inspect
+        return inspect(self, image, labels)
+
     def loader(self, split):
         return evaluation_loader(self.cfg, split, self.clip, self.device)

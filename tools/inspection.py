@@ -1,0 +1,88 @@
+"""Everything that the method computes on one image, by the paper's names (Sec. 3, Eq. 1-15).
+
+    from eval import Predictor
+    seen = Predictor("runs/demo", "last").inspect("photo.jpg")
+    seen["mask"].shape
+
+C categories, N = h*w locations, D dims, L queue length, K top-k.
+"""
+import torch
+import torch.nn.functional as F
+
+import data
+import losses
+from clip.features import FeatureLoader
+from memory import MemoryBank
+from support import UserError
+from support.checkpoint import read_checkpoint
+from trm import TRM, match
+
+
+def training_parts(predictor):
+    """The memory bank of a run's last epoch, and its contrastive heads (None without them)."""
+    state = read_checkpoint(predictor.run / "last.pt")
+    if predictor.cfg.matching != "carl" or state["epoch"] != predictor.epoch:
+        raise UserError(f"expected the last epoch of a run with --matching carl, got epoch "
+                        f"{predictor.epoch} of {predictor.run}: open it as Predictor(run, 'last')")
+    C, L, D = state["memory"]["bank"].shape
+    memory = MemoryBank(C, L, D, predictor.cfg.eta).to(predictor.device)
+    memory.load_state_dict(state["memory"])
+    model = TRM(C, D, contrastive=predictor.cfg.uses("mmcl")).to(predictor.device)
+    model.load_state_dict({name: value for name, value in state["model"].items()
+                           if not name.startswith("prompts.")})
+    return memory, getattr(model, "heads", None)
+
+
+@torch.no_grad()
+def inspect(predictor, image, labels=None):
+    """One image through the method. The run's files, bank and thresholds stay as they are.
+
+    predictor  a Predictor of the run's last epoch, with the paper's matching
+    image      file, bytes, file object, PIL image or (H, W, 3) uint8 array
+    labels     (C,) 1 present, -1 absent, 0 unknown; without them there are no losses
+
+    Returns a dict of tensors on the predictor's device:
+    f (N, D), x (D,)             dense and global features of CLIP
+    g_pos, g_neg (C, D)          text features of "present" and "absent"
+    text_pixel (C, N)            cosine of g_pos to each location, without any region
+    energy, mask (C, N)          e_c, and its sigmoid                              Eq. 3, 2
+    regions, queries (C, D)      F^r and F^q                                       Eq. 4, 3
+    logits_r, logits_q (C,)      matching with the texts; sigmoid: probability     Eq. 1, 5
+    topk (C, K)                  locations that would enter the bank               Eq. 7
+    s (2, C)                     similarity to the prototypes, [visual, text]      Eq. 8
+    theta (2, 2, C)              thresholds, modality x [positive, negative]       Eq. 9, 11
+    verdicts (2, C), pseudo (C,) 1, -1 or 0, each modality alone; where both agree Eq. 10, 12
+    losses                       dict of L_r, L_q, L_KD, L_NCE, L, scalars         Eq. 6, 13-15
+    """
+    memory, heads = training_parts(predictor)
+    cfg, g_pos, g_neg = predictor.cfg, predictor.g_pos, predictor.g_neg
+    split = data.Split("image", [image], predictor.names, torch.zeros(1, len(g_pos)).numpy())
+    loader = FeatureLoader(data.Images(split, cfg.size), predictor.clip, device=predictor.device)
+    _, f, x = next(loader.batches(0, shuffle=False))
+    energy, regions, queries = predictor.model.carl(f)
+    scale = predictor.model.log_scale.exp()
+    logits_r = match(regions, g_pos, g_neg, scale)
+    logits_q = match(queries, g_pos, g_neg, scale)
+    s = memory.similarities(regions)  # (2, 1, C)
+    unknown = torch.zeros_like(logits_r, dtype=torch.int8)
+    seen = dict(f=f[0], x=x[0], g_pos=g_pos, g_neg=g_neg,
+                text_pixel=g_pos @ F.normalize(f[0], dim=-1).T,
+                energy=energy[0], mask=energy[0].sigmoid(), regions=regions[0], queries=queries[0],
+                logits_r=logits_r[0], logits_q=logits_q[0], topk=energy[0].topk(cfg.topk)[1],
+                s=s[:, 0], theta=memory.theta, verdicts=memory.verdicts(s)[:, 0],
+                pseudo=memory.pseudo_labels(s, unknown)[0])
+    if labels is not None:
+        labels = torch.as_tensor(labels, device=f.device)[None]  # (1, C)
+        asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift)
+        terms = {"L_q": losses.asymmetric(logits_q, labels, **asl),
+                 "L_r": losses.asymmetric(logits_r, labels, **asl),
+                 "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature)}
+        if heads is not None:
+            filled, present = memory.filled(), labels == 1
+            samples = torch.cat([heads["region"](regions[present]),
+                                 heads["pixel"](memory.bank[filled])])
+            classes = torch.cat([present.nonzero()[:, 1], filled.nonzero()[:, 0]])
+            terms["L_NCE"] = losses.contrastive(heads["text"](g_pos), samples, classes, cfg.tau)
+        terms["L"] = losses.total(terms, cfg.alpha, cfg.beta, cfg.gamma)
+        seen["losses"] = terms
+    return seen
