@@ -331,6 +331,21 @@ def parse(argv):
     return own, base
 
 
+def rows_of(own, base):
+    """What the command asks for: {row: its settings}, the columns, the paper's numbers."""
+    if own.figure or own.table == 5:
+        return {}, [], {}
+    if own.study:
+        rows, columns, paper = study(own.study, own.ratios)
+    else:
+        rows, columns, paper = TABLES[own.table](base, own.ratios)
+    rows = {row: settings for row, settings in rows.items()
+            if not own.rows or any(part in row for part in own.rows)}
+    if not rows:
+        raise UserError(f"no row of this table holds {' or '.join(own.rows)}")
+    return rows, columns, paper
+
+
 def reproduce(argv):
     own, base = parse(argv)
     what = next(f"{name}-{value}" for name in ("table", "figure", "study")
@@ -338,6 +353,7 @@ def reproduce(argv):
     out, start = Path(own.out), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{what}-{Path(base.data).stem}"
+    rows, columns, paper = rows_of(own, base)
     if own.table == 5:
         text = table_5()
     else:
@@ -358,13 +374,6 @@ def reproduce(argv):
             text = figure_4(runs, folders, images_in(own.image) if own.image
                             else test_split.paths[:4], file.with_suffix(".png"))
         else:
-            rows, columns, paper = study(own.study,
-                                         own.ratios) if own.study else TABLES[own.table](base,
-                                                                                         own.ratios)
-            rows = {row: of_row for row, of_row in rows.items() if not own.rows
-                    or any(part in row for part in own.rows)}
-            if not rows:
-                raise UserError(f"no row of this table holds {' or '.join(own.rows)}")
             measured = measure(runs, rows, columns, seeds, shown)
             zero_shot = {}
             if own.table in (1, 3):

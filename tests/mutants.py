@@ -67,7 +67,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("eval.py", "np.maximum.accumulate(precision[::-1])[::-1]", "precision"),
     ("eval.py", "hit / np.maximum(said, 1)", "hit / np.maximum(exist, 1)"),
     ("eval.py", "decided = (scores >= threshold)", "decided = (scores > threshold + 0.1)"),
-    ("eval.py", "2 * hit / (", "hit / ("),
+    ("eval.py", "(np.arange(1, len(s) + 1) + n)", "np.arange(1, len(s) + 1)"),
     ("kernels/region_pool.py", "mask = energy.sigmoid().to(f.dtype)",
      "mask = energy.softmax(-1).to(f.dtype)"),
     ("kernels/region_pool.py", "* s * (1 - s)", "* s"),

@@ -589,8 +589,8 @@ def test_arrays_are_known_by_their_content(tmp_path):
     ):
         np.save(tmp_path / "formatted_train_labels.npy", array)
         refused(
-            "expected 0 or 1 for 10 images x 81 concepts, got \(10, 81\) with the values "
-            rf"{match}",
+            r"expected 0 or 1 for 10 images x 81 concepts, got \(10, 81\) with the values "
+            + match,
             "nuswide",
             tmp_path,
             single_positive="largeloss",

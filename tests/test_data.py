@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -442,7 +443,8 @@ def test_real_names():
         and len(nuswide.concepts(SAMPLES / "nuswide")) == 81
     )
     names = [line.split()[1] for line in datasets.read_lines(SAMPLES / "cub/attributes.txt")]
-    prompts = data.prompts_for("cub", names, "peers")
+    prompts = data.prompts_for(SimpleNamespace(data="cub", names=None, prompt_names="peers"),
+                               SimpleNamespace(names=names, prompts=names))
     assert len(prompts) == 312 and prompts[0] == "curved bill" and prompts[6] == "all-purpose bill"
     assert {
         "blue upper",

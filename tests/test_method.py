@@ -8,6 +8,7 @@ from small_world import run, weights, world
 import train
 from clip import build
 from memory import MemoryBank
+from support.checkpoint import read_checkpoint
 from trm import CARL, Prompts, spatial_aggregation
 
 pytestmark = pytest.mark.paper
@@ -101,3 +102,12 @@ def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch)
     assert second == step * (len(second) // 4) and len(second) == 4 * 6  # two epochs of three steps
     assert len(norms) == 9 and set(norms) == {0.5}
     assert len(set(seeds[-3:])) == 3
+
+
+def test_assumed_negatives_give_the_negative_threshold(world, tmp_path):
+    """With a single positive an image nothing else could: without them theta_neg never exists."""
+    for weight, there in ((0.3, True), (0.0, False)):
+        run(world, tmp_path / f"run-{weight}", ratio=None, single_positive="largeloss", epochs=2,
+            stage_one=0, assume_negative=weight)
+        theta = read_checkpoint(tmp_path / f"run-{weight}" / "last.pt")["memory"]["theta"]
+        assert bool(theta[:, 1].isfinite().any()) == there
