@@ -1,5 +1,4 @@
-"""Every setting of a run, in one typed dataclass: its defaults are the paper's (Sec. 4.1), its
-options train.py's.
+"""Every setting of a run: the defaults are the paper's (Sec. 4.1), the options train.py's.
 
     python train.py --help
 """
@@ -16,9 +15,8 @@ from support import UserError
 from support.cli import make_parser, words
 
 PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
-CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16",
-         "ViT-L/14",
-         "ViT-L/14@336px")
+CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
+         "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
 
 def option(default, help, low=None, high=None, above=None, choices=None):
@@ -29,8 +27,7 @@ def option(default, help, low=None, high=None, above=None, choices=None):
 
 @dataclass
 class Config:
-    """Every setting of a run. Where the paper is silent, docs/readings.md says why the default is
-    what it is."""
+    """Where the paper is silent, docs/readings.md says why the default is what it is."""
     # ---- data
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
     root: Optional[str] = option(None, "folder of the data set")
@@ -38,101 +35,86 @@ class Config:
     single_positive: Optional[str] = option(
         None, "one known positive an image, in the setup of", choices=("largeloss", "splc"))
     assume_negative: Optional[float] = option(
-        None, "weight of unknown labels as negatives; 0.3 for single positive, else 0: raise it "
-              "when known "
-        "negatives are missing, lower it when recall suffers", low=0, high=1)
+        None, "weight of unknown labels as negatives; 0.3 for single positive, else 0", 0, 1)
     mask: Optional[str] = option(None, "file of the known cells, instead of drawing them")
     val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2")
     test: Optional[str] = option(None, "test CSV of a sheet")
     ignore: Optional[str] = option(None, "columns of a sheet that are no category: a,b")
-    minus_one: Optional[str] = option(None, "what -1 means in a sheet: absent (then 0 is unknown) "
-                                            "or unknown",
-                                      choices=("absent", "unknown"))
-    unlisted: Optional[str] = option(None, "what a sheet's lists do not name is",
-                                     choices=("absent", "unknown"))
+    minus_one: Optional[str] = option(
+        None, "what -1 means in a sheet (absent: 0 is unknown)", choices=("absent", "unknown"))
+    unlisted: Optional[str] = option(
+        None, "what a sheet's lists do not name is", choices=("absent", "unknown"))
     names: Optional[str] = option(None, "file of prompt names, one category a line")
     prompt_names: str = option(
         "peers", "category words in the prompts: the peers', the official ones, or joined words "
-                 "split",
-        choices=("peers", "official", "words"))
-    lists: Optional[str] = option(None, "folder or training list of the splc setup (default: "
-                                        "--root)")
+        "split", choices=("peers", "official", "words"))
+    lists: Optional[str] = option(None, "folder or training list of the splc setup (else --root)")
     keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
-    train_images: Optional[int] = option(None, "use only the first n training images", low=1)
-    images: str = option("photos", "what is learned from: photos, or captions in their place",
-                         choices=("photos", "captions"))
+    train_images: Optional[int] = option(None, "use only the first n training images", 1)
+    images: str = option("photos", "what is learned from", choices=("photos", "captions"))
     captions: Optional[str] = option(None, "captions_*.json (default: that of the data set)")
-    size: int = option(448, "side of the input in pixels", low=32, high=4096)
+    size: int = option(448, "side of the input in pixels", 32, 4096)
     augment: str = option("taidpt", "of training images", choices=("none", "flip", "taidpt"))
     # ---- model
     clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
-                                           "in Hugging Face's local cache")
+                       "in Hugging Face's local cache")
     activation: Optional[str] = option(
         None, "of CLIP, where its file does not tell", choices=("quickgelu", "gelu"))
     matching: str = option(
         "carl", "carl is the paper's method, the others its baselines",
         choices=("carl", "dualcoop", "dualcoop-fixed", "average", "global"))
-    without: str = option(
-        "", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last two: one prototype "
-            "of MMCP)")
-    carl_from: Optional[str] = option(None, "run whose region module is loaded and kept frozen "
-                                            "(Table 4)")
-    dropout: float = option(
-        0.1, "of the region module; raise it when the model memorises its few known labels", low=0,
-        high=0.9)
+    without: str = option("", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last "
+                          "two: one prototype of MMCP)")
+    carl_from: Optional[str] = option(None, "run whose region module is kept frozen (Table 4)")
+    dropout: float = option(0.1, "of the region module; raise it when the model memorises its few "
+                            "known labels", 0, 0.9)
     queries: str = option("text", "start of the category queries", choices=("random", "text"))
-    context: int = option(16, "learned tokens of a prompt", low=1)
+    context: int = option(16, "learned tokens of a prompt", 1)
     score: str = option("region", "score of inference", choices=("region", "query", "mean"))
     # ---- losses
-    alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)", low=0)
-    beta: float = option(0.05, "weight of distillation (Eq. 15)", low=0)
-    gamma: float = option(0.01, "weight of the contrastive loss (Eq. 15)", low=0)
-    gamma_pos: float = option(1.0, "gamma+ of Eq. 14", low=0)
-    gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate", low=0)
-    shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", low=0, high=0.99)
+    alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)", 0)
+    beta: float = option(0.05, "weight of distillation (Eq. 15)", 0)
+    gamma: float = option(0.01, "weight of the contrastive loss (Eq. 15)", 0)
+    gamma_pos: float = option(1.0, "gamma+ of Eq. 14", 0)
+    gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate", 0)
+    shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", 0, 0.99)
     kd: str = option("softmax", "Eq. 6 over the categories (as printed) or per category",
                      choices=("softmax", "bernoulli"))
     kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the "
-                                       "query scores, "
-                             "or both learn", choices=("region", "query", "both"))
+                             "query scores, or both learn", choices=("region", "query", "both"))
     kd_temperature: float = option(1.0, "temperature of Eq. 6", above=0)
     tau: float = option(0.07, "temperature of Eq. 13", above=0)
     # ---- memory
-    topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", low=1)
-    queue: int = option(64, "L: prototypes kept a category", low=1)
-    eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", low=0, high=1)
+    topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", 1)
+    queue: int = option(64, "L: prototypes kept a category", 1)
+    eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", 0, 1)
     stage_one: float = option(1 / 3, "share of the epochs before the prototypes and the "
-                                     "contrastive loss join",
-                              low=0, high=1)
+                              "contrastive loss join", 0, 1)
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
     # ---- optimisation
-    epochs: int = option(40, "epochs", low=1)
-    batch: int = option(128, "images a step, over all GPUs", low=1)
+    epochs: int = option(40, "epochs", 1)
+    batch: int = option(128, "images a step, over all GPUs", 1)
     lr: float = option(5e-4, "peak of OneCycleLR", above=0)
-    weight_decay: float = option(0.01, "of AdamW", low=0)
+    weight_decay: float = option(0.01, "of AdamW", 0)
     clip_grad: float = option(1.0, "largest norm of the gradient", above=0)
-    seed: int = option(0, "of masks, initialisation, order and augmentation", low=0)
-    eval_every: int = option(1, "epochs between evaluations", low=1)
+    seed: int = option(0, "of masks, initialisation, order and augmentation", 0)
+    eval_every: int = option(1, "epochs between evaluations", 1)
     # ---- machine
     amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none "
-                              "(IEEE float32)",
-                      choices=("auto", "none", "bf16", "fp16"))
+                      "(IEEE float32)", choices=("auto", "none", "bf16", "fp16"))
     kernels: str = option("auto", "auto takes Triton on a GPU",
                           choices=("auto", "reference", "triton"))
-    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode images; 0 decodes in "
-                                                       "the main one",
-                          low=0, high=1000)
+    workers: int = option(min(8, os.cpu_count() or 1),
+                          "processes that decode images; 0 decodes in the main one", 0, 1000)
     cache_features: int = option(0, "keep the frozen features of this many augmented views on "
-                                    "disk; "
-                                 "0 runs the backbone in every epoch", low=0)
+                                 "disk; 0 runs the backbone in every epoch", 0)
     cache_dir: str = option("generated/features", "where they are kept")
     out: Optional[str] = option(None, "run folder")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             setattr(self, f.name, checked(f, getattr(self, f.name)))
-        unknown = self.left_out - set(PARTS)
-        if unknown:
+        if unknown := self.left_out - set(PARTS):
             raise UserError(f"--without expects any of {','.join(PARTS)}, got "
                             f"{','.join(sorted(unknown))}")
         if {"visual", "text"} <= self.left_out:
@@ -165,8 +147,7 @@ def type_of(f):
 
 
 def checked(f, value):
-    """The value of a field, an int turned into a float where one is asked for; UserError if it
-    cannot be."""
+    """The value of a field, an int as a float where one is asked for; UserError if it cannot be."""
     name, kind, rules = "--" + f.name.replace("_", "-"), type_of(f), f.metadata
     if value is None and kind is not f.type:
         return None
@@ -188,26 +169,22 @@ def checked(f, value):
     return value
 
 
-# Settings that do not change the numbers, and those that say where things lie: both may differ on
-# --resume.
+# Settings that do not change the numbers, and those that say where things lie: --resume takes both.
 NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}
 PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2,
-                          score="query",
-                          cache_features=2, workers=0)}
+                          score="query", cache_features=2, workers=0)}
 
 
 def parse(argv, about=""):
-    """Command line -> (Config, run to resume or None). Order: command line, preset of the data set,
-    defaults."""
+    """Command line, else the data set's preset, else the default -> (Config, run to resume)."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
     movable = NOT_THE_RESULT - {"out"} | PLACES
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; given "
-                                                        "anew may be "
-                        "where things lie now (--data, --root, --clip, ...) and --workers, "
-                        "--cache-dir")
+    parser.add_argument("--resume", metavar="RUN",
+                        help="go on with a run and its settings; given anew may be where things "
+                        "lie now (--data, --root, --clip, ...) and --workers, --cache-dir")
     for f in dataclasses.fields(Config):
         how = dict(action="store_true")
         if type_of(f) is not bool:
@@ -229,8 +206,7 @@ def parse(argv, about=""):
 
 
 def is_path(name, value):
-    """Whether a setting names a file or folder; data, val and clip may hold a name or a number
-    instead, and clip a repository's."""
+    """Whether a setting names a file or folder; data, val and clip may hold something else."""
     if name in ("data", "val"):
         return value.lower().endswith((".csv", ".tsv"))
     if name == "clip":

@@ -50,8 +50,7 @@ LISTS = {"coco": ("coco_train_singlelabel.txt",), "voc2012": ("voc_train.txt",),
 # ---- which labels are seen
 
 def partial_mask(shape, ratio, seed=0):
-    """(N, C) bool. At seed 0 SARB's published masks bit for bit. One draw serves all ratios: 0.1 is
-    in 0.2."""
+    """(N, C) bool; seed 0: SARB's published masks. One draw serves all ratios: 0.1 is in 0.2."""
     return np.random.RandomState(seed).random_sample(shape) < ratio
 
 
@@ -74,8 +73,7 @@ def single_positives(labels, seed=1200):
 
 
 def hold_out(count, share, seed=1200):
-    """(train rows, validation rows), both sorted: the split of Cole et al., 20 % in the LargeLoss
-    setup."""
+    """(train rows, validation rows), sorted: Cole et al.'s split, 20 % in the LargeLoss setup."""
     order = np.random.RandomState(seed).permutation(count)
     held = int(round(share * count))
     return np.sort(order[:count - held]), np.sort(order[count - held:])
@@ -112,8 +110,7 @@ def read_mask(path, split):
 # ---- the data sets
 
 def complete(cfg):
-    """{"train", "val", "test"} -> Split with all labels that are known; some of the three may be
-    absent."""
+    """{"train", "val", "test"} -> Split with all known labels; some of the three may be absent."""
     if is_sheet(cfg.data):
         return csv_sheet.load(cfg.root, cfg)
     if cfg.data not in LAYOUTS:
@@ -131,8 +128,7 @@ def complete(cfg):
 
 
 def splc_lists(cfg, parts):
-    """The SPLC setup: published lists name the training images and their positive. -> train, its
-    labels, test"""
+    """SPLC's lists name the training images and their positive -> train, its labels, test."""
     where = Path(cfg.lists or cfg.root)
     given = where.is_file()
     folder = where.parent if given else where
@@ -243,8 +239,7 @@ def share_of(cfg):
 
 
 def prompts_for(cfg, split):
-    """What the classes are called in prompts: what --names says, one a line, or else
-    --prompt-names."""
+    """What the classes are called in prompts: by --names, one a line, or else by --prompt-names."""
     names = split.names
     if cfg.names and cfg.data != "vg200":  # which read it as its own names
         prompts = read_lines(cfg.names)
@@ -261,8 +256,7 @@ def prompts_for(cfg, split):
 
 
 def cub_prompt(name):
-    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill' (and, as it is, 'blue
-    upper')."""
+    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill', else as it is."""
     group, _, value = name.partition("::")
     if not value or "_" not in group:
         return name
@@ -318,8 +312,7 @@ class Images(Dataset):
         return augment.normalise(image, self.mean, self.std), index
 
     def fingerprint(self):
-        """bytes that name all that the pixels depend on: files (path, size, time of change) and the
-        transform."""
+        """bytes that name all that the pixels depend on: files (path, size, time), transform."""
         try:
             files = [(path, stat.st_size, stat.st_mtime_ns) for path in self.split.paths
                      for stat in [os.stat(path)]]

@@ -33,8 +33,7 @@ def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_
 
 
 def _power(base, exponent):
-    """base ** exponent with gradient 0, not infinity, where the base is 0 and the exponent below
-    1."""
+    """base ** exponent with gradient 0, not infinity, where base is 0 and exponent below 1."""
     if 0 < exponent < 1:
         return torch.where(base > 0, base, 1.0) ** exponent * (base > 0)
     return base**exponent
@@ -94,7 +93,6 @@ def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
 
 
 def total(terms, alpha=1.0, beta=0.05, gamma=0.01):
-    """terms: dict of the scalars L_q, L_r, L_KD, L_NCE -> their weighted sum; a missing one counts
-    as 0."""
+    """terms: dict of the scalars L_q, L_r, L_KD, L_NCE -> their weighted sum; missing: 0."""
     L_q, L_r, L_KD, L_NCE = (terms.get(name, 0.0) for name in ("L_q", "L_r", "L_KD", "L_NCE"))
     return L_q + alpha * L_r + beta * L_KD + gamma * L_NCE  # Eq. 15

@@ -1,13 +1,9 @@
-"""Train TRM-ML, a baseline or an ablation; every random number follows from --seed (paper, Sec. 3
-and 4.1).
+"""Trains TRM-ML, a baseline or an ablation; every random number follows from --seed (Sec. 3, 4.1).
 
-    python train.py --data scenes --ratio 0.1                       the embedded default, minutes on
-    two CPU cores
-    python train.py --data coco --root /data/coco --ratio 0.3       the paper's setting: RN101, 448,
-    batch 128, 40 epochs
-    python train.py --resume runs/NAME                              goes on where it was stopped,
-    bit for bit
-    torchrun --nproc-per-node 4 train.py --data coco ...            several GPUs
+    python train.py --data scenes --ratio 0.1                      drawn scenes: minutes on two cores
+    python train.py --data coco --root /data/coco --ratio 0.3      the paper's setting
+    python train.py --resume runs/NAME                             goes on, bit for bit
+    torchrun --nproc-per-node 4 train.py --data coco ...           several GPUs
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png,
 regions.png. B images, C categories, N locations, D dims. Labels: 1 present, -1 absent, 0 unknown.
@@ -33,33 +29,27 @@ from eval import PseudoCount, best_thresholds, evaluate
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
-from support.cli import best_device, peak_memory, run_main, stop
+from support.cli import best_device, run_main, stop
 from support.distributed import average_gradients, gather
-from support.run_folder import FILES, begin, new_run, save, write_metrics
-from tools.predictor import Predictor, evaluation_loader
+from support.run_folder import begin, new_run, save, write_metrics
+from tools import report
+from tools.predictor import evaluation_loader
 from trm import TRM, Output, Prompts
 
 
 def build_model(cfg, split, encoder):
-    """The TRM of a run for the categories of a data.Split: prompts, queries, region module,
-    heads."""
+    """The TRM of a run for the categories of a data.Split: prompts, queries, regions, heads."""
     queries = None
     if cfg.queries == "text":
-        queries = encoder.encode_text(encoder.tokenize([f"a photo of a {name}"
-                                                        for name in split.prompts]))
-    try:
-        prompts = Prompts(encoder, split.prompts, cfg.context)
-    except ValueError as error:  # a name too long for CLIP
-        raise UserError(error) from None
-    model = TRM(len(split.names), encoder.D, prompts, cfg.matching, queries,
-                contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
-    if cfg.carl_from:
-        model.carl.requires_grad_(False)
-    return model
+        texts = [f"a photo of a {name}" for name in split.prompts]
+        queries = encoder.encode_text(encoder.tokenize(texts))
+    prompts = Prompts(encoder, split.prompts, cfg.context)
+    return TRM(len(split.names), encoder.D, prompts, cfg.matching, queries,
+               contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
 
 
 def load_carl(model, run, split, encoder):
-    """Table 4: the region module of another run, one on complete labels."""
+    """Table 4: the region module of another run, one on complete labels, kept as it is."""
     other = read_checkpoint(Path(run) / "last.pt")
     if other["names"] != split.names or other["clip_sha256"] != encoder.sha256:
         raise UserError(f"--carl-from {run} was trained on other categories or another CLIP: give "
@@ -71,12 +61,10 @@ def load_carl(model, run, split, encoder):
 
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
-    """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) int8 or
-    None.
+    """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) or None.
 
     f (b, N, D) dense and x (b, D) global features of this process's images; labels (B, C) int8 of
-    the batch (several processes share a batch: b < B, and what the losses need is gathered on each
-    of them)
+    the batch (processes share it: b < B, and what the losses need is gathered on each of them)
     """
     with torch.autocast(f.device.type, amp or torch.bfloat16, enabled=amp is not None):
         g_pos, g_neg = model.prompts(encoder)  # Sec. 3.1   (C, D)
@@ -116,8 +104,7 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
 
 def contrastive_samples(model, memory, regions, present):
     """What Eq. 13 compares the texts with: regions of present categories and all prototypes, each
-    through its MLP. regions (B, C, D), present (B, C) bool -> samples (S, D), the category of each
-    (S,)."""
+    through its MLP. regions (B, C, D), present (B, C) bool -> samples (S, D), categories (S,)."""
     filled = memory.filled()  # (C, L)
     region_class = present.nonzero()[:, 1]
     pixel_class = filled.nonzero()[:, 0]
@@ -126,8 +113,7 @@ def contrastive_samples(model, memory, regions, present):
 
 
 def update(state, loss, cfg):
-    """One step of AdamW on the gradient of all processes, its norm clipped; one step of the
-    schedule."""
+    """A step of AdamW on the gradient of all processes, its norm clipped; a step of the schedule."""
     parameters = state.optimizer.param_groups[0]["params"]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
@@ -151,8 +137,7 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
         with torch.no_grad():
             state.memory.set_text_prototypes(state.model.prompts(encoder)[0])
     state.model.train()
-    # dropout needs no earlier epoch
-    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + rank)
+    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + rank)  # dropout on resume
     pseudo_count = PseudoCount(device)
     sums, start, steps = {}, time.perf_counter(), -(-len(loader) // cfg.batch)
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
@@ -196,10 +181,7 @@ def load_data(cfg):
     splits = data.load(cfg)
     if cfg.images == "captions":
         from paper import captions
-        train = splits[0]
-        file = cfg.captions or Path(cfg.root
-                                    or data.SCENES) / "annotations" / "captions_train2014.json"
-        return captions.load(file, train.names, train.prompts, cfg.train_images), *splits[1:]
+        return captions.load(cfg, splits[0]), *splits[1:]
     return splits
 
 
@@ -217,9 +199,9 @@ def training_loader(cfg, split, encoder, device, rank, world):
 def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     """Trains a run to its end; returns the lines of metrics.jsonl.
 
-    resume: folder of a run to go on with.  splits: (train, val, test) and encoder: clip.CLIP, if
-                                            loaded already
-    on_epoch: called as on_epoch(state, line) after each epoch, with support.checkpoint.State
+    resume    folder of a run to go on with
+    splits    (train, val, test) and encoder, a clip.CLIP, where they are loaded already
+    on_epoch  called as on_epoch(state, line) after each epoch, with support.checkpoint.State
     """
     rank, world = distributed.start()
     device = best_device(int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0, world)
@@ -232,8 +214,10 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, train_split, encoder).to(device)
-    if cfg.carl_from and not resume:
-        load_carl(model, cfg.carl_from, train_split, encoder)
+    if cfg.carl_from:
+        model.carl.requires_grad_(False)
+        if not resume:
+            load_carl(model, cfg.carl_from, train_split, encoder)
     memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
     timers, start = dict(features=0.0, training=0.0, evaluation=0.0), time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
@@ -253,8 +237,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     if resume and (run / "last.pt").is_file():
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
-            # a kill may have come between last.pt and metrics.jsonl
-            write_metrics(run, state.history)
+            write_metrics(run, state.history)  # a kill may have come between the two files
     if rank == 0:
         count = sum(p.numel() for p in trainable) / 2**20
         print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
@@ -281,18 +264,17 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
                 config=json.dumps(dataclasses.asdict(cfg)), names=list(train_split.names),
                 clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(),
                 g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=state.epoch), improved)
-            print(summary(line, cfg.epochs), flush=True)
+            print(report.of_epoch(line, cfg.epochs), flush=True)
         if on_epoch:
             on_epoch(state, line)
     if rank == 0:
-        finish(run, cfg, state, encoder, splits, timers)
+        report.of_run(run, cfg, state, encoder, splits, timers)
         held.release()
     return state.history
 
 
 def is_best(state, numbers):
-    """Whether this epoch is the best so far, on validation or, without one, on test; it is noted in
-    the state."""
+    """Whether this epoch is the best so far, on validation or else on test; the state notes it."""
     split = "val" if "val" in numbers else "test"
     if split not in numbers or numbers[split]["left_out"] == len(state.memory.cursor):
         return False  # no category has a positive to choose on
@@ -302,53 +284,13 @@ def is_best(state, numbers):
     return True
 
 
-def summary(line, epochs):
-    terms = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name.startswith("L"))
-    scores = "  ".join(f"{split} mAP {line[split]['mAP']:.2f}" for split in ("val", "test")
-                       if split in line)
-    return (f"epoch {line['epoch']:>3}/{epochs} stage {line['stage']}  {terms}  {scores}  "
-            f"{line['images_per_second']:.0f} images/s")
-
-
-def finish(run, cfg, state, encoder, splits, timers):
-    """The end of a run: what was reached, curves.png and regions.png."""
-    from tools.plots import curves, save_regions
-    last = state.history[-1]
-    for split in ("val", "test"):
-        if split in last:
-            numbers = "  ".join(f"{name} {value:.2f}" for name, value in last[split].items()
-                                if name != "left_out")
-            left_out = last[split]["left_out"]
-            print(f"last epoch, {split}: {numbers}"
-                  + (f"  ({left_out} categories without a positive left out)" if left_out else ""))
-    if state.best:
-        chosen = state.history[state.best["epoch"] - 1]
-        scores = "  ".join(f"{split} mAP {chosen[split]['mAP']:.2f}" for split in ("val", "test")
-                           if split in chosen)
-        print(f"best epoch {state.best['epoch']}, chosen on {state.best['chosen_on']}: {scores}")
-    else:
-        print("no best epoch: there is no known positive to choose it on; eval.py takes the last "
-              "one")
-    weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
-    curves(state.history, run / "curves.png", weights, state.best and state.best["epoch"])
-    train_split, val_split, test_split = splits
-    shown = test_split or val_split or (train_split if cfg.images == "photos" else None)
-    if shown:
-        predictor = Predictor(run, "last", state.memory.bank.device, encoder)
-        save_regions(predictor, shown, run / "regions.png")
-    print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in timers.items())
-          + f"; peak memory {peak_memory()}")
-    print(f"wrote {run}/: {' '.join(name for name in FILES[1:] if (run / name).exists())}")
-
-
 def main(argv=None):
     def work():
         try:
             train(*parse(argv, __doc__))
         finally:
             distributed.end()
-    return run_main(work, "stopped; what was finished is in last.pt of the run folder: go on with "
-                          "--resume")
+    return run_main(work, "stopped; last.pt holds what was finished: go on with --resume RUN")
 
 
 if __name__ == "__main__":

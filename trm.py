@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import region_pool
+from support import UserError
 from support.recompute import checkpointed
 
 
@@ -54,7 +55,7 @@ class Prompts(nn.Module):
         eot = tokens.argmax(-1)  # EOT has the largest id
         longest = int(eot.max()) + 1
         if M + longest > clip.context_length:
-            raise ValueError(f"{M} context tokens and the longest name "
+            raise UserError(f"{M} context tokens and the longest name "
                              f"({texts[int(eot.argmax())]!r}) need {M + longest} tokens, CLIP "
                              f"reads {clip.context_length}: use fewer or a shorter name")
         # Nothing after EOT can reach it under the causal mask, so the longest name decides the
@@ -65,8 +66,7 @@ class Prompts(nn.Module):
         self.register_buffer("eot", eot + M, persistent=False)
 
     def forward(self, clip):
-        """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context through the
-        encoder."""
+        """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context."""
         sot = self.sot.expand(2, -1, -1, -1)
         name = self.name_eot.expand(2, -1, -1, -1)
         prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)  # (2C, 1+M+S, W)
@@ -106,8 +106,7 @@ class CARL(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, f):
-        """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions F^r (B, C, D), queries F^q
-        (B, C, D)."""
+        """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions and queries (B, C, D)."""
         # The queries meet no image before the cross-attention: one self-attention serves the whole
         # batch.
         Q = self.Q[None]
@@ -189,8 +188,7 @@ class TRM(nn.Module):
             self.log_spatial_scale = nn.Parameter(torch.tensor(20.0).log(), requires_grad=learned)
 
     def forward(self, f, x, g_pos, g_neg) -> Output:
-        """f (B, N, D) dense features, x (B, D) global feature, g_pos and g_neg (C, D) unit text
-        features."""
+        """f (B, N, D) dense, x (B, D) global features, g_pos, g_neg (C, D) unit text features."""
         scale = self.log_scale.exp()
         if self.matching == "carl":
             energy, regions, queries = self.carl(f)

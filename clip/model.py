@@ -155,8 +155,7 @@ class Attention(nn.Module):
         return self.out_proj(attend(q, k, v, self.heads, causal))
 
     def last(self, x, at):
-        """Causal attention for one query a text: token at[t] attends to tokens 0..at[t].
-        x (T, S, W), at (T,) -> (T, W)"""
+        """Causal attention of one query a text, token at[t]: x (T, S, W), at (T,) -> (T, W)"""
         q, k, v = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
         q = F.linear(x[torch.arange(len(x), device=x.device), at], *q)  # (T, W)
         k, v = F.linear(x, *k), F.linear(x, *v)  # (T, S, W)

@@ -59,8 +59,7 @@ class Split:
 
     @property
     def info(self):
-        """Counts and hashes for config.json; sha256 covers names, prompts, file names, labels and
-        truth."""
+        """Counts and hashes for config.json; sha256 covers all names, prompts, labels and truth."""
         names = json.dumps([self.names, self.prompts,
                             [os.path.basename(path) for path in self.paths]])
         content = names.encode() + self.labels.tobytes() + self.truth.tobytes()
@@ -94,8 +93,7 @@ def read_bytes(path):
 
 
 def read_lines(path, names=None):
-    """Lines that are not empty, without their ends. names: how many different ones there must
-    be."""
+    """Lines that are not empty, stripped. names: how many different ones there must be."""
     raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
@@ -135,8 +133,7 @@ def read_array(path):
 
 
 def safe_join(folder, name, where):
-    """folder/name, refused when `name` points out of the folder. Links that the user made are
-    followed."""
+    """folder/name, refused when `name` leads out of the folder. The user's links are followed."""
     name = str(name).replace("\\", "/")
     path = os.path.normpath(os.path.join(folder, name))
     below = path.startswith(os.path.join(os.path.normpath(folder), ""))

@@ -61,8 +61,7 @@ def photos(root, names, labels, where):
 
 
 def official(root, part):
-    """ImageList/<part>Imagelist.txt, and one file of 0/1 a concept or one merged file of 81
-    columns."""
+    """ImageList/<part>Imagelist.txt, and a file of 0/1 a concept or one of 81 columns."""
     path = find(root, f"ImageList/{part}Imagelist.txt", f"{part}Imagelist.txt",
                 what=f"the {part} list")
     images = read_lines(path)

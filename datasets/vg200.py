@@ -47,8 +47,7 @@ def split(root, part, names):
 
 
 def listed(root, part):
-    """The list file, its N image names and (N, 200) labels. The JSON of 500 categories is cut at
-    200."""
+    """The list file, its N image names, (N, 200) labels. A JSON of 500 categories is cut at 200."""
     path = find(root, *(f"{f}{part}_list_500.txt" for f in FOLDERS), what=f"the {part} list")
     index = find(root,
                  *(f"{f}vg_category_{n}_labels_index.json" for n in (200, 500) for f in FOLDERS),

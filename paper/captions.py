@@ -12,14 +12,15 @@ categories that it names. What is learned is then applied to photos. The double-
 TaI-DPT do not meet before inference, so they are two runs here, whose scores are averaged (`eval.py
 RUN --ensemble RUN`). Unlike there, our dual prompts and Eq. 14 take the place of its ranking loss.
 """
-import json
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from clip.features import epoch_order
-from datasets.base import NEGATIVE, POSITIVE, Split, read_bytes
+from data import SCENES
+from datasets.base import NEGATIVE, POSITIVE, Split, read_json
 from support import UserError
 
 # Words that mean the same, a group a line; a category is named by every word of the groups that
@@ -71,8 +72,7 @@ def words_of(text):
 
 
 def vocabulary(names):
-    """{words of a phrase: set of category numbers}, from the names and the groups that hold
-    them."""
+    """{words of a phrase: category numbers}, from the names and the groups that hold them."""
     groups = [[" ".join(words_of(phrase)) for phrase in group.split(",")]
               for line in SAME.strip().splitlines() for group in line.split("|")]
     found = {}
@@ -102,15 +102,16 @@ def mentioned(text, phrases):
     return found
 
 
-def load(file, names, prompts, images=None):
-    """captions_*.json as COCO's -> data.Split whose `paths` are the captions that name a category,
-    the first `images` images'."""
+def load(cfg, split):
+    """COCO's captions_*.json -> data.Split for the categories of `split`; its `paths` are the
+    captions of the first cfg.train_images images, those that name a category."""
+    names = split.names
+    file = cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json")
+    raw = read_json(file)
     try:
-        # as bytes: a byte-order mark is understood
-        raw = json.loads(read_bytes(file))
-        wanted = {image["id"] for image in raw["images"][:images]}
+        wanted = {image["id"] for image in raw["images"][:cfg.train_images]}
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{file}: captions in COCO's format are needed (captions_train2014.json): "
                         f"{type(error).__name__} {error}") from None
     phrases = vocabulary(names)
@@ -122,13 +123,12 @@ def load(file, names, prompts, images=None):
     labels = np.full((len(named), len(names)), NEGATIVE, np.int8)
     for row, (_, found) in zip(labels, named):
         row[list(found)] = POSITIVE
-    return Split("captions", [text for text, _ in named], list(names), labels, prompts=prompts,
+    return Split("captions", [text for text, _ in named], list(names), labels, prompts=split.prompts,
                  dropped={"captions that name no category": len(texts) - len(named)})
 
 
 class Captions:
-    """The feed of captions, in the form of features.Features: yields (index (B,), f (B, N, D)
-    words, x (B, D) sentences)."""
+    """The feed of captions: yields index (B,), words f (B, N, D), sentences x (B, D)."""
 
     def __init__(self, split, clip, batch=128, seed=0, device="cpu", rank=0, world=1):
         self.split, self.clip, self.batch, self.seed = split, clip, batch, seed

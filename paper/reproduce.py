@@ -201,8 +201,7 @@ def markdown(measured, paper, zero_shot):
 
 
 def plot(measured, paper, about, file):
-    """mAP over the share of known labels, mean and spread over the seeds; the paper's curves
-    beside."""
+    """mAP over the share of known labels, mean and spread over the seeds; the paper's beside."""
     figure, (left, right) = two_axes(10, 3.8)
     for row, cells in measured.items():
         points = [(float(name[:-2]), list(cell.values())) for name, cell in cells.items()
@@ -258,8 +257,7 @@ def table_5(size=448, C=80):
 
 
 def figure_4(runs, folders, images, file, top=3):
-    """DualCoOp's row above TRM-ML's for each image; and how their maps sit on the boxes of the test
-    split."""
+    """DualCoOp's row above TRM-ML's for each image, and how their maps sit on the test boxes."""
     predictors = {name: Predictor(run, "last", runs.device, runs.encoder) for name,
                   run in folders.items()}
     rows = []

@@ -29,8 +29,7 @@ from tools.predictor import Predictor, evaluation_loader
 
 
 class Runs:
-    """The runs below `out`/runs. base: the Config that all rows start from; score: what is
-    reported."""
+    """The runs below `out`/runs. base: the Config of all rows; its score is what is reported."""
 
     def __init__(self, base, out, jobs=1):
         self.base, self.out, self.jobs = base, Path(out), jobs
@@ -62,8 +61,7 @@ class Runs:
         return dataclasses.replace(cfg, out=str(self.out / "runs" / "-".join(filter(None, parts))))
 
     def train(self, wanted):
-        """Trains what is missing among (settings, seed), what others need first, a whole seed at a
-        time."""
+        """Trains what is missing among (settings, seed), what others need first, seed by seed."""
         first = [(settings["carl_from"], seed) for settings, seed in wanted
                  if isinstance(settings.get("carl_from"), dict)]
         for pairs in (first, wanted):
@@ -117,8 +115,7 @@ class Runs:
         return self.kept[run]
 
     def mAP(self, settings, seed, split="test"):
-        """After the last epoch: of one run's settings, or of the averaged scores of several; None
-        where a run diverged."""
+        """Of the last epoch of a run, or of several's mean scores; None where one diverged."""
         runs = [self.config(one, seed).out for one in settings]
         lines = [history(run) for run in runs]
         if any(len(line) < self.config(one, seed).epochs for line, one in zip(lines, settings)):

@@ -1,5 +1,4 @@
-"""Files that survive a kill: written beside, flushed, renamed. Checkpoints carry a checksum of what
-they hold."""
+"""Files that survive a kill: written beside, flushed, renamed. Checkpoints carry a checksum."""
 import hashlib
 import io
 import json
@@ -11,8 +10,7 @@ from support import UserError
 
 
 def write_atomically(file, content):
-    """bytes or text into `file` (a Path): a kill leaves the old file or the new one, never a
-    part."""
+    """bytes or text into `file` (a Path): a kill leaves the old file or the new one, no part."""
     try:
         # a folder; a device, which a rename would replace
         if file.exists() and not file.is_file():
@@ -33,8 +31,7 @@ def write_atomically(file, content):
 
 
 def save_atomically(save, file):
-    """save(buffer) writes into memory, as np.save, PIL and matplotlib do; `file` gets all of it or
-    nothing."""
+    """save(buffer) writes into memory, as np.save does; `file` gets all of it or nothing."""
     buffer = io.BytesIO()
     save(buffer)
     write_atomically(file, buffer.getvalue())
@@ -65,15 +62,13 @@ def checksum(state):
 
 
 def save_checkpoint(state, file):
-    """state: dict of tensors, numbers, strings, lists and dicts of these -> `file`, whole or not at
-    all."""
+    """state: dict of tensors, numbers, strings, lists and dicts of these -> `file`."""
     import torch
     save_atomically(lambda buffer: torch.save(state | {"checksum": checksum(state)}, buffer), file)
 
 
 def read_checkpoint(file, device="cpu"):
-    """A last.pt or best.pt of train.py -> dict, its tensors on `device`. Runs no code from the
-    file."""
+    """A last.pt or best.pt -> dict, its tensors on `device`. Runs no code from the file."""
     import torch
     if not file.is_file() and (file.parent / "last.pt").is_file():
         raise UserError(f"{file.parent} has no {file.name} (without validation there is none): "
@@ -94,8 +89,7 @@ def read_checkpoint(file, device="cpu"):
 
 
 def lock(file):
-    """Holds the lock `file` until the process ends; UserError where another process keeps it for 10
-    seconds."""
+    """Holds the lock `file` until the process ends; UserError where another one keeps it."""
     from filelock import FileLock, Timeout
     held = FileLock(file)
     try:
@@ -109,8 +103,7 @@ def lock(file):
 
 @dataclass
 class State:
-    """What training changes, and so what last.pt keeps. Parts with a state_dict: model to
-    scaler."""
+    """What training changes, and so what last.pt keeps: parts with a state_dict, and numbers."""
     model: Any
     memory: Any
     optimizer: Any

@@ -36,8 +36,7 @@ def make_parser(prog, about, **options):
 
 
 def words(argv):
-    """The command line without its program. An empty word (--out "$OUT" without an OUT) is
-    refused."""
+    """The command line without its program. An empty word (--out "$OUT" without OUT) is refused."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     for before, word in zip(["the command", *argv], argv):
         if word == "" or word.startswith("--") and word.endswith("="):
@@ -47,8 +46,7 @@ def words(argv):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM. Python drops an exception that meets one of its hooks (a fork): `asked`
-    remembers it."""
+    """Ctrl-C and SIGTERM. Python drops an exception that meets a fork: `asked` remembers it."""
     asked = False
 
     def __call__(self, *_):
@@ -64,8 +62,7 @@ stop = Stop()
 
 
 def run_main(work, stopped="stopped"):
-    """work() -> exit status. What is raised but not listed here is a fault of this code and keeps
-    its traceback."""
+    """work() -> exit status. What `failed` does not list is our fault and keeps its traceback."""
     stop.asked = False
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
         signal.signal(signal.SIGINT, stop)
@@ -115,8 +112,7 @@ def failed(error):
 
 
 def end_with_parent():
-    """For worker processes: Ctrl-C is the parent's, and when the parent is gone, even by kill -9,
-    so are they."""
+    """For worker processes: Ctrl-C is the parent's; when it is gone, even by kill -9, they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()

@@ -17,8 +17,7 @@ from support import UserError
 
 
 def start():
-    """Joins the processes that torchrun started; alone, nothing happens. -> (rank, number of
-    processes)."""
+    """Joins the processes that torchrun started, if it did -> (rank, number of processes)."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UserError("WORLD_SIZE is set without torchrun's other variables: start with "
@@ -59,16 +58,14 @@ class AllGather(torch.autograd.Function):
 
 
 def gather(x, B):
-    """Equal shares x (b, ...) of all ranks -> the B rows of the batch in its own order; gradients
-    flow back."""
+    """Equal shares x (b, ...) of all ranks -> the batch's B rows in order, with gradients."""
     if x is None or not dist.is_initialized():
         return x
     return AllGather.apply(x).transpose(0, 1).flatten(0, 1)[:B]  # behind row B: padding
 
 
 def average_gradients(parameters):
-    """Each rank computed the loss of the whole batch, so the mean over the ranks is its exact
-    gradient."""
+    """Each rank has the loss of the whole batch, so the mean over ranks is its exact gradient."""
     if not dist.is_initialized():
         return
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -79,8 +76,7 @@ def average_gradients(parameters):
 
 
 def gather_scores(scores, n, batch):
-    """{name: (b, C) scores of this rank's images} -> {name: (n, C)}: every image once, in the
-    split's order."""
+    """{name: (b, C) scores of this rank} -> {name: (n, C)}: every image once, in order."""
     if not dist.is_initialized():
         return scores
     world = dist.get_world_size()

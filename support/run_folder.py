@@ -18,8 +18,7 @@ FILES = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "curves.png", "re
 
 
 def new_run(cfg):
-    """A folder for a new run: cfg.out, or one named after the settings. Nothing that is there is
-    overwritten."""
+    """A folder for a new run: cfg.out, or one named after the settings; nothing is overwritten."""
     setting = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
     left_out = f"-no-{cfg.without.replace(',', '-')}" if cfg.without else ""
     name = f"{Path(cfg.data).stem}-{setting}-{cfg.matching}{left_out}-seed{cfg.seed}"
@@ -39,8 +38,7 @@ def new_run(cfg):
 
 
 def begin(run, cfg, clip_sha256, splits, resume=False):
-    """Locks the folder and writes config.json; on resume CLIP and data must be what they were. ->
-    the lock."""
+    """Locks the folder, writes config.json; on resume CLIP and data must be the same -> lock."""
     run.mkdir(parents=True, exist_ok=True)
     held = lock(run / ".lock")
     about = {"config": dataclasses.asdict(cfg), "clip_sha256": clip_sha256,

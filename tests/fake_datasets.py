@@ -7,6 +7,7 @@ Every maker fills `root` and returns nothing; the same seed gives the same tree.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -256,3 +257,10 @@ def load(name, root=None, val=None, **settings):
             **settings | paths,
         )
     )
+
+
+def captions(file, *names, images=None):
+    """The captions of `file` as a Split for these categories."""
+    from paper import captions
+    cfg = SimpleNamespace(captions=file, root=None, train_images=images)
+    return captions.load(cfg, SimpleNamespace(names=list(names), prompts=list(names)))

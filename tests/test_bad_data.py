@@ -17,7 +17,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import augment
-from paper import captions
 import data
 from tools import check
 from datasets import base as datasets
@@ -753,7 +752,7 @@ def test_a_pipe_is_not_waited_for(folder, tmp_path):
         ((folder / "s.csv",), dict(names=tmp_path / "p.txt")),
     ):
         refused("not a regular file", *arguments, **options)
-    refused("not a regular file", tmp_path / "p.json", ["dog"], ["dog"], call=captions.load)
+    refused("not a regular file", tmp_path / "p.json", "dog", call=fake.captions)
 
 
 def test_a_share_that_holds_nothing_out(folder):
@@ -785,7 +784,7 @@ def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys)
 def test_captions_with_a_byte_order_mark(tmp_path):
     content = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
     (tmp_path / "c.json").write_bytes(json.dumps(content).encode("utf-8-sig"))
-    assert captions.load(tmp_path / "c.json", ["dog"], ["dog"]).paths == ["a dog"]
+    assert fake.captions(tmp_path / "c.json", "dog").paths == ["a dog"]
 
 
 # ---- scenes

@@ -10,9 +10,10 @@ from small_world import run, world
 from paper import captions
 import clip
 import data
+import fake_datasets as fake
 from datasets import base as datasets
 from datasets import coco
-from paper.captions import Captions, forms, load, mentioned, vocabulary
+from paper.captions import Captions, forms, mentioned, vocabulary
 from support import UserError
 
 COCO = [
@@ -231,7 +232,7 @@ def test_captions_become_a_split(tmp_path):
             }
         )
     )
-    split = load(file, ["cat", "dog"], ["cat", "dog"])
+    split = fake.captions(file, "cat", "dog")
     assert (
         split.paths == ["a dog", "two cats"]
         and np.array_equal(split.labels, [[-1, 1], [1, -1]])
@@ -239,17 +240,17 @@ def test_captions_become_a_split(tmp_path):
     )
     assert split.info["dropped"] == {"captions that name no category": 1} and json.dumps(split.info)
     # of the first image only
-    assert load(file, ["cat", "dog"], ["cat", "dog"], images=1).paths == ["a dog"]
+    assert fake.captions(file, "cat", "dog", images=1).paths == ["a dog"]
     for text, words in (
-        ("{", "captions"),
+        ("{", "JSON"),
         ('{"images": []}', "annotations"),
         (file.read_text().replace("cats", "mats").replace("dog", "fog"), "none of its 3"),
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match=words):
-            load(tmp_path / "bad.json", ["cat", "dog"], ["cat", "dog"])
+            fake.captions(tmp_path / "bad.json", "cat", "dog")
     with pytest.raises(UserError, match="nowhere.json"):
-        load(tmp_path / "nowhere.json", ["cat"], ["cat"])
+        fake.captions(tmp_path / "nowhere.json", "cat")
 
 
 def feed(folder, texts, **more):

@@ -1,5 +1,4 @@
-"""Checks a data set or a sheet: counts, what is seen together, each problem with its line. `python
-data.py DATA`."""
+"""Checks a data set or a sheet, each problem with its line: `python data.py DATA`."""
 import collections
 import hashlib
 import os

@@ -59,8 +59,7 @@ def region_tiles(predictor, path, p, maps, categories, truth=None, side=192):
 
 
 def grid_of(rows, side=192):
-    """rows: lists of (PIL image, caption) -> one PIL image, a grid with captions below the
-    tiles."""
+    """rows: lists of (PIL image, caption) -> one PIL image, a grid with captions below."""
     line, gap = 15, 6
     width = (side + gap) * max(map(len, rows)) + gap
     canvas = Image.new("RGB", (width, (side + line + gap) * len(rows) + gap), "white")

@@ -37,8 +37,7 @@ TEMPLATES = ("a photo of a {}.", "a picture of a {}", "a {}", "an image of a {}.
 
 
 def draw(split, count, size, objects, seed=0):
-    """-> pictures (count, size, size, 3) uint8, which kinds each shows (count, C) 1 or -1, and its
-    five captions."""
+    """-> pictures (count, size, size, 3) uint8, kinds (count, C) 1 or -1, five captions each."""
     pictures = np.empty((count, size, size, 3), np.uint8)
     truth = np.full((count, len(scenes.KINDS)), -1, np.int8)
     captions = []

@@ -94,8 +94,7 @@ def rows_of(path):
 
 
 def read_label_studio(path, names, unlisted):
-    """Its JSON: a task an image, the choices of its annotations. What is not chosen is `unlisted`:
-    absent or unknown."""
+    """Its JSON: a task an image, the choices of its annotations. The rest is `unlisted`."""
     if unlisted is None:
         raise UserError(f"{path}: is what was not chosen absent or unknown? Say --unlisted absent "
                         "or --unlisted unknown")

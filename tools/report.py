@@ -1,0 +1,44 @@
+"""What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
+from support.cli import peak_memory
+from support.run_folder import FILES
+from tools.plots import curves, save_regions
+from tools.predictor import Predictor
+
+
+def of_epoch(line, epochs):
+    """A line of metrics.jsonl -> the line that is printed."""
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name[0] == "L")
+    return (f"epoch {line['epoch']:>3}/{epochs} stage {line['stage']}  {terms}  {mAPs(line)}  "
+            f"{line['images_per_second']:.0f} images/s")
+
+
+def mAPs(line):
+    return "  ".join(f"{split} mAP {line[split]['mAP']:.2f}" for split in ("val", "test")
+                     if split in line)
+
+
+def of_run(run, cfg, state, encoder, splits, timers):
+    """Prints what was reached and draws the two pictures. state: support.checkpoint.State, splits
+    (train, val, test), timers {phase: seconds}"""
+    for split in ("val", "test"):
+        if numbers := dict(state.history[-1].get(split, {})):
+            left_out = numbers.pop("left_out")
+            told = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
+            print(f"last epoch, {split}: {told}"
+                  + (f"  ({left_out} categories without a positive left out)" if left_out else ""))
+    best = state.best
+    if best:
+        print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
+              f"{mAPs(state.history[best['epoch'] - 1])}")
+    else:
+        print("no best epoch: no known positive to choose it on; eval.py takes the last one")
+    weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
+    curves(state.history, run / "curves.png", weights, best and best["epoch"])
+    train_split, val_split, test_split = splits
+    shown = test_split or val_split or (train_split if cfg.images == "photos" else None)
+    if shown:
+        predictor = Predictor(run, "last", state.memory.bank.device, encoder)
+        save_regions(predictor, shown, run / "regions.png")
+    print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in timers.items())
+          + f"; peak memory {peak_memory()}")
+    print(f"wrote {run}/: {' '.join(name for name in FILES[1:] if (run / name).exists())}")
