@@ -1,9 +1,7 @@
-"""What training may see (section 4.1 of the paper): splits, hidden labels, and the images that go
-with them.
+"""What training may see (Sec. 4.1): splits, hidden labels, and the images that go with them.
 
-    python data.py coco --root /data/coco         checks a data set and prints what is in it
-    python data.py photos.csv                     the same for your own sheet; every problem with
-    its line
+    python data.py coco --root /data/coco     checks a data set and prints what is in it
+    python data.py photos.csv                 your own sheet; each problem with its line
 
 `load` gives train, val and test in the paper's two settings: partial labels (each cell is kept with
 probability `ratio`) and single positive (one positive a training image). `Images` turns a Split
@@ -22,8 +20,8 @@ from clip.model import MEAN, STD
 try:
     from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 except ImportError as error:
-    raise ImportError(f"{error}; if another package called 'datasets' is installed, put the folder "
-                      "of this project first: sys.path.insert(0, folder)") from error
+    raise ImportError(f"{error}; if another package is called 'datasets', put the folder of this "
+                      "project first: sys.path.insert(0, folder)") from error
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
                            read_lines, require_unique)
 from datasets.csv_sheet import is_sheet
@@ -43,8 +41,7 @@ PROMPTS = {("coco", "peers"): {"motorcycle": "motor bike", "airplane": "aeroplan
 
 # The SPLC setup's published lists, below --lists or --root; the second is a test list.
 LISTS = {"coco": ("coco_train_singlelabel.txt",), "voc2012": ("voc_train.txt",),
-         "cub": ("cub_train.txt",),
-         "nuswide": ("nus_train_singlelabel.txt", "nus_val.txt")}
+         "cub": ("cub_train.txt",), "nuswide": ("nus_train_singlelabel.txt", "nus_val.txt")}
 
 
 # ---- which labels are seen
@@ -55,11 +52,10 @@ def partial_mask(shape, ratio, seed=0):
 
 
 def single_positives(labels, seed=1200):
-    """(N, C) int8 with one POSITIVE a row, the rest UNKNOWN: the sampler of Cole et al. (CVPR 2021)
-    bit for bit.
+    """(N, C) int8 with one POSITIVE a row, the rest UNKNOWN, a row without one all UNKNOWN.
 
-    It shuffles every row's negatives too, and takes none of them; that moves the random stream, so
-    we do the same. A row without a positive stays UNKNOWN throughout.
+    The sampler of Cole et al. (CVPR 2021) bit for bit: it shuffles every row's negatives too, and
+    takes none of them; that moves the random stream.
     """
     rng = np.random.RandomState(seed)
     observed = np.zeros_like(labels)
@@ -95,15 +91,13 @@ def read_mask(path, split):
     if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
         raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
                         f"{array.shape} of type {array.dtype}")
-    if not np.isin(array, (-1, 0, 1)).all():
-        odd = array[~np.isin(array, (-1, 0, 1))][0]
-        raise UserError(f"{path}: a cell is 1, 0 or -1, got {odd}")
+    if not (codes := np.isin(array, (-1, 0, 1))).all():
+        raise UserError(f"{path}: a cell is 1, 0 or -1, got {array[~codes][0]}")
     wrong = (array != split.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise UserError(f"{path}: {int(wrong.sum())} known cells disagree with the data set, first "
-                        f"row {row + 1}, class {split.names[column]!r}: {array[row, column]}; 1 is "
-                        "present, -1 absent, 0 unknown")
+                        f"row {row + 1}, class {split.names[column]!r}: {array[row, column]}")
     return array != UNKNOWN
 
 
@@ -114,13 +108,12 @@ def complete(cfg):
     if is_sheet(cfg.data):
         return csv_sheet.load(cfg.root, cfg)
     if cfg.data not in LAYOUTS:
-        raise UserError(f"unknown data set {cfg.data!r}: expected one of {', '.join(LAYOUTS)}, or "
-                        "a path that ends in .csv")
+        raise UserError(f"unknown data set {cfg.data!r}: expected {', '.join(LAYOUTS)}, or a .csv")
     if cfg.data == "scenes" and cfg.root is None:
         scenes.write(SCENES)  # leaves them alone when they are there
     elif cfg.root is None:
-        raise UserError(f"{cfg.data}: say where the data set lies with --root (docs/data.md: where "
-                        "it comes from, its size and its folders)")
+        raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: where it comes "
+                        "from, its size and its folders)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
@@ -153,8 +146,7 @@ def splc_lists(cfg, parts):
     require_unique(train.paths, paths[0])
     if (observed & (train.labels != POSITIVE)).any():
         i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
-        raise UserError(f"{paths[0]}:{i + 1}: {names[i]} is listed as {train.names[c]!r}, which "
-                        "its annotation denies")
+        raise UserError(f"{paths[0]}:{i + 1}: {names[i]}'s annotation denies {train.names[c]!r}")
     train.unused[:] = False  # what the list holds counts
     return train, observed, parts["test"]
 
@@ -162,26 +154,19 @@ def splc_lists(cfg, parts):
 def load(cfg):
     """(train, val or None, test or None) Splits; cfg has the data settings of config.Config:
 
-    data              a name in LAYOUTS, or the path of a .csv sheet
-    root              folder of the official download; for a sheet, where relative image names start
     ratio             share of the training labels that is seen, in (0, 1]
     single_positive   None, "largeloss" (Cole's sampler; 80/20 split, clean validation labels) or
                       "splc" (`lists`)
-    seed              of the mask; 0 gives the published ones in both settings (Cole's starts at
-                      1200 + seed)
+    seed              of the mask; 0 gives the published ones (Cole's starts at 1200 + seed)
     train_images      keep the first n training images; the mask is drawn for all of them before
     mask              file with a mask of your own instead of ratio (see read_mask)
-    val               share of the training images held out, with all their labels, or (sheets) a
-                      second sheet;
-                      None: 0.2 for sheets and "largeloss", scenes' own, otherwise no validation
-    names, prompt_names, lists, keep_unannotated: see config.Config
+    val               share of the training images held out, with all their labels, or a second
+                      sheet; None: 0.2 for sheets and "largeloss", scenes' own, otherwise none
     """
     if (cfg.single_positive is not None) + (cfg.mask is not None) + (cfg.ratio != 1) > 1:
-        raise UserError("--single-positive, --mask and a --ratio below 1 exclude each other: "
-                        "choose one of them")
+        raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
-        raise UserError(f"--single-positive splc has lists for {', '.join(LISTS)}; for {cfg.data} "
-                        "use largeloss")
+        raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
     share = share_of(cfg)
     largeloss = cfg.single_positive == "largeloss"
     parts = complete(cfg)
@@ -206,8 +191,8 @@ def load(cfg):
         held_rows = held_rows[~train.unused[held_rows]]
         held = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not held:
-            raise UserError(f"a validation share of {share} of {len(labels)} training images holds "
-                            "none out: raise --val, or give 0")
+            raise UserError(f"--val {share} of {len(labels)} training images holds none out: raise "
+                            "it, or give 0")
     digest = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
     rows = rows[~train.unused[rows]][:cfg.train_images]
     train, truth, labels = train.subset(rows), train.labels[rows], labels[rows]
@@ -233,8 +218,7 @@ def share_of(cfg):
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UserError("--val is a share in [0, 1) of the training images or, for a sheet, a "
-                        f"second sheet; got {cfg.val}")
+        raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {cfg.val}")
     return share
 
 
@@ -244,8 +228,7 @@ def prompts_for(cfg, split):
     if cfg.names and cfg.data != "vg200":  # which read it as its own names
         prompts = read_lines(cfg.names)
         if len(prompts) != len(names):
-            raise UserError(f"{cfg.names}: expected {len(names)} names, one a line, got "
-                            f"{len(prompts)}")
+            raise UserError(f"{cfg.names}: expected {len(names)} lines, got {len(prompts)}")
         return prompts
     if is_sheet(cfg.data):
         return split.prompts
@@ -280,8 +263,7 @@ class Images(Dataset):
 
     augment: "none" (the test transform: bicubic to size x size), "flip" (half of the images
     mirrored too) or "taidpt" (datasets/augment.py). All randomness comes from (seed, epoch, index):
-    any number of workers, or a resumed run, gives the same images. Labels are looked up by index,
-    so they never travel through the loader.
+    any number of workers, or a resumed run, gives the same images.
     """
 
     def __init__(self, split, size, augment="none", seed=0):
@@ -296,13 +278,11 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         path = self.split.paths[index]
-        # text, from which Python seeds alike everywhere
-        rng = random.Random(f"{self.seed},{epoch},{index}")
+        rng = random.Random(f"{self.seed},{epoch},{index}")  # text seeds alike everywhere
         try:
             image = augment.read(path)
         except Exception as error:  # whatever a broken file makes a decoder raise
-            raise UserError(f"{path}: not a readable image ({error}); replace it or take it off "
-                            "the list") from None
+            raise UserError(f"{path}: not a readable image ({error}): replace it") from None
         if self.augment == "taidpt":
             image = augment.taidpt(image, self.size, rng, self.smallest_crop)
         else:
@@ -317,8 +297,7 @@ class Images(Dataset):
             files = [(path, stat.st_size, stat.st_mtime_ns) for path in self.split.paths
                      for stat in [os.stat(path)]]
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}; put the image back or take it "
-                            "off the list") from None
+            raise UserError(f"{error.filename}: {error.strerror}: put the image back") from None
         code = hashlib.sha256(Path(augment.__file__).read_bytes()).hexdigest()
         seed = self.seed if self.augment != "none" else 0
         transform = (self.size, self.augment, self.smallest_crop, seed, self.mean, self.std, code)

@@ -1,6 +1,6 @@
 """Trains TRM-ML, a baseline or an ablation; every random number follows from --seed (Sec. 3, 4.1).
 
-    python train.py --data scenes --ratio 0.1                      drawn scenes: minutes on two cores
+    python train.py --data scenes --ratio 0.1                      drawn scenes, minutes
     python train.py --data coco --root /data/coco --ratio 0.3      the paper's setting
     python train.py --resume runs/NAME                             goes on, bit for bit
     torchrun --nproc-per-node 4 train.py --data coco ...           several GPUs
@@ -113,7 +113,7 @@ def contrastive_samples(model, memory, regions, present):
 
 
 def update(state, loss, cfg):
-    """A step of AdamW on the gradient of all processes, its norm clipped; a step of the schedule."""
+    """A step of AdamW on the gradient of all processes, its norm clipped, and of the schedule."""
     parameters = state.optimizer.param_groups[0]["params"]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()

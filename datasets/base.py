@@ -1,5 +1,4 @@
-"""What all layouts share: the label codes, the record of a split, and readers that say what is
-wrong with a file.
+"""What all layouts share: label codes, the record of a split, readers that say what is wrong.
 
 N images, C categories.
 """
@@ -16,10 +15,7 @@ import numpy as np
 
 from support import UserError
 
-# The only label codes of this project; every other coding is converted here.
-POSITIVE = 1
-NEGATIVE = -1
-UNKNOWN = 0
+POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project
 
 
 @dataclass
@@ -31,8 +27,7 @@ class Split:
     labels: np.ndarray  # (N, C) int8: what training may see
     truth: Optional[np.ndarray] = None  # (N, C) int8: all that is known
     prompts: Optional[list] = None  # C names as they are put into prompts
-    # N arrays (n, 5) float32: class, x0, y0, x1, y1 as fractions of the image
-    boxes: Optional[list] = None
+    boxes: Optional[list] = None  # N arrays (n, 5) float32: class, x0, y0, x1, y1, in 0..1
     unused: Optional[np.ndarray] = None  # (N,) bool: rows that count for the mask but are not used
     dropped: dict = field(default_factory=dict)  # why rows are unused: {"photo missing": 3}
     listed: Optional[list] = None  # N image names as a sheet writes them
@@ -50,9 +45,8 @@ class Split:
             return [values[i] for i in rows] if values else None
 
         return replace(self, paths=part(self.paths) or [], labels=self.labels[rows],
-                       truth=self.truth[rows],
-                       unused=self.unused[rows], boxes=part(self.boxes), listed=part(self.listed),
-                       where=part(self.where))
+                       truth=self.truth[rows], unused=self.unused[rows], boxes=part(self.boxes),
+                       listed=part(self.listed), where=part(self.where))
 
     def used(self):
         return self.subset(np.flatnonzero(~self.unused))
@@ -74,13 +68,11 @@ class Split:
 def find(root, *choices, what):
     """The first of `choices` (paths below root) that exists."""
     if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder (expected the data set there; pass its folder as "
-                        "--root)")
+        raise UserError(f"{root}: no such folder; expected the data set there (--root)")
     for choice in choices:
         if os.path.exists(Path(root, choice)):
             return Path(root, choice)
-    raise UserError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))}); is "
-                    "--root right?")
+    raise UserError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))})")
 
 
 def read_bytes(path):
@@ -99,23 +91,20 @@ def read_lines(path, names=None):
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it "
-                        "as UTF-8") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text: save it as UTF-8") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"{path}: the file is empty; expected a line for each entry: complete the "
-                        "download")
+        raise UserError(f"{path}: the file is empty: complete the download")
     if names and not len(set(lines)) == len(lines) == names:
-        raise UserError(f"{path}: expected {names} distinct names, one a line; got {len(lines)} "
-                        f"({len(set(lines))} distinct)")
+        raise UserError(f"{path}: expected {names} distinct names, one a line; got {len(lines)}, "
+                        f"{len(set(lines))} distinct")
     return lines
 
 
 def read_json(path, **options):
     try:
         return json.loads(read_bytes(path), **options)
-    # broken JSON and broken UTF-8 are both ValueErrors
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8
         raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from None
 
 
@@ -138,14 +127,12 @@ def safe_join(folder, name, where):
     path = os.path.normpath(os.path.join(folder, name))
     below = path.startswith(os.path.join(os.path.normpath(folder), ""))
     if os.path.isabs(name) or "\0" in name or not below:
-        raise UserError(f"{where}: the file name {name!r} leads out of {folder}; names must stay "
-                        "below that folder")
+        raise UserError(f"{where}: the file name {name!r} leads out of {folder}")
     return path
 
 
 def locate(paths):
-    """The paths as their folders write them, None where there is no file. Each folder is listed
-    once.
+    """The paths as their folders write them, None where there is no file.
 
     A name in another Unicode normal form (as macOS writes umlauts) is the same name.
     """
@@ -181,11 +168,8 @@ def require_files(paths, where):
 
 
 def positive_list(path, classes, single=False):
-    """A list 'name.jpg,idx idx' -> names, (N, classes) int8 with the listed classes POSITIVE, else
-    UNKNOWN.
-
-    single: each line has exactly one idx (the lists of the SPLC setup).
-    """
+    """A list 'name.jpg,idx idx' -> names, (N, classes) int8: the listed classes POSITIVE, the rest
+    UNKNOWN. single: each line has exactly one idx (the lists of the SPLC setup)."""
     lines = read_lines(path)
     names, labels = [], np.full((len(lines), classes), UNKNOWN, np.int8)
     for i, line in enumerate(lines):
@@ -194,8 +178,7 @@ def positive_list(path, classes, single=False):
         fits = all(c.isdecimal() and int(c) < classes for c in columns)
         if not name or not fits or single and len(columns) != 1:
             wanted = "one idx" if single else "idx idx ..."
-            raise UserError(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}, "
-                            f"got {line[:80]!r}")
+            raise UserError(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}")
         names.append(name)
         labels[i, [int(c) for c in columns]] = POSITIVE
     return names, labels

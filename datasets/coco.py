@@ -96,5 +96,4 @@ def layout_of(root):
              what="")
     except UserError:
         return ""
-    return (" (these are COCO 2017's; the field uses the split of 2014: the images are the same, "
-            "the lists are not)")
+    return " (these are COCO 2017's lists; the field uses the split of 2014)"

@@ -56,6 +56,5 @@ def image_labels(path, N, C):
                 raise UserError(f"{path}:{number}: expected 'image attribute 0|1 ...', each pair "
                                 f"once, got {line[:80]!r}") from None
     if (labels == UNKNOWN).any():
-        raise UserError(f"{path}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line; "
-                        "is it complete?")
+        raise UserError(f"{path}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line")
     return labels

@@ -36,8 +36,7 @@ def split(root, part, names):
     folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
     folders = [folder for folder in folders if folder.is_dir()]
     if not folders:
-        raise UserError(f"{root}: neither VG_100K nor VG_100K_2 is there; unpack Visual Genome's "
-                        "two image archives")
+        raise UserError(f"{root}: expected Visual Genome's image folders VG_100K, VG_100K_2")
     files = [safe_join(folders[0], name, path) for name in images]
     for folder in folders[1:]:
         for i, found in enumerate(locate(files)):

@@ -61,8 +61,7 @@ def class_list(path, ids, difficult):
             raise UserError(f"{path}:{number}: expected an id of the split's list, once, and 1, 0 "
                             f"or -1, got {line[:80]!r}") from None
     if left:
-        raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line; "
-                        "complete the download")
+        raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line")
     return column
 
 

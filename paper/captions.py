@@ -119,11 +119,11 @@ def load(cfg, split):
     if not named:
         raise UserError(f"{file}: none of its {len(texts)} captions names one of the categories: "
                         f"{', '.join(names[:5])}, ...")
-    # what a caption does not name counts as absent
-    labels = np.full((len(named), len(names)), NEGATIVE, np.int8)
+    labels = np.full((len(named), len(names)), NEGATIVE, np.int8)  # what is not named is absent
     for row, (_, found) in zip(labels, named):
         row[list(found)] = POSITIVE
-    return Split("captions", [text for text, _ in named], list(names), labels, prompts=split.prompts,
+    texts_named = [text for text, _ in named]
+    return Split("captions", texts_named, list(names), labels, prompts=split.prompts,
                  dropped={"captions that name no category": len(texts) - len(named)})
 
 

@@ -2,11 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something that the user can mend. One line: what was expected, what came, what to do.
+    """Something that the user can mend. One line: what was expected, what came, what to do."""
 
-    A loader's process hands its errors over as text that holds the whole traceback: the last line
-    of it is kept.
-    """
-
-    def __init__(self, message):
+    def __init__(self, message):  # a loader's process sends its traceback: the last line is kept
         super().__init__(" ".join(str(message).rsplit("UserError: ", 1)[-1].split()))

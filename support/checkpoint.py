@@ -12,8 +12,7 @@ from support import UserError
 def write_atomically(file, content):
     """bytes or text into `file` (a Path): a kill leaves the old file or the new one, no part."""
     try:
-        # a folder; a device, which a rename would replace
-        if file.exists() and not file.is_file():
+        if file.exists() and not file.is_file():  # a device, which a rename would replace
             raise OSError("not a regular file")
         temporary = file.with_name(f".{file.name}.tmp")
         try:
@@ -70,21 +69,16 @@ def save_checkpoint(state, file):
 def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt -> dict, its tensors on `device`. Runs no code from the file."""
     import torch
-    if not file.is_file() and (file.parent / "last.pt").is_file():
-        raise UserError(f"{file.parent} has no {file.name} (without validation there is none): "
-                        "drop --checkpoint, or say last")
     if not file.is_file():
-        raise UserError(f"expected a run folder with {file.name}, found none in {file.parent}: "
-                        "give the folder of a run that finished an epoch")
+        raise UserError(f"expected {file.name} of a run that finished an epoch, found none in "
+                        f"{file.parent} (without validation there is no best.pt: use last)")
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         whole = state.pop("checksum") == checksum(state)
-    # whatever a damaged file makes the reader raise
-    except Exception:
+    except Exception:  # whatever a damaged file makes the reader raise
         whole = False
     if not whole:
-        raise UserError(f"{file} is damaged, or no checkpoint of train.py: restore it, or train "
-                        "again")
+        raise UserError(f"{file} is damaged, or no checkpoint: restore it, or train again")
     return state
 
 
@@ -93,8 +87,7 @@ def lock(file):
     from filelock import FileLock, Timeout
     held = FileLock(file)
     try:
-        # a killed run's loader processes end within that
-        held.acquire(timeout=10)
+        held.acquire(timeout=10)  # a killed run's loader processes end within that
     except Timeout:
         raise UserError(f"another process is writing {file.parent}: wait for it, or choose another "
                         "--out") from None
@@ -110,8 +103,7 @@ class State:
     scheduler: Any
     scaler: Any
     epoch: int = 0  # finished epochs
-    # {"epoch", "chosen_on", "mAP"} of the best epoch
-    best: Optional[dict] = None
+    best: Optional[dict] = None  # {"epoch", "chosen_on", "mAP"} of the best epoch
     history: list = field(default_factory=list)  # a line of metrics.jsonl an epoch
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 

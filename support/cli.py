@@ -1,8 +1,6 @@
-"""The edge of every command: its options, one-line errors and exit status, Ctrl-C and SIGTERM, the
-device, the memory.
+"""The edge of every command: options, one-line errors, exit status, Ctrl-C and SIGTERM, device.
 
-    0 done    2 one line on stderr about something the user can mend    130 stopped (Ctrl-C,
-              SIGTERM)
+    0 done    2 one line on stderr about something the user can mend    130 stopped
 """
 import argparse
 import difflib
@@ -26,11 +24,10 @@ def make_parser(prog, about, **options):
     def refuse(message):
         if message.startswith("unrecognized arguments: "):
             unknown = message.split(": ", 1)[1].split()[0]
-            near = difflib.get_close_matches(unknown.split("=")[0], parser._option_string_actions,
-                                             1)
+            known = parser._option_string_actions
+            near = difflib.get_close_matches(unknown.split("=")[0], known, 1)
             message = f"unknown option {unknown}" + (f", did you mean {near[0]}?" if near else "")
         raise UserError(f"{message} ({prog} --help lists the options)")
-
     parser.error = refuse
     return parser
 
@@ -40,8 +37,7 @@ def words(argv):
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     for before, word in zip(["the command", *argv], argv):
         if word == "" or word.startswith("--") and word.endswith("="):
-            raise UserError(f"{word or before} expects a value, got an empty one: give it, or drop "
-                            "the option")
+            raise UserError(f"{word or before} expects a value, got an empty one")
     return argv
 
 
@@ -66,11 +62,9 @@ def run_main(work, stopped="stopped"):
     stop.asked = False
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
         signal.signal(signal.SIGINT, stop)
-        # schedulers send it: it ends a run as Ctrl-C does
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # a name that the terminal cannot show stops nothing
+        if hasattr(stream, "reconfigure"):  # a name that a terminal cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")
     try:
         status = work() or 0
@@ -93,8 +87,7 @@ def failed(error):
     except (UserError, FloatingPointError) as error:
         line = str(error)
     except BrokenExecutor:
-        line = ("a process that works for this one was ended from outside, mostly for want of "
-                "memory: use fewer --jobs or --workers")
+        line = "a worker process was ended, mostly for want of memory: fewer --jobs or --workers"
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
@@ -105,8 +98,8 @@ def failed(error):
         reason = str(error).split(". ")[0][:150]
         line = f"too little memory: lower --batch, --size or --queue ({reason})"
     except OSError as error:
-        line = (f"{error.filename or 'input or output'}: {error.strerror or error}; "
-                "check the path, rights and free space")
+        line = (f"{error.filename or 'input or output'}: {error.strerror or error}: check path, "
+                "rights and free space")
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 

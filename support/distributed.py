@@ -52,8 +52,7 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous()
-        # each rank's loss reaches each rank's rows
-        dist.all_reduce(grad)
+        dist.all_reduce(grad)  # each rank's loss reaches each rank's rows
         return grad[dist.get_rank()]
 
 
@@ -84,7 +83,5 @@ def gather_scores(scores, n, batch):
     dist.all_gather_object(parts, scores)
     batches = np.split(np.arange(n), range(batch, n, batch))
     place = np.concatenate([rows[r::world] for r in range(world) for rows in batches])
-    # a late rank has none where images are few
-    names = parts[0]
     return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(place)]
-            for name in names}
+            for name in parts[0]}  # a late rank has none where images are few

@@ -3,8 +3,8 @@
     config.json      settings, sha256 of CLIP's weights, and of names, labels and truth of each
                      split
     metrics.jsonl    a line an epoch
-    last.pt          all that training goes on from;  best.pt: what inference needs, of the best
-                     epoch
+    last.pt          all that training goes on from
+    best.pt          what inference needs, of the best epoch
 """
 import dataclasses
 import json
@@ -26,13 +26,11 @@ def new_run(cfg):
     number = 1
     while any((run / file).exists() for file in FILES):
         if cfg.out:
-            raise UserError(f"{run} holds a run already: continue it with --resume {run}, or "
-                            "choose another --out")
+            raise UserError(f"{run} holds a run already: --resume {run}, or choose another --out")
         number += 1
         run = Path(f"runs/{name}-{number}")
     above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    # told now, not after an hour of decoding
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if not above.is_dir() or not os.access(above, os.W_OK):  # told before an hour of decoding
         raise UserError(f"{above} cannot be written into: choose another --out")
     return run
 
@@ -50,21 +48,18 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
         return held
     begun = json.loads((run / "config.json").read_text(encoding="utf-8"))
     if begun["clip_sha256"] != clip_sha256:
-        raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file, or "
-                        "train anew")
+        raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
     for name, info in about["data"].items():
         if begun["data"].get(name, {}).get("sha256") != info["sha256"]:
             raise UserError(f"{run} was begun on other data: names, labels or images of {name} "
-                            "have changed (config.json tells what was there): put them back, or "
-                            "train anew")
+                            "have changed: put them back, or train anew")
     return held
 
 
 def save(run, state, inference, improved):
     """last.pt and metrics.jsonl; best.pt where the epoch is the best so far.
 
-    state: support.checkpoint.State.  inference: dict of what a prediction needs beside CLIP's image
-                                      encoder
+    state: support.checkpoint.State; inference: dict of what a prediction needs beside CLIP
     """
     if improved:
         save_checkpoint(inference, run / "best.pt")

@@ -316,7 +316,7 @@ def test_folders_and_arguments(coco, tmp_path):
     refused("cannot be read", "coco", tmp_path)  # a folder where a file should be
     root = coco[0]
     for match, options in (
-        ("exclude each other", dict(ratio=0.5, single_positive="largeloss")),
+        ("expected one of --single-positive", dict(ratio=0.5, single_positive="largeloss")),
         ("--val is a share", dict(val=1.5)),
         ("--val is a share", dict(val="x.csv")),
         ("cannot be read", dict(names=tmp_path / "none.txt")),
@@ -444,7 +444,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
             "Concepts81.txt: expected 81 distinct names, one a line; got 80",
         ),
         ("nuswide", CONCEPTS, b"concept03", b"concept03\r\nmore", "got 82"),
-        ("nuswide", CONCEPTS, b"concept03", b"concept02", "got 81 .80 distinct"),
+        ("nuswide", CONCEPTS, b"concept03", b"concept02", "got 81, 80 distinct"),
         ("nuswide", CONCEPTS, None, b"", EMPTY),
         ("nuswide", NUS, None, b"", f"TrainImagelist.txt: {EMPTY}"),
         ("nuswide", NUS, b"0003_3", b"0001_1", f"0001_1.jpg {TWICE}"),
@@ -625,7 +625,7 @@ def test_splc_list_against_the_annotations(tmp_path):
     first, _, rest = path.read_text().partition("\n")
     path.write_text(first.split(",")[0] + ",79\n" + rest)
     refused(
-        "coco_train_singlelabel.txt:1: .* which its annotation denies",
+        "coco_train_singlelabel.txt:1: .* annotation denies",
         "coco",
         tmp_path,
         single_positive="splc",
@@ -757,7 +757,7 @@ def test_a_pipe_is_not_waited_for(folder, tmp_path):
 
 def test_a_share_that_holds_nothing_out(folder):
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    refused("share of 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
+    refused("--val 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
     # not asked for
     assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None
     refused("lower --val, or", folder / "s.csv", val=0.9)
@@ -775,7 +775,7 @@ def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys)
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
     fake.write(folder / "n.txt", "one\n")
     (line,) = lines(folder / "s.csv", "--names", folder / "n.txt")
-    assert "n.txt: expected 2 names" in line
+    assert "n.txt: expected 2 lines" in line
     fake.write(folder / "s.csv", HEAD + '0.jpg,1,0\n"no\nimage.jpg",0,1\n')
     (line,) = lines(folder / "s.csv")
     assert line.startswith("error: ") and "no image.jpg" in line
@@ -818,7 +818,7 @@ def test_the_same_picture_under_two_names_is_told(tmp_path, capsys):
     fake.write(tmp_path / "s.csv", "image,dog,cat\na.jpg,1,0\nb.jpg,0,1\nc.jpg,1,1\n")
     assert check.main([str(tmp_path / "s.csv")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "b.jpg and" in line and "a.jpg are the same picture, and their labels disagree" in line
+    assert "b.jpg, " in line and "a.jpg: the same picture, and their labels disagree" in line
 
 
 def test_a_locale_that_cannot_write_a_file_name_is_one_line(tmp_path, capsys):

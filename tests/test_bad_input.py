@@ -153,7 +153,7 @@ def test_a_place_for_no_file_is_told_before_the_work(trained, tmp_path, capfd, m
         "folder is missing",
     )
     one_line(
-        evaluation.main, [trained, "--suggest", "x" * 300], capfd, "too long", "check the path"
+        evaluation.main, [trained, "--suggest", "x" * 300], capfd, "too long", "check path"
     )
     one_line(
         evaluation.main,
@@ -254,7 +254,7 @@ def test_without_a_validation_that_can_judge_the_last_epoch_is_taken(
         evaluation.main,
         [tmp_path / "r", "--suggest", tmp_path / "s.csv", "--checkpoint", "best"],
         capfd,
-        "drop --checkpoint",
+        "use last",
     )
 
 
@@ -706,7 +706,7 @@ def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):
     time.sleep(delay)
     os.killpg(at_work.pid, signal.SIGINT)
     out, err = at_work.communicate(timeout=60)
-    assert at_work.returncode == 130 and "stopped; what was finished is in last.pt" in err, err
+    assert at_work.returncode == 130 and "stopped; last.pt holds what was finished" in err, err
 
 
 @pytest.mark.parametrize("name", ("curves.png", "regions.png"))

@@ -165,7 +165,7 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_one_sentence(world, tmp_path,
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip().splitlines() == [
-        "stopped; what was finished is in last.pt of the run folder: go on with --resume"
+        "stopped; last.pt holds what was finished: go on with --resume RUN"
     ]
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
@@ -207,7 +207,7 @@ def test_pseudo_labels_are_counted_against_the_hidden_truth():
         (dict(lr="inf"), ["--lr"]),
         (dict(batch=0), ["--batch"]),
         (dict(size=16), ["--size"]),
-        (dict(data="cocoo"), ["cocoo", "expected one of scenes, coco"]),
+        (dict(data="cocoo"), ["cocoo", "expected scenes, coco"]),
         (dict(data="coco", root=None), ["--root"]),
         (dict(data="sheet.csv", root=None, ratio=None), ["sheet.csv"]),
         (dict(root="nowhere"), ["nowhere", "--root"]),

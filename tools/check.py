@@ -56,8 +56,7 @@ def print_companions(names, positive):
     for pair in np.argsort(lift, axis=None)[::-1][:8]:
         a, b = np.unravel_index(pair, lift.shape)
         if lift[a, b] > 1:
-            print(f"  {names[a]} + {names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times "
-                  "chance")
+            print(f"  {names[a]} + {names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times")
 
 
 def same_pictures(split):
@@ -71,8 +70,7 @@ def same_pictures(split):
             if first != i:
                 both = split.labels[first] * split.labels[i]
                 told = "and their labels disagree: " if (both < 0).any() else ""
-                problems.append(f"{path} and {split.paths[first]} are the same picture, {told}keep "
-                                "one")
+                problems.append(f"{path}, {split.paths[first]}: the same picture, {told}keep one")
     return problems
 
 

@@ -202,8 +202,7 @@ def new_sheet(args):
         # ./ is the same file, and no formula
         rows.append([f"./{name}" if FORMULA.match(name) else name, *[""] * len(categories)])
     write_atomically(file, csv_text(["image", *categories], rows))
-    print(f"{file}: {len(rows)} images, {len(categories)} categories; 1 present, 0 absent, empty "
-          "unknown")
+    print(f"{file}: {len(rows)} images, {len(categories)} categories, every cell empty")
     if skipped:
         print(f"{len(skipped)} files are no images and were left out, first {skipped[0]}")
 
