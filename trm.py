@@ -38,8 +38,7 @@ def match(x, g_pos, g_neg, scale):
 
 
 class Prompts(nn.Module):
-    """Learned context of each category, for "present" and for "absent": [SOT] w_1 ... w_M [name]
-    [EOT].
+    """Learned context of each category, for "present" and "absent": [SOT] w_1 ... w_M [name] [EOT].
 
     clip     a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category
              names
@@ -58,8 +57,7 @@ class Prompts(nn.Module):
             raise UserError(f"{M} context tokens and the longest name "
                              f"({texts[int(eot.argmax())]!r}) need {M + longest} tokens, CLIP "
                              f"reads {clip.context_length}: use fewer or a shorter name")
-        # Nothing after EOT can reach it under the causal mask, so the longest name decides the
-        # length.
+        # Nothing after EOT can reach it under the causal mask: the longest name gives the length.
         embedded = clip.embed(tokens[:, :longest]).detach()  # (C, S, W)
         self.register_buffer("sot", embedded[:, :1].clone(), persistent=False)
         self.register_buffer("name_eot", embedded[:, 1:].clone(), persistent=False)
@@ -107,8 +105,7 @@ class CARL(nn.Module):
 
     def forward(self, f):
         """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions and queries (B, C, D)."""
-        # The queries meet no image before the cross-attention: one self-attention serves the whole
-        # batch.
+        # The queries meet no image before the cross-attention: one self-attention serves all.
         Q = self.Q[None]
         attended = self.self_att(Q, Q, Q, need_weights=False)[0]
         Q = self.norm1(Q + self.dropout(attended))[0]  # (C, D)
@@ -124,7 +121,7 @@ class CARL(nn.Module):
         Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), queries (B, C, D).
         """
         D = f.shape[-1]
-        # Not in the paper: keys and values see LayerNorm(f). CLIP's features have a large common
+        # Not in the paper: keys and values see LayerNorm(f), as CLIP's features have a large common
         # part.
         x = F.layer_norm(f, (D,))  # (B, N, D)
         # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: C queries are cheaper to project than B*N

@@ -247,9 +247,7 @@ class CLIP(nn.Module):
     ResNet) or their number (a ViT). vision_width: channels of the stem (even) or of the tokens.
     patch, vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels a head, 16 heads at
     most in a ViT, as in all released models. *_mlp: None for four times the width.
-    activation: "quickgelu" (OpenAI's) or "gelu".
-
-    What it also tells: mean and std of the pixels that it wants, and, from `load`, name and sha256.
+    Attributes mean, std: of the pixels that it wants; name, sha256: from `load`.
     """
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,

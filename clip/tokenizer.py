@@ -44,9 +44,8 @@ class Tokenizer:
     """vocab_size: 514 (bytes alone) to 49408 (CLIP's own)."""
 
     def __init__(self, vocab_size=FULL):
-        if not 514 <= vocab_size <= FULL:
-            raise UserError(f"the vocabulary has to hold 514 to {FULL} tokens, not {vocab_size}: "
-                            "the weights do not belong to CLIP's tokenizer")
+        if not 514 <= vocab_size <= FULL:  # weights of another tokenizer
+            raise UserError(f"expected a vocabulary of 514 to {FULL} tokens, got {vocab_size}")
         lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines[:vocab_size - 514]]
         self.bytes = byte_symbols()

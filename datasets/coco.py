@@ -18,11 +18,8 @@ def load(root, cfg):
 
 
 def split(root, folder, by_id=False, keep_unannotated=False):
-    """One split. by_id: only annotated images, ordered by their id as a string (LargeLoss's order).
-
-    Otherwise the JSON's order; images without any annotation are marked as unused, since masks are
-    drawn for them too.
-    """
+    """One split in the JSON's order, images without any annotation unused: masks are drawn for them
+    too. by_id: only annotated images, ordered by their id as a string (LargeLoss's order)."""
     path = find(root, f"annotations/instances_{folder}.json",
                 what=f"the annotations of {folder}{layout_of(root)}")
     images = find(root, folder, f"images/{folder}", what=f"the image folder {folder}")
@@ -40,8 +37,7 @@ def split(root, folder, by_id=False, keep_unannotated=False):
         if not name or names.count(name) > 1:
             ids = [key for key, other in categories if str(other).strip() == name]
             raise UserError(f"{path}: the category {name!r} has the ids {ids}, expected one: "
-                            "delete those that are not used (some exporters add a parent category "
-                            "with id 0)")
+                            "delete those that are not used")
     column = {key: c for c, (key, _) in enumerate(categories)}  # ids run 1..90 with holes
     row, files = {}, []
     for i, image in enumerate(listed):
@@ -69,9 +65,9 @@ def split(root, folder, by_id=False, keep_unannotated=False):
                     raise ValueError  # nonsense; some real ones leave the image by a little
                 boxes[r].append((c, *box))
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-            raise UserError(f"{path}: annotations[{i}] needs the image_id of a listed image and "
-                            "the category_id of a listed category, and a bbox, if any, of 4 "
-                            f"numbers within the image; it is {str(note)[:120]}") from None
+            raise UserError(f"{path}: annotations[{i}] needs a listed image_id and category_id, "
+                            "and a bbox, if any, of 4 numbers within the image; it is "
+                            f"{str(note)[:120]}") from None
     annotated = (labels == POSITIVE).any(1)
     unused = ~annotated & (not keep_unannotated)
     found = Split(f"coco/{folder}", require_files(files, path), names, labels, unused=unused,

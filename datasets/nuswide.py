@@ -17,11 +17,7 @@ FOLDERS = ("Flickr", "images", "Flickr/images", ".")
 
 def load(root, cfg):
     """The official split; in the LargeLoss setup formatted_{train,val}_*.npy, whose rows without a
-    positive stay.
-
-    The SPLC setup's images and labels are all in its lists (data.splc_lists), so nothing is read
-    here for it.
-    """
+    positive stay. The SPLC setup's images and labels are all in its lists (data.splc_lists)."""
     if cfg.single_positive == "splc":
         return {}
     if cfg.single_positive == "largeloss":
@@ -35,8 +31,7 @@ def concepts(root):
 
 
 def photos(root, names, labels, where):
-    """Image names as a list writes them (N), labels (N, 81) -> Split; photos that are not there are
-    unused.
+    """Image names as a list writes them (N), labels (N, 81) -> Split; missing photos are unused.
 
     Looked for below Flickr/ or images/ as the list writes them, or all in one flat folder.
     """
@@ -86,9 +81,11 @@ def zeros_and_ones(path, count):
 
 def arrays(root, part):
     """formatted_<part>_images.npy and _labels.npy, as the LargeLoss setup publishes them."""
-    images, labels = (find(root,
-                           *(f"{folder}formatted_{part}_{kind}.npy" for folder in ("", "Flickr/")),
-                           what=f"the {part} {kind}") for kind in ("images", "labels"))
+    def file(kind):
+        places = [f"{folder}formatted_{part}_{kind}.npy" for folder in ("", "Flickr/")]
+        return find(root, *places, what=f"the {part} {kind}")
+
+    images, labels = file("images"), file("labels")
     names = [str(name) for name in read_array(images).ravel()]
     found = read_array(labels)
     if found.shape != (len(names), 81) or not np.isin(found, (0, 1)).all():

@@ -23,10 +23,9 @@ def load(root, cfg):
         names = cfg.names or find(root, *(f"{f}vg_category_200.txt" for f in FOLDERS),
                                   what="the category names")
     except UserError:
-        raise UserError(f"{root}: VG-200's category names are not part of the public files: put "
-                        "them, one a line, into vg_category_200.txt there or pass --names FILE "
-                        "(python data.py vg200 --root DIR --objects objects.json finds them in "
-                        "Visual Genome's objects.json)") from None
+        raise UserError(f"{root}: VG-200's category names are not part of the public files: pass "
+                        "--names FILE, one a line (python data.py vg200 --root DIR --objects "
+                        "objects.json finds them in Visual Genome's objects.json)") from None
     names = read_lines(names, 200)
     return {part: split(root, part, names) for part in ("train", "test")}
 
@@ -69,8 +68,8 @@ def match_names(root, objects):
     it or not. Look them over."""
     parts = [listed(root, part) for part in ("train", "test")]
     row = {name: i for i, name in enumerate(parts[0][1] + parts[1][1])}
-    # (N, 200)
-    positive = (np.concatenate([labels for _, _, labels in parts]) == POSITIVE).astype(np.float32)
+    labels = np.concatenate([labels for _, _, labels in parts])  # (N, 200)
+    positive = (labels == POSITIVE).astype(np.float32)
     aliases = Path(objects).with_name("object_alias.txt")
     groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
     alias = {word: words[0] for words in groups for word in words}

@@ -13,8 +13,7 @@ from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_bytes, read_lin
 from support import UserError
 
 VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
-         person
-         pottedplant sheep sofa train tvmonitor""".split()
+         person pottedplant sheep sofa train tvmonitor""".split()
 
 
 def load(root, cfg):
@@ -42,8 +41,7 @@ def split(root, year, part, difficult=NEGATIVE):
     else:
         labels = np.stack([annotation(jpegs.parent / "Annotations" / f"{name}.xml", difficult)
                            for name in ids])
-    # none in 2007; in 2012 the few whose objects are all difficult
-    unused = ~(labels == POSITIVE).any(1)
+    unused = ~(labels == POSITIVE).any(1)  # the few whose objects are all difficult
     return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
                  dropped={"without a positive": int(unused.sum())} if unused.any() else {})
 

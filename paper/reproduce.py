@@ -6,9 +6,8 @@
     python -m paper.reproduce --figure 4 --image photos/                regions of both methods
     python -m paper.reproduce --study kd                                where the paper is silent
 
-Every option of train.py is accepted too and holds for all rows. A row is a run of train.py with
-some settings changed. The numbers are mAP after the last epoch, of the score of inference
-(--score). Tables go to --out as Markdown, the numbers of every seed as JSON.
+Every option of train.py is accepted too and holds for all rows; a row changes some settings. The
+numbers are mAP after the last epoch. Tables go to --out as Markdown, every seed's numbers as JSON.
 """
 import json
 import shlex
@@ -53,8 +52,8 @@ PAPER_6 = {"voc2007": (93.24, 94.29, 94.15, 94.76)}
 NINE = tuple(i / 10 for i in range(1, 10))
 AVERAGE = "Avg."
 
-# ---- the tables: each gives {row: [settings of the runs whose scores are averaged]}, {column:
-# settings}, the paper's {row: {column: number}}
+# ---- the tables. Each gives {row: [settings of the runs whose scores are averaged]}, {column:
+# settings}, and the paper's {row: {column: number}}.
 DUALCOOP = dict(matching="dualcoop")
 
 
@@ -76,8 +75,8 @@ def table_1(base, ratios):
         tai = [captions | dict(matching="global"), captions | dict(matching="dualcoop")]
         rows |= {"TaI-DPT": tai, "TaI-DPT+DualCoOp": [DUALCOOP] * 2 + tai,
                  "TaI-DPT+TRM-ML": [{}] * 2 + tai}
-    paper = {row: dict(zip(at(NINE), numbers)) for row,
-             numbers in nearest(PAPER_1, base.data).items()}
+    printed = nearest(PAPER_1, base.data)
+    paper = {row: dict(zip(at(NINE), numbers)) for row, numbers in printed.items()}
     return rows, at(ratios or NINE), paper
 
 
@@ -109,8 +108,8 @@ def table_4(base, ratios):
     plain = dict(without="mmcp,mmcl")
     rows = {"w/o complete": [plain],
             "w complete": [plain | dict(carl_from=plain | dict(ratio=1.0))]}
-    paper = {row: dict(zip(at(NINE), numbers)) for row,
-             numbers in zip(rows, nearest(PAPER_4, base.data))}
+    printed = zip(rows, nearest(PAPER_4, base.data))
+    paper = {row: dict(zip(at(NINE), numbers)) for row, numbers in printed}
     return rows, at(ratios or NINE[:5]), paper
 
 
@@ -147,10 +146,9 @@ STUDIES = {
 def study(name, ratios):
     rows = {}
     for settings in STUDIES[name]:
-        told = {key: f"{value:g}" if isinstance(value, float) else value for key,
-                value in settings.items()
-                if key not in ("single_positive", "ratio")}
-        rows[", ".join(f"{key} {value}" for key, value in told.items())] = [settings]
+        told = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in settings.items() if key not in ("single_positive", "ratio")]
+        rows[", ".join(told)] = [settings]
     return rows, at(ratios or (0.1,)), {}
 
 
@@ -163,10 +161,11 @@ def measure(runs, rows, columns, seeds, split="test"):
                 for of_row in rows.values() for settings in of_row])
     measured = {}
     for row, of_row in rows.items():
-        cells = {name: {seed: mAP for seed in seeds
-                        if (mAP := runs.mAP([column | settings for settings in of_row], seed,
-                                            split)) is not None}
-                 for name, column in columns.items()}
+        cells = {}
+        for name, column in columns.items():
+            wanted = [column | settings for settings in of_row]
+            found = {seed: runs.mAP(wanted, seed, split) for seed in seeds}
+            cells[name] = {seed: mAP for seed, mAP in found.items() if mAP is not None}
         if len(cells) > 1:
             whole = [seed for seed in seeds if all(seed in cell for cell in cells.values())]
             cells[AVERAGE] = {seed: float(np.mean([cell[seed] for cell in cells.values()]))
@@ -180,8 +179,8 @@ def spread(by_seed):
     values = list(by_seed.values())
     if not values:
         return "no run finished"
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1
-                                       else "")
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}"
 
 
 def markdown(measured, paper, zero_shot):
@@ -191,8 +190,8 @@ def markdown(measured, paper, zero_shot):
     for name, number in zero_shot.items():
         lines.append(f"| zero-shot CLIP, {name} |" + " |" * (len(columns) - 1) + f" {number:.2f} |")
     for row, cells in measured.items():
-        lines.append(f"| **{row}** | " + " | ".join(spread(cells[column]) for column in columns)
-                     + " |")
+        told = " | ".join(spread(cells[column]) for column in columns)
+        lines.append(f"| **{row}** | {told} |")
         printed = paper.get(row, {})
         if set(printed) & set(columns):
             numbers = [f"{printed[column]:.1f}" if column in printed else "" for column in columns]
@@ -221,19 +220,17 @@ def plot(measured, paper, about, file):
 
 
 def table_5(size=448, C=80):
-    """Parameters and multiply-adds of inference at RN101, from random weights: they need no
-    training.
+    """Parameters and multiply-adds of inference at RN101, from random weights.
 
-    Total: CLIP without its token embedding and without the attention pool's positions, plus what is
-    learned.
+    Total: CLIP without its token embedding and the attention pool's positions, and what is learned.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     import clip
     from trm import TRM, Prompts
-    model = clip.CLIP(512, 224, (3, 4, 23, 3), 64, None, 77, 49408,
-                      512).eval().requires_grad_(False)
+    model = clip.CLIP(512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512)
+    model.eval().requires_grad_(False)
     left_out = (model.token_embedding.weight, model.visual.attnpool.positional_embedding)
     frozen = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in left_out)
     prompts = Prompts(model, ["cat"] * C)
@@ -258,14 +255,14 @@ def table_5(size=448, C=80):
 
 def figure_4(runs, folders, images, file, top=3):
     """DualCoOp's row above TRM-ML's for each image, and how their maps sit on the test boxes."""
-    predictors = {name: Predictor(run, "last", runs.device, runs.encoder) for name,
-                  run in folders.items()}
+    predictors = {name: Predictor(run, "last", runs.device, runs.encoder)
+                  for name, run in folders.items()}
     rows = []
     for path in images:
         for name, predictor in predictors.items():
             (_, p, maps), = predictor.iterate([path])
-            first, *tiles = region_tiles(predictor, path, p, maps,
-                                         np.argsort(-p, kind="stable")[:top])
+            shown = np.argsort(-p, kind="stable")[:top]
+            first, *tiles = region_tiles(predictor, path, p, maps, shown)
             rows.append([(first[0], f"{name}: {first[1]}"), *tiles])
     picture = grid_of(rows)
     save_atomically(lambda buffer: picture.save(buffer, "PNG"), file)
@@ -273,16 +270,15 @@ def figure_4(runs, folders, images, file, top=3):
     if not split.boxes:
         return f"The test split has no boxes: only the picture was drawn, {file}."
     names = ("pointing", "small", "medium", "large", "mass", "present", "absent", "pairs")
-    lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) | peak, "
-             "present | peak, absent | pairs |",
-             "|---|" + "---:|" * 9]
+    lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) "
+             "| peak, present | peak, absent | pairs |", "|---|" + "---:|" * 9]
     for name, predictor in predictors.items():
         scores, maps = score_split(predictor.model, predictor.g_pos, predictor.g_neg, runs.test,
                                    maps_of)
         where = localisation(next(iter(maps.values())), predictor.grid, split.boxes, split.truth)
         mAP = metrics(scores.get(predictor.cfg.score, scores["region"]), split.truth)["mAP"]
-        lines.append(f"| **{name}** | {mAP:.2f} | " + " | ".join(str(where[key]) for key in names)
-                     + " |")
+        told = " | ".join(str(where[key]) for key in names)
+        lines.append(f"| **{name}** | {mAP:.2f} | {told} |")
     return "\n".join(lines)
 
 
@@ -290,24 +286,22 @@ def figure_4(runs, folders, images, file, top=3):
 
 
 def parse(argv):
+    """Command line -> its own options, and the Config that all rows start from."""
     parser = make_parser("paper.reproduce", __doc__)
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--table", type=int, choices=(1, 2, 3, 4, 5, 6))
     kind.add_argument("--figure", type=int, choices=(4,))
-    kind.add_argument("--study", choices=sorted(STUDIES),
-                      help="alternatives where the paper is silent")
+    kind.add_argument("--study", choices=sorted(STUDIES), help="where the paper is silent")
     parser.add_argument("--seeds", type=int, default=3,
                         help="runs a row, with seeds 0, 1, ... from --seed on (default: 3)")
     parser.add_argument("--ratios", type=float, nargs="+",
                         help="shares of known labels (default: the paper's; fewer on scenes)")
-    parser.add_argument("--rows", nargs="+", metavar="TEXT",
-                        help="only the rows whose name holds one of these")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; two cores do most "
-                                                            "with 2 (default: 1)")
+    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows that hold such a text")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="runs at a time; two cores do most with 2 (default: 1)")
     parser.add_argument("--image", nargs="+", metavar="PATH",
                         help="--figure 4: photos or folders (default: test images)")
-    parser.add_argument("--out", default="runs/tables",
-                        help="folder of tables and runs (default: runs/tables)")
+    parser.add_argument("--out", default="runs/tables", help="folder (default: runs/tables)")
     own, rest = parser.parse_known_args(words(argv))
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
@@ -315,8 +309,8 @@ def parse(argv):
         raise UserError("--ratios expects shares that differ by a whole percent, got "
                         f"{' '.join(map(str, own.ratios))}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
-    if wrong := names & {"--resume", "--ratio", "--matching", "--without", "--carl-from",
-                         "--images"}:
+    rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
+    if wrong := names & rows_differ:
         raise UserError(f"{' '.join(sorted(wrong))}: the rows differ in that, and a stopped table "
                         "goes on by itself: drop it")
     base, _ = parse_config(rest)
@@ -352,36 +346,31 @@ def reproduce(argv):
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{what}-{Path(base.data).stem}"
     rows, columns, paper = rows_of(own, base)
-    if own.table == 5:
-        text = table_5()
-    else:
+    text = table_5() if own.table == 5 else ""
+    if not text:
         runs = Runs(base, out, own.jobs)
         train_split, val_split, test_split = runs.splits
         seeds = range(base.seed, base.seed + own.seeds)
-        shown = "val" if own.study and val_split else "test"
+        split = "val" if own.study and val_split else "test"
         about = (f"{base.data}, {len(train_split.paths)} training images, CLIP {base.clip} "
                  f"({runs.encoder.sha256[:12]}), {base.size} px, {base.epochs} epochs, seeds "
-                 f"{seeds.start} to {seeds.stop - 1}; mAP of the {base.score} score on {shown} in "
-                 "%, last epoch, mean ± standard deviation.")
-        if own.figure:
-            ratio = dict(ratio=(own.ratios or [0.1])[0])
-            pairs = {"DualCoOp": ratio | DUALCOOP, "TRM-ML": ratio}
-            runs.train([(settings, base.seed) for settings in pairs.values()])
-            folders = {name: runs.config(settings, base.seed).out for name,
-                       settings in pairs.items()}
-            text = figure_4(runs, folders, images_in(own.image) if own.image
-                            else test_split.paths[:4], file.with_suffix(".png"))
-        else:
-            measured = measure(runs, rows, columns, seeds, shown)
-            zero_shot = {}
-            if own.table in (1, 3):
-                zero_shot = {name: metrics(score, test_split.truth)["mAP"] for name,
-                             score in runs.zero_shot.items()}
-            text = markdown(measured, paper, zero_shot)
-            write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
-            if own.table == 1:
-                plot(measured, paper, base.data, file.with_suffix(".png"))
-        text = f"{about}\n\n{text}"
+                 f"{seeds.start} to {seeds.stop - 1}; mAP of the {base.score} score on {split} in "
+                 "%, last epoch, mean ± standard deviation.\n\n")
+    if own.figure:
+        ratio = dict(ratio=(own.ratios or [0.1])[0])
+        pairs = {"DualCoOp": ratio | DUALCOOP, "TRM-ML": ratio}
+        runs.train([(settings, base.seed) for settings in pairs.values()])
+        folders = {name: runs.config(settings, base.seed).out for name, settings in pairs.items()}
+        images = images_in(own.image) if own.image else test_split.paths[:4]
+        text = about + figure_4(runs, folders, images, file.with_suffix(".png"))
+    elif rows:
+        measured = measure(runs, rows, columns, seeds, split)
+        zero_shot = {name: metrics(score, test_split.truth)["mAP"]
+                     for name, score in runs.zero_shot.items()} if own.table in (1, 3) else {}
+        text = about + markdown(measured, paper, zero_shot)
+        write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
+        if own.table == 1:
+            plot(measured, paper, base.data, file.with_suffix(".png"))
     text = f"`python -m paper.reproduce {shlex.join(argv)}`: {text}"
     write_atomically(file.with_suffix(".md"), text + "\n")
     print(f"\n{text}\n\nwrote {file}.md, {time.perf_counter() - start:.0f} s")

@@ -53,11 +53,10 @@ class Runs:
                     if name not in NOT_THE_RESULT | {"score"}}
         identity = json.dumps([self.encoder.sha256, self.data_sha256, identity], sort_keys=True)
         setting = cfg.single_positive or f"{cfg.ratio:g}"
-        if cfg.images == "captions":
-            setting = "captions"
+        setting = "captions" if cfg.images == "captions" else setting
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
         parts = [Path(cfg.data).stem, setting, cfg.matching, cfg.without.replace(",", "-"),
-                 f"seed{seed}",
-                 hashlib.sha256(identity.encode()).hexdigest()[:8]]
+                 f"seed{seed}", digest]
         return dataclasses.replace(cfg, out=str(self.out / "runs" / "-".join(filter(None, parts))))
 
     def train(self, wanted):
@@ -73,14 +72,14 @@ class Runs:
     def train_all(self, todo):
         print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
         start = time.perf_counter()
-        for count, cfg in enumerate(map(train_one, todo) if self.jobs == 1
-                                    else self.in_processes(todo), 1):
+        trained = map(train_one, todo) if self.jobs == 1 else self.in_processes(todo)
+        for count, cfg in enumerate(trained, 1):
             lines = history(cfg.out)
             done = len(lines) == cfg.epochs
             told = f"mAP {lines[-1]['test']['mAP']:.2f}" if done else "diverged"
             left = (time.perf_counter() - start) / count * (len(todo) - count) / 60
-            print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, about {left:.0f} minutes "
-                  "left", flush=True)
+            print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, {left:.0f} minutes left",
+                  flush=True)
 
     def in_processes(self, todo):
         context = multiprocessing.get_context("spawn")
@@ -109,8 +108,8 @@ class Runs:
     def scores(self, run):
         """(n, C) probabilities of a run's last epoch on the test split."""
         if run not in self.kept:
-            predictor = Predictor(run, "last", self.device, self.encoder,
-                                  {"score": self.base.score})
+            how = {"score": self.base.score}
+            predictor = Predictor(run, "last", self.device, self.encoder, how)
             self.kept[run] = predictor.score_split(self.test)
         return self.kept[run]
 
@@ -135,8 +134,7 @@ def history(run):
     except FileNotFoundError:
         return []
     except ValueError:
-        raise UserError(f"{file} is damaged: delete it, python train.py --resume {run} writes it "
-                        "anew") from None
+        raise UserError(f"{file} is damaged: train.py --resume {run} writes it anew") from None
 
 
 def share_cores(jobs):

@@ -33,7 +33,7 @@ def test_a_merge_fills_empty_cells_and_leaves_every_other_byte(tmp_path, capfd, 
     assert (tmp_path / "labels.csv.1.bak").read_bytes() == (first + SHEET).encode(encoding)
     text = "\n".join(out)
     assert "6 answers: 2 new, 1 were there, 1 conflicts, 2 without a cell" in text
-    assert "b.jpg, dog: the sheet says 1, the answer 0" in text and "gone.jpg, dog" in text
+    assert "b.jpg, dog: sheet 1, answer 0" in text and "gone.jpg, dog" in text
 
     # a second backup does not replace the first
     sheet.write_bytes((first + SHEET).encode(encoding))
@@ -72,7 +72,7 @@ def test_labels_are_written_in_the_words_of_the_sheet(tmp_path, capfd):
 def test_a_merge_that_cannot_be_is_refused(tmp_path, capfd):
     (tmp_path / "x.csv").write_text("image,dog\na.jpg,\n")
     bad = lambda file, *words: one_line(main, ["merge", tmp_path / "x.csv", file], capfd, *words)
-    bad(answers(tmp_path, "a.jpg,1", head="image,label"), "category", "missing")
+    bad(answers(tmp_path, "a.jpg,1", head="image,label"), "no column category")
     bad(answers(tmp_path, "a.jpg,dog,maybe"), "answers.csv:2", "maybe")
     bad(answers(tmp_path, "z.jpg,dog,1"), "none of its 1 answers")
     bad(tmp_path / "none.csv", "none.csv")

@@ -25,38 +25,23 @@ def check(cfg, decode=True):
     problems = []
     for name, split in parts.items():
         split = split.used()
-        positive = (split.labels == data.POSITIVE).astype(np.float32)  # (N, C)
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
         for category, column in zip(split.names, split.labels.T):
             counts = [(column == code).sum()
                       for code in (data.POSITIVE, data.NEGATIVE, data.UNKNOWN)]
             print(f"{category[:31]:32}" + "".join(f"{count:9}" for count in counts))
-        never = [category for category, there in zip(split.names, positive.any(0)) if not there]
+        there = (split.labels == data.POSITIVE).any(0)  # (C,)
+        never = [repr(split.names[c]) for c in np.flatnonzero(~there)]
         if never and name == "train":
             more = f" and {len(never) - 5} more" if len(never) > 5 else ""
-            problems.append(f"train: no image has {', '.join(map(repr, never[:5]))}{more}: nothing "
-                            "to learn from")
-        print_companions(split.names, positive)
+            problems.append(f"train: no image has {', '.join(never[:5])}{more}: none to learn")
         problems += same_pictures(split)
         if decode:
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
                 found = pool.map(unreadable, split.paths, split.where or [""] * len(split.paths))
                 problems += [line for line in found if line]
     return problems
-
-
-def print_companions(names, positive):
-    """The pairs of categories that are seen together most, beyond chance."""
-    counts = positive.sum(0)
-    together = np.triu(positive.T @ positive, 1)
-    expected = np.maximum(np.outer(counts, counts), 1) / len(positive)
-    lift = np.where(together >= 3, together / expected, 0)
-    print("seen together most, beyond chance:")
-    for pair in np.argsort(lift, axis=None)[::-1][:8]:
-        a, b = np.unravel_index(pair, lift.shape)
-        if lift[a, b] > 1:
-            print(f"  {names[a]} + {names[b]}: {together[a, b]:.0f} images, {lift[a, b]:.1f} times")
 
 
 def same_pictures(split):
@@ -83,17 +68,13 @@ def unreadable(path, where):
 
 def main(argv=None):
     parser = make_parser("data.py", data.__doc__)
-    parser.add_argument("data", help=f"{', '.join(data.LAYOUTS)}, or a sheet: image,<class>,... "
-                                     "with cells 1, 0 or empty")
-    parser.add_argument("--root", help="folder of the download; for a sheet, where relative image "
-                                       "names start")
+    parser.add_argument("data", help=f"{', '.join(data.LAYOUTS)}, or a sheet")
+    parser.add_argument("--root", help="folder of the download, or where a sheet's names start")
     parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")
     for name in ("ignore", "minus-one", "unlisted"):
         parser.add_argument(f"--{name}", help="of sheets, as for train.py")
-    parser.add_argument("--no-decode", action="store_true",
-                        help="do not open every image (COCO: minutes saved)")
-    parser.add_argument("--objects", help="vg200: Visual Genome's objects.json; prints the 200 "
-                                          "names found in it")
+    parser.add_argument("--no-decode", action="store_true", help="do not open every image")
+    parser.add_argument("--objects", help="vg200: objects.json, to find the names in")
 
     def work():
         args = vars(parser.parse_args(words(argv)))

@@ -1,5 +1,4 @@
-"""Pictures: regions in the manner of the paper's Fig. 4, masks over photos; and the curves of a
-run.
+"""Pictures: regions in the manner of the paper's Fig. 4, and the curves of a run.
 
 N = h*w locations, C categories.
 """
@@ -24,8 +23,8 @@ def heat(image, mask, grid):
     m = np.asarray(m, dtype=np.float32)[..., None] / 255  # (H, W, 1)
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32) * 0.6 + 80
     colour = np.concatenate([np.full_like(m, 235), 190 * (1 - m), 30 * (1 - m)], -1)
-    return Image.fromarray((grey * (1 - 0.75 * m) + colour * 0.75 * m).clip(0,
-                                                                            255).astype(np.uint8))
+    mixed = grey * (1 - 0.75 * m) + colour * 0.75 * m
+    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
 def fit(image, side):
@@ -52,9 +51,8 @@ def region_tiles(predictor, path, p, maps, categories, truth=None, side=192):
         peak = maps[c].max()
         flat = np.mean(maps[c] > peak / 2) > 0.8  # share of the locations that look marked
         verdict = f"{p[c]:.2f}{'>' if present else '<'}{predictor.threshold[c]:.2f}"
-        tiles.append((heat(image, maps[c], predictor.grid),
-                      f"{mark}{predictor.names[c]} {verdict} {'flat' if flat else 'peak'} "
-                      f"{peak:.2f}"))
+        told = f"{predictor.names[c]} {verdict} {'flat' if flat else 'peak'} {peak:.2f}"
+        tiles.append((heat(image, maps[c], predictor.grid), mark + told))
     return tiles
 
 
@@ -70,8 +68,7 @@ def grid_of(rows, side=192):
             tile = fit(tile.convert("RGB"), side)
             canvas.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
             caption = " ".join(caption.split()).encode("latin-1", "replace").decode("latin-1")
-            # a long file name must not run into the next tile
-            while draw.textlength(caption) > side:
+            while draw.textlength(caption) > side:  # a long name must not reach the next tile
                 caption = caption[:-1]
             draw.text((x + 2, y + side + 1), caption, fill="black")
     return canvas

@@ -76,8 +76,7 @@ def read_answers(path, names, unlisted):
     for line, cells in rows_of(path):
         label = cells["label"].lower()
         if label not in CODES:
-            raise UserError(f"{path}:{line}: a label is 1 (present), 0 (absent) or empty, got "
-                            f"{label!r}: correct it")
+            raise UserError(f"{path}:{line}: a label is 1, 0 or empty, got {label!r}: correct it")
         answers.append((cells["image"], cells["category"], CODES[label]))
     return [answer for answer in answers if answer[2] != UNKNOWN]
 
@@ -87,8 +86,7 @@ def rows_of(path):
     header, body = table(path)
     columns = ("image", "category", "label")
     if missing := set(columns) - set(header):
-        raise UserError(f"{path}: expected columns image, category and label; "
-                        f"{', '.join(sorted(missing))} is missing")
+        raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
     rows = [(line, dict(zip(header, map(unguard, row)))) for line, row in body]
     return [(line, {name: cells.get(name, "") for name in columns}) for line, cells in rows]
 
@@ -96,8 +94,7 @@ def rows_of(path):
 def read_label_studio(path, names, unlisted):
     """Its JSON: a task an image, the choices of its annotations. The rest is `unlisted`."""
     if unlisted is None:
-        raise UserError(f"{path}: is what was not chosen absent or unknown? Say --unlisted absent "
-                        "or --unlisted unknown")
+        raise UserError(f"{path}: what was not chosen is --unlisted absent or --unlisted unknown?")
     answers = []
     try:
         for task in read_json(path):
@@ -109,8 +106,7 @@ def read_label_studio(path, names, unlisted):
             answers += [(image, name, POSITIVE) for name in sorted(chosen)]
             answers += [(image, name, NEGATIVE) for name in sorted(others)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected Label Studio's export in its format JSON, tasks with "
-                        f"data and annotations ({error!r} came): export it so") from None
+        raise UserError(f"{path}: expected Label Studio's export as JSON ({error!r})") from None
     return answers
 
 
@@ -165,12 +161,11 @@ def merge(args):
         elif said == code:
             same += 1
         else:
-            conflicts.append(f"{name}, {category}: the sheet says {plain(row[c][0])}, the answer "
-                             f"{word[code]}")
+            said = plain(row[c][0])
+            conflicts.append(f"{name}, {category}: sheet {said}, answer {word[code]}")
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{args.answers}: none of its {len(answers)} answers has a cell in {sheet} "
-                        f"(first {strangers[0]}): is it the answers' sheet? A sheet with -1 needs "
-                        "--minus-one, one with a column of lists cannot be filled")
+                        f"(first {strangers[0]}): is it the answers' sheet? (-1: --minus-one)")
     if filled:
         kept = next(name for k in itertools.count(1)
                     if not os.path.lexists(name := sheet.with_name(f"{sheet.name}.{k}.bak")))
@@ -199,8 +194,8 @@ def new_sheet(args):
         except Exception:  # whatever a decoder raises
             skipped.append(path)
             continue
-        # ./ is the same file, and no formula
-        rows.append([f"./{name}" if FORMULA.match(name) else name, *[""] * len(categories)])
+        name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
+        rows.append([name, *[""] * len(categories)])
     write_atomically(file, csv_text(["image", *categories], rows))
     print(f"{file}: {len(rows)} images, {len(categories)} categories, every cell empty")
     if skipped:
