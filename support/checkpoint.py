@@ -70,8 +70,8 @@ def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt -> dict, its tensors on `device`. Runs no code from the file."""
     import torch
     if not file.is_file():
-        raise UserError(f"expected {file.name} of a run that finished an epoch, found none in "
-                        f"{file.parent} (without validation there is no best.pt: use last)")
+        raise UserError(f"expected a run folder with {file.name}, found none in {file.parent} "
+                        "(without validation there is no best.pt: use last)")
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         whole = state.pop("checksum") == checksum(state)
