@@ -70,7 +70,8 @@ class Config:
                             "known labels", 0, 0.9)
     queries: str = option("text", "start of the category queries", choices=("random", "text"))
     context: int = option(16, "learned tokens of a prompt", 1)
-    score: str = option("region", "score of inference", choices=("region", "query", "mean"))
+    score: str = option("region", "score of inference; mixed: the mean of the run's and CLIP's own",
+                        choices=("region", "query", "mean", "mixed"))
     # ---- losses
     alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)", 0)
     beta: float = option(0.05, "weight of distillation (Eq. 15)", 0)
@@ -134,6 +135,11 @@ class Config:
     def uses(self, part):
         """Whether a component (kd, mmcp, mmcl) or a modality of MMCP (visual, text) takes part."""
         return self.matching == "carl" and part not in self.left_out
+
+    @property
+    def needs_global(self):
+        """Whether inference looks at CLIP's global feature."""
+        return self.matching == "global" or self.score == "mixed"
 
     @property
     def first_stage(self):

@@ -35,7 +35,8 @@ from support.cli import best_device, make_parser, run_main, words
 from support.distributed import gather_scores
 from tools.categories import table
 from tools.localise import localisation
-from tools.predictor import Predictor, region_map, score_split
+from tools.predictor import (Predictor, mixed_scores, region_map, score_split,
+                             zero_shot_scale)
 
 # ---- metrics: numpy only; scores are probabilities or anything that ranks
 
@@ -76,7 +77,8 @@ def precision_per_category(scores, truth, one=average_precision):
 def metrics(scores, truth, threshold=0.5):
     """scores (n, C) probabilities, truth (n, C) in {1, -1, 0}; 0 is left out of every number.
 
-    mAP      mean plain AP over the categories that have a positive; `left_out` counts the others
+    mAP      mean plain AP over the categories that have a positive; `left_out` counts the others,
+             `positives` what the number rests on
     mAP_voc  the interpolated one;  CP CR CF1 by category, OP OR OF1 over all decisions at
              `threshold`
     All in percent.
@@ -100,7 +102,7 @@ def metrics(scores, truth, threshold=0.5):
     result = dict(mAP=ap.mean() if there.any() else 0.0, mAP_voc=ap_voc.mean() if there.any()
                   else 0.0, CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR, OF1=f1(OP, OR))
     percent = {name: round(100 * float(value), 3) for name, value in result.items()}
-    return percent | {"left_out": int((~there).sum())}
+    return percent | {"left_out": int((~there).sum()), "positives": int(exist.sum())}
 
 
 def best_thresholds(scores, truth, k=2):
@@ -154,18 +156,23 @@ class PseudoCount:
 
 
 @torch.no_grad()
-def evaluate(model, g_pos, g_neg, loaders, score):
-    """{split: metrics of `score`, and mAP of each score}, {split: probabilities (n, C) of
-    `score`}."""
-    numbers, chosen = {}, {}
+def evaluate(model, g_pos, g_neg, g_zero, loaders, score):
+    """-> {split: metrics of `score`, and mAP of each score}, {split: probabilities (n, C) of
+    `score`}, and the scale of the mixed score: of the first split, which never is the test's."""
+    numbers, chosen, scale = {}, {}, None
     for name, loader in loaders.items():
-        scores, _ = score_split(model, g_pos, g_neg, loader)
+        scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         scores = gather_scores(scores, len(loader), loader.batch)
-        truth = loader.split.truth
-        chosen[name] = scores.get(score, scores["region"])
-        numbers[name] = metrics(chosen[name], truth)
-        numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
-    return numbers, chosen
+        if scale is None and name != "test":
+            scale = zero_shot_scale(scores)
+        if scale is not None:
+            scores["mixed"] = mixed_scores(scores, scale)
+        if name != "train":
+            truth = loader.split.truth
+            chosen[name] = scores.get(score, scores["region"])
+            numbers[name] = metrics(chosen[name], truth)
+            numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
+    return numbers, chosen, scale
 
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}",
@@ -255,8 +262,8 @@ def compare(predictors, split):
     for name, score in zero_shot(first.clip, g, first.loader(split)).items():
         print(f"{f'zero-shot CLIP, {name}':38s} {metrics(score, split.truth)['mAP']:5.2f}")
     for predictor in predictors:
-        scores, maps = score_split(predictor.model, predictor.g_pos, predictor.g_neg,
-                                   predictor.loader(split), maps_of if split.boxes else None)
+        scores, maps = predictor.scores(predictor.loader(split), maps_of if split.boxes else None)
+        del scores["zero-shot"]
         for name, score in scores.items():
             print(f"{f'{predictor.run}, {name} score':38s} "
                   f"{metrics(score, split.truth)['mAP']:5.2f}")
@@ -352,7 +359,7 @@ def main(argv=None):
         threshold = np.mean([member.threshold for member in predictors], 0)
         numbers = metrics(scores, split.truth, threshold)
         text = "  ".join(f"{name} {value}" for name, value in numbers.items())
-        rests_on = (f"{(split.truth == 1).sum()} positives of "
+        rests_on = (f"{numbers['positives']} positives of "
                     f"{len(split.names) - numbers['left_out']} categories")
         print(json.dumps(numbers) if args.json else
               f"{split.name}, {len(split.paths)} images, {rests_on}, epoch "

@@ -25,7 +25,7 @@ import kernels
 import losses
 from clip.features import FeatureLoader, autocast_dtype
 from config import parse
-from eval import PseudoCount, best_thresholds, evaluate
+from eval import PseudoCount, best_thresholds, evaluate, zero_shot_text
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
@@ -212,6 +212,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     splits = train_split, val_split, test_split = splits or load_data(cfg)
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
 
+    g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, train_split, encoder).to(device)
     if cfg.carl_from:
@@ -221,9 +222,12 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
     timers, start = dict(features=0.0, training=0.0, evaluation=0.0), time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
-    loaders = {name: evaluation_loader(cfg, split, encoder, device, rank, world,
-                                       cfg.matching == "global")
-               for name, split in (("val", val_split), ("test", test_split)) if split}
+    few = None  # without validation these bring zero-shot to the scale of the run
+    if not val_split and cfg.images == "photos":
+        few = train_split.subset(np.arange(min(1000, len(train_split.paths))))
+    loaders = {name: evaluation_loader(cfg, split, encoder, device, rank, world)
+               for name, split in (("val", val_split), ("train", few), ("test", test_split))
+               if split}
     timers["features"] = time.perf_counter() - start
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -249,10 +253,10 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         state.epoch += 1
         with torch.no_grad():
             g_pos, g_neg = model.prompts(encoder)
-        threshold, improved = np.full(len(g_pos), 0.5), False
+        threshold, scale, improved = np.full(len(g_pos), 0.5), None, False
         if state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs:
             start = time.perf_counter()
-            numbers, scores = evaluate(model, g_pos, g_neg, loaders, cfg.score)
+            numbers, scores, scale = evaluate(model, g_pos, g_neg, g_zero, loaders, cfg.score)
             timers["evaluation"] += time.perf_counter() - start
             line |= numbers
             improved = is_best(state, numbers)
@@ -263,7 +267,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
             save(run, state, dict(
                 config=json.dumps(dataclasses.asdict(cfg)), names=list(train_split.names),
                 clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(),
-                g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=state.epoch), improved)
+                g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=state.epoch,
+                g_zero=g_zero.cpu(), zero_shot_scale=scale), improved)
             print(report.of_epoch(line, cfg.epochs), flush=True)
         if on_epoch:
             on_epoch(state, line)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import parse as parse_config
-from eval import maps_of, metrics, score_split
+from eval import maps_of, metrics
 from paper.run_table import Runs
 from support import UserError
 from support.checkpoint import save_atomically, write_atomically
@@ -273,8 +273,7 @@ def figure_4(runs, folders, images, file, top=3):
     lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) "
              "| peak, present | peak, absent | pairs |", "|---|" + "---:|" * 9]
     for name, predictor in predictors.items():
-        scores, maps = score_split(predictor.model, predictor.g_pos, predictor.g_neg, runs.test,
-                                   maps_of)
+        scores, maps = predictor.scores(runs.test, maps_of)
         where = localisation(next(iter(maps.values())), predictor.grid, split.boxes, split.truth)
         mAP = metrics(scores.get(predictor.cfg.score, scores["region"]), split.truth)["mAP"]
         told = " | ".join(str(where[key]) for key in names)

@@ -84,9 +84,9 @@ def record(cfg, folder, name):
         return loss, terms, pseudo
 
     def scored(*args):
-        numbers, found = evaluate(*args)
+        numbers, found, scale = evaluate(*args)
         scores.update(found)
-        return numbers, found
+        return numbers, found, scale
 
     with (
         mock.patch.multiple(train, training_step=recorded, evaluate=scored),

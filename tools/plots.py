@@ -106,7 +106,7 @@ def curves(history, file, weights=None, best=None):
         if points and weight:
             left.plot(*zip(*points), label=name if weight == 1 else f"{weight:g} {name}")
     for split in ("val", "test"):
-        for score in ("mAP_region", "mAP_query"):
+        for score in ("mAP_region", "mAP_query", "mAP_mixed", "mAP_zero-shot"):
             points = [(line["epoch"], line[split][score]) for line in history
                       if score in line.get(split, {})]
             if points:

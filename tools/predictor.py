@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import clip
@@ -21,11 +22,11 @@ from support.cli import best_device
 from trm import TRM
 
 
-def evaluation_loader(cfg, split, encoder, device, rank=0, world=1, need_global=True):
+def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
     """Features of a split that is scored: not augmented; one cached view where the run caches."""
     return FeatureLoader(data.Images(split, cfg.size), encoder, cfg.batch, cfg.workers,
                          min(1, cfg.cache_features), cfg.cache_dir, device,
-                         autocast_dtype(cfg.amp, device), rank, world, need_global)
+                         autocast_dtype(cfg.amp, device), rank, world)
 
 
 def select_logits(out, score):
@@ -35,6 +36,32 @@ def select_logits(out, score):
     return out.logits_q if score == "query" else (out.logits_r + out.logits_q) / 2
 
 
+def zero_shot_scale(scores):
+    """What brings CLIP's cosines to the scale of the run's logits: the same mean and deviation over
+    some images. scores: of `score_split` -> slope and offset of each category, (2, C) float32."""
+    logit, cosine = logit_and_cosine(scores)
+    slope = logit.std(0, correction=0) / cosine.std(0, correction=0).clamp(min=1e-6)
+    return torch.stack([slope, logit.mean(0) - slope * cosine.mean(0)])
+
+
+def mixed(logit, cosine, scale):
+    """The mixed score: the mean of the run's logit and the zero-shot cosine on its scale. Ours, not
+    the paper's (docs/readings.md). logit, cosine (n, C), scale (2, C) -> probabilities (n, C)."""
+    slope, offset = scale
+    return ((logit + slope * cosine + offset) / 2).sigmoid()
+
+
+def mixed_scores(scores, scale):
+    """The mixed score of a split, numpy, from those of `score_split`."""
+    return mixed(*logit_and_cosine(scores), scale).numpy()
+
+
+def logit_and_cosine(scores):
+    """The two (n, C) that the mixed score mixes."""
+    p = torch.from_numpy(scores.get("mean", scores["region"]))
+    return torch.logit(p, 1e-6), torch.from_numpy(scores["zero-shot"])
+
+
 def region_map(out, matching):
     """The map (B, C, N) that a method shows: the mask of Eq. 2, or DualCoOp's positive
     similarity."""
@@ -42,15 +69,18 @@ def region_map(out, matching):
 
 
 @torch.no_grad()
-def score_split(model, g_pos, g_neg, loader, maps=None):
-    """One pass -> {"region", "query", "mean": (n, C) probabilities; a baseline: "region" alone} and
-    {name: (n, C, N)} of maps(out, model), if given. numpy float32."""
+def score_split(model, g_pos, g_neg, loader, g_zero=None, maps=None):
+    """One pass -> {"region", "query", "mean": (n, C) probabilities; a baseline: "region" alone;
+    "zero-shot": cosines to g_zero (C, D), if given} and {name: (n, C, N)} of maps(out, model), if
+    given. numpy float32."""
     model.eval()
     scores, kept = {}, {}
     for _, f, x in loader.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
         for name in ("region", "query", "mean") if out.logits_q is not None else ("region",):
             scores.setdefault(name, []).append(select_logits(out, name).sigmoid())
+        if g_zero is not None:
+            scores.setdefault("zero-shot", []).append(F.normalize(x, dim=-1) @ g_zero.T)
         for name, part in maps(out, model).items() if maps else ():
             kept.setdefault(name, []).append(part.half().cpu())  # many: half the memory
     return ({name: torch.cat(parts).float().cpu().numpy() for name, parts in scores.items()},
@@ -89,6 +119,11 @@ class Predictor:
         self.grid = self.clip.grid(cfg.size, cfg.size)  # (h, w)
         self.g_pos = state["g_pos"].to(self.device)  # (C, D)
         self.g_neg = state["g_neg"].to(self.device)
+        self.g_zero = state["g_zero"].to(self.device)  # (C, D) of zero-shot CLIP
+        self.scale = state["zero_shot_scale"]  # (2, C) of the mixed score
+        if cfg.score == "mixed" and self.scale is None:
+            raise UserError(f"{run} had no photos to bring zero-shot to its scale: choose another "
+                            "--score than mixed")
         self.threshold = np.asarray(state["threshold"])  # (C,)
         self.model = TRM(*self.g_pos.shape, matching=cfg.matching,
                          contrastive=False).to(self.device).eval()
@@ -99,11 +134,22 @@ class Predictor:
     def score(self, f, x):
         """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
-        return select_logits(out, self.cfg.score).sigmoid(), out
+        logit = select_logits(out, self.cfg.score)
+        if self.cfg.score == "mixed":
+            cosine = F.normalize(x, dim=-1) @ self.g_zero.T
+            return mixed(logit, cosine, self.scale.to(logit.device)), out
+        return logit.sigmoid(), out
+
+    def scores(self, loader, maps=None):
+        """All scores and maps of a split as `score_split` gives them, "mixed" among them."""
+        scores, kept = score_split(self.model, self.g_pos, self.g_neg, loader, self.g_zero, maps)
+        if self.scale is not None:
+            scores["mixed"] = mixed_scores(scores, self.scale)
+        return scores, kept
 
     def score_split(self, loader):
         """(n, C) probabilities of the run's score."""
-        scores, _ = score_split(self.model, self.g_pos, self.g_neg, loader)
+        scores, _ = self.scores(loader)
         return scores.get(self.cfg.score, scores["region"])
 
     def predict(self, images, batch=32, workers=0):
@@ -133,7 +179,7 @@ class Predictor:
         kind = data.Images if unreadable is None else Lenient
         loader = FeatureLoader(kind(split, self.cfg.size), self.clip, batch, workers,
                                device=self.device, amp=autocast_dtype(self.cfg.amp, self.device),
-                               need_global=self.cfg.matching == "global")
+                               need_global=self.cfg.needs_global)
         show = progress and sys.stderr.isatty()
         with tqdm(total=len(images), disable=not show, leave=False, unit="image") as bar:
             for index, f, x in loader.batches(0, shuffle=False):

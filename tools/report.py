@@ -13,7 +13,9 @@ def of_epoch(line, epochs):
 
 
 def mAPs(line):
-    return "  ".join(f"{split} mAP {line[split]['mAP']:.2f}" for split in ("val", "test")
+    """mAP of each split that was evaluated, beside it that of CLIP without any training."""
+    return "  ".join(f"{split} mAP {line[split]['mAP']:.2f} (zero-shot "
+                     f"{line[split]['mAP_zero-shot']:.2f})" for split in ("val", "test")
                      if split in line)
 
 
@@ -22,10 +24,13 @@ def of_run(run, cfg, state, encoder, splits, timers):
     (train, val, test), timers {phase: seconds}"""
     for split in ("val", "test"):
         if numbers := dict(state.history[-1].get(split, {})):
-            left_out = numbers.pop("left_out")
+            left_out, positives = numbers.pop("left_out"), numbers.pop("positives")
             told = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
-            print(f"last epoch, {split}: {told}"
-                  + (f"  ({left_out} categories without a positive left out)" if left_out else ""))
+            print(f"last epoch, {split}: {told}  (of {positives} positives"
+                  + (f", {left_out} categories without one left out)" if left_out else ")"))
+            if numbers["mAP"] < numbers["mAP_zero-shot"]:
+                print(f"warning: on {split} the run is below CLIP without any training; --score "
+                      "mixed adds the two")
     best = state.best
     if best:
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "

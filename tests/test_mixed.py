@@ -1,0 +1,92 @@
+"""The mixed score: the run's logit and what CLIP knows without training, on one scale."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_world import run, world
+
+from eval import metrics, zero_shot, zero_shot_text
+from support import UserError
+from support.checkpoint import read_checkpoint
+from tools import report
+from tools.predictor import Predictor, mixed, mixed_scores, zero_shot_scale
+
+
+def spread(values):
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+
+
+def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.05, 0.95, (7, 3)).astype(np.float32)
+    cosine = rng.normal(0.2, 0.02, (7, 3)).astype(np.float32)
+    scores = {"region": p, "zero-shot": cosine}
+    got = mixed_scores(scores, zero_shot_scale(scores))
+    for c in range(3):
+        logit = [math.log(v / (1 - v)) for v in p[:, c].tolist()]
+        (m, s), (mz, sz) = spread(logit), spread(cosine[:, c].tolist())
+        for i in range(7):
+            moved = m + s * (cosine[i, c] - mz) / sz
+            assert got[i, c] == pytest.approx(1 / (1 + math.exp(-(logit[i] + moved) / 2)), abs=1e-5)
+
+
+def test_a_category_without_spread_breaks_nothing():
+    scores = {"region": np.full((4, 1), 0.3, np.float32), "zero-shot": np.zeros((4, 1), np.float32)}
+    assert np.allclose(mixed_scores(scores, zero_shot_scale(scores)), 0.3, atol=1e-6)
+
+
+@pytest.fixture
+def trained(world, tmp_path):
+    run(world, tmp_path / "trained", epochs=2, score="mixed", cache_features=0)
+    return tmp_path / "trained"
+
+
+def test_one_photo_is_scored_as_in_its_split(trained):
+    predictor = Predictor(trained, "last")
+    split = predictor.splits()["test"]
+    whole = predictor.score_split(predictor.loader(split))
+    for i, p, _ in predictor.iterate(split.paths[:3]):
+        assert np.allclose(p, whole[i], atol=1e-4)
+
+
+def test_zero_shot_stands_beside_every_score(trained):
+    predictor = Predictor(trained, "last")
+    split = predictor.splits()["test"]
+    loader = predictor.loader(split)
+    cosine = zero_shot(predictor.clip, zero_shot_text(predictor.clip, split.prompts), loader)
+    mAP = metrics(cosine["global"], split.truth)["mAP"]
+    for line in (trained / "metrics.jsonl").read_text().splitlines():
+        test = json.loads(line)["test"]
+        assert test["mAP_zero-shot"] == pytest.approx(mAP, abs=0.01)
+        assert test["mAP"] == test["mAP_mixed"]
+        assert f"(zero-shot {test['mAP_zero-shot']:.2f})" in report.mAPs({"test": test})
+
+
+@pytest.mark.parametrize("val, which", ((None, "val"), (0, "train")))
+def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
+    run(world, tmp_path / "run", epochs=1, **({} if val is None else dict(val=val)))
+    predictor = Predictor(tmp_path / "run", "last")
+    scores, _ = predictor.scores(predictor.loader(predictor.splits()[which]))
+    assert torch.allclose(zero_shot_scale(scores), predictor.scale, rtol=1e-3, atol=1e-3)
+
+
+def test_without_photos_there_is_no_mixed_score(trained, tmp_path):
+    state = read_checkpoint(trained / "last.pt")
+    from support.checkpoint import save_checkpoint
+    save_checkpoint(state | {"zero_shot_scale": None}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="other --?.*|another --score"):
+        Predictor(tmp_path, "last")
+    assert Predictor(tmp_path, "last", places={"score": "region"}).cfg.score == "region"
+
+
+def test_a_run_below_zero_shot_is_warned_of(world, tmp_path, capfd):
+    run(world, tmp_path / "run", epochs=1, lr=1e-9)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    out = capfd.readouterr().out
+    for split in ("val", "test"):
+        below = line[split]["mAP"] < line[split]["mAP_zero-shot"]
+        assert (f"warning: on {split} the run is below CLIP" in out) == below
+    assert any(line[split]["mAP"] < line[split]["mAP_zero-shot"] for split in ("val", "test"))
