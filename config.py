@@ -181,7 +181,17 @@ PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2,
-                          score="query", cache_features=2, workers=0)}
+                          score="query", cache_features=2, workers=0),
+           "sheet": dict(augment="flip", lr=1e-3, dropout=0.2, score="mixed", cache_features=2)}
+
+
+def preset(data):
+    """The recipe that a data set brings. A sheet's batch grows with its rows, so that even 150
+    photos give some 300 steps."""
+    if not is_path("data", data):
+        return PRESETS.get(data, {})
+    rows = Path(data).read_bytes().count(b"\n") if Path(data).is_file() else 0
+    return PRESETS["sheet"] | dict(batch=min(128, max(16, rows // 8)))
 
 
 def parse(argv, about=""):
@@ -204,7 +214,7 @@ def parse(argv, about=""):
             given[name] = os.path.abspath(value)  # a run is used from other folders, too
     run = given.pop("resume", None)
     if run is None:
-        return Config(**PRESETS.get(given.get("data", "scenes"), {}) | given), None
+        return Config(**preset(given.get("data", "scenes")) | given), None
     if kept := given.keys() - movable:
         names = " ".join("--" + name.replace("_", "-") for name in sorted(kept))
         raise UserError(f"--resume takes its settings from the run, drop {names}")

@@ -29,14 +29,14 @@ import torch.nn.functional as F
 
 import clip
 import data
-from config import PLACES, PRESETS, Config, is_path
+from config import PLACES, Config, is_path, preset
 from support import UserError
 from support.cli import best_device, make_parser, run_main, words
 from support.distributed import gather_scores
 from tools.categories import table
 from tools.localise import localisation
 from tools.predictor import (Predictor, mixed_scores, region_map, score_split,
-                             zero_shot_scale)
+                             zero_shot_scale, zero_shot_score)
 
 # ---- metrics: numpy only; scores are probabilities or anything that ranks
 
@@ -156,15 +156,15 @@ class PseudoCount:
 
 
 @torch.no_grad()
-def evaluate(model, g_pos, g_neg, g_zero, loaders, score):
-    """-> {split: metrics of `score`, and mAP of each score}, {split: probabilities (n, C) of
-    `score`}, and the scale of the mixed score: of the first split, which never is the test's."""
+def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
+    """positives (C,): known ones of training -> {split: metrics of `score`, and mAP of each score},
+    {split: probabilities (n, C) of `score`}, and zero_shot_scale on the first split, never test."""
     numbers, chosen, scale = {}, {}, None
     for name, loader in loaders.items():
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         scores = gather_scores(scores, len(loader), loader.batch)
         if scale is None and name != "test":
-            scale = zero_shot_scale(scores)
+            scale = zero_shot_scale(scores, positives)
         if scale is not None:
             scores["mixed"] = mixed_scores(scores, scale)
         if name != "train":
@@ -190,18 +190,19 @@ def zero_shot_text(encoder, prompts, templates=TEMPLATES):
 
 @torch.no_grad()
 def zero_shot(encoder, g, loader):
-    """{"global": (n, C), "dense": (n, C)}: cosines to g (C, D); dense: of the best location."""
-    found = {"global": [], "dense": []}
+    """{"global", "dense", "both": (n, C)}: cosines to g (C, D), of the best location; their sum."""
+    found = {"global": [], "dense": [], "both": []}
     for _, f, x in loader.batches(0, shuffle=False):
         found["global"].append(F.normalize(x, dim=-1) @ g.T)
-        found["dense"].append((F.normalize(f, dim=-1) @ g.T).amax(1))
+        found["both"].append(zero_shot_score(f, x, g))
+        found["dense"].append(found["both"][-1] - found["global"][-1])
     return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
 
 class ZeroShot(Predictor):
     """CLIP without training in the place of a run, for a sheet whose labels are still to come.
 
-    A probability is sigmoid(2 (z - 1)): z is the cosine to a category's prompts, standardised over
+    A probability is sigmoid(2 (z - 1)): z is the zero-shot score of a category, standardised over
     the images of the split. The region is the map of the cosines.
     """
 
@@ -219,8 +220,8 @@ class ZeroShot(Predictor):
         return self.parts
 
     def score_split(self, loader):
-        cosine = zero_shot(self.clip, self.g, loader)["global"]  # (n, C)
-        z = (cosine - cosine.mean(0)) / np.maximum(cosine.std(0), 1e-6)
+        score = zero_shot(self.clip, self.g, loader)["both"]  # (n, C)
+        z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
         return 1 / (1 + np.exp(-2 * (z - 1)))
 
     def score(self, f, x):
@@ -340,7 +341,7 @@ def main(argv=None):
         if args.zero_shot and args.suggest and args.data and not args.run:
             from tools.suggest import suggest
             size = {"size": args.size} if args.size else {}
-            return suggest(ZeroShot(Config(**PRESETS.get(args.data, {}) | places | size)), args)
+            return suggest(ZeroShot(Config(**preset(args.data) | places | size)), args)
         if args.zero_shot or args.size or not args.run:
             raise UserError("expected a run folder, or --zero-shot with --data, --suggest and, if "
                             "need be, --size in its place")

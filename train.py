@@ -36,6 +36,10 @@ from tools import report
 from tools.predictor import evaluation_loader
 from trm import TRM, Output, Prompts
 
+# Positives a category that validation needs to choose the best epoch: with fewer, what it chooses
+# is on average worse than the last epoch (docs/readings.md).
+ENOUGH = 10
+
 
 def build_model(cfg, split, encoder):
     """The TRM of a run for the categories of a data.Split: prompts, queries, regions, heads."""
@@ -213,6 +217,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
 
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
+    positives = (train_split.labels == 1).sum(0)  # (C,)
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, train_split, encoder).to(device)
     if cfg.carl_from:
@@ -256,7 +261,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         threshold, scale, improved = np.full(len(g_pos), 0.5), None, False
         if state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs:
             start = time.perf_counter()
-            numbers, scores, scale = evaluate(model, g_pos, g_neg, g_zero, loaders, cfg.score)
+            numbers, scores, scale = evaluate(model, g_pos, g_neg, g_zero, positives, loaders,
+                                              cfg.score)
             timers["evaluation"] += time.perf_counter() - start
             line |= numbers
             improved = is_best(state, numbers)
@@ -281,8 +287,9 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
 def is_best(state, numbers):
     """Whether this epoch is the best so far, on validation or else on test; the state notes it."""
     split = "val" if "val" in numbers else "test"
-    if split not in numbers or numbers[split]["left_out"] == len(state.memory.cursor):
-        return False  # no category has a positive to choose on
+    enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1
+    if split not in numbers or numbers[split]["positives"] < enough:
+        return False
     if state.best and numbers[split]["mAP"] <= state.best["mAP"]:
         return False
     state.best = {"epoch": state.epoch, "chosen_on": split, "mAP": numbers[split]["mAP"]}

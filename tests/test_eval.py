@@ -251,8 +251,8 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
     status, out, _ = command(evaluation.main, [trained, "--compare", trained], capfd)
     assert (
         status == 0
-        and [line.split(",")[0].split(" ")[0] for line in out[-12:]]
-        == ["zero-shot"] * 2 + [str(trained)] * 10
+        and [line.split(",")[0].split(" ")[0] for line in out[-13:]]
+        == ["zero-shot"] * 3 + [str(trained)] * 10
     )
     assert all(
         f"{trained}, {what} " in line

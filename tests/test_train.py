@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,25 @@ def test_resuming_a_finished_or_an_unbegun_run(world, whole, tmp_path, monkeypat
     shutil.copy(whole / "config.json", tmp_path / "begun")
     assert train.main(["--resume", str(tmp_path / "begun")]) == 0
     same_run(whole, tmp_path / "begun")
+
+
+@pytest.mark.parametrize("rows, batch", ((10, 16), (150, 18), (800, 100), (5000, 128)))
+def test_a_sheet_brings_its_recipe(tmp_path, rows, batch):
+    (tmp_path / "photos.csv").write_text("image,dog\n" + "a.jpg,1\n" * (rows - 1))
+    cfg, _ = train.parse(["--data", str(tmp_path / "photos.csv")])
+    assert cfg.batch == batch and cfg.score == "mixed" and cfg.cache_features == 2
+    cfg, _ = train.parse(["--data", str(tmp_path / "photos.csv"), "--batch", "7"])
+    assert cfg.batch == 7
+
+
+def test_few_positives_choose_no_epoch(monkeypatch):
+    """Ten a category on average let validation choose; a test split chooses with any."""
+    monkeypatch.setattr(train, "ENOUGH", 10)
+    for split, positives, chosen in (("val", 19, False), ("val", 20, True), ("test", 1, True),
+                                     ("test", 0, False)):
+        state = SimpleNamespace(memory=SimpleNamespace(cursor=[0, 0]), best=None, epoch=3)
+        assert train.is_best(state, {split: dict(positives=positives, mAP=50.0)}) == chosen
+        assert (state.best is not None) == chosen
 
 
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))

@@ -28,11 +28,10 @@ import data
 import eval as evaluation
 import train
 from config import Config
-from eval import Predictor, metrics, zero_shot, zero_shot_text
+from eval import Predictor, metrics
 from tools import review
 
-RECIPE = ("--clip tiny --size 256 --batch 16 --augment flip --lr 1e-3 --dropout 0.2 --score query "
-          "--cache-features 2 --workers 0")
+RECIPE = "--clip tiny --size 256 --workers 0"
 # of a person: a key that is decided on; a tile of a group that is looked over
 SECONDS = {"key": 1.5, "look": 0.5}
 
@@ -47,20 +46,6 @@ def keys_pressed(cells, truth):
         last = max((n for n, one in enumerate(wrong, 1) if one), default=0)
         keys += last + (last < len(wrong))  # R or W up to the last wrong one, then A
     return keys
-
-
-def zscore(x):
-    return (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)
-
-
-def scores_of(predictor, split):
-    """{"zero-shot", "run", "mixed"} -> (n, C); mixed: the standardised logit and cosine, added."""
-    loader = predictor.loader(split)
-    g = zero_shot_text(predictor.clip, split.prompts)
-    cosine = zero_shot(predictor.clip, g, loader)["global"]
-    p = predictor.score_split(loader)
-    logit = np.log(np.clip(p, 1e-7, 1) / np.clip(1 - p, 1e-7, 1))
-    return {"zero-shot": cosine, "run": p, "mixed": zscore(logit) + zscore(cosine)}
 
 
 def study(mask, share, args, place):
@@ -86,18 +71,12 @@ def study(mask, share, args, place):
         line = dict(mask=mask, share=share, round=number,
                     known=int((csv_labels(sheet) != "").sum()), looked=looked,
                     seconds=round(time.time() - start))
-        for kind in ("best", "last"):
-            if not (out / f"{kind}.pt").exists():
-                continue
-            predictor = Predictor(out, kind)
-            scores = scores_of(predictor, unseen)
-            numbers = {name: metrics(p, unseen.truth)["mAP"] for name, p in scores.items()}
-            line |= {"zero-shot": numbers["zero-shot"], kind: numbers["run"],
-                     f"{kind} mixed": numbers["mixed"]}
-            p = predictor.score_split(predictor.loader(unseen))
-            for at, threshold in (("thresholds", predictor.threshold), ("0.5", 0.5)):
-                decided = metrics(p, unseen.truth, threshold)
-                line |= {f"{kind} OF1 {at}": decided["OF1"], f"{kind} CF1 {at}": decided["CF1"]}
+        predictor = Predictor(out)
+        scores, _ = predictor.scores(predictor.loader(unseen))
+        line |= {name: metrics(p, unseen.truth)["mAP"] for name, p in scores.items()}
+        for at, threshold in (("thresholds", predictor.threshold), ("0.5", 0.5)):
+            decided = metrics(scores["mixed"], unseen.truth, threshold)
+            line |= {f"OF1 {at}": decided["OF1"], f"CF1 {at}": decided["CF1"]}
         if evaluation.main([str(out), "--suggest", str(place / f"round{number}.csv")]):
             sys.exit("suggesting failed")
         cells = page_cells(place / f"round{number}.html")

@@ -36,27 +36,36 @@ def select_logits(out, score):
     return out.logits_q if score == "query" else (out.logits_r + out.logits_q) / 2
 
 
-def zero_shot_scale(scores):
-    """What brings CLIP's cosines to the scale of the run's logits: the same mean and deviation over
-    some images. scores: of `score_split` -> slope and offset of each category, (2, C) float32."""
-    logit, cosine = logit_and_cosine(scores)
-    slope = logit.std(0, correction=0) / cosine.std(0, correction=0).clamp(min=1e-6)
-    return torch.stack([slope, logit.mean(0) - slope * cosine.mean(0)])
+def zero_shot_score(f, x, g):
+    """What CLIP says untrained: the cosine of the whole image plus that of its best location.
+    f (B, N, D), x (B, D), g (C, D) unit -> (B, C)"""
+    return F.normalize(x, dim=-1) @ g.T + (F.normalize(f, dim=-1) @ g.T).amax(1)
 
 
-def mixed(logit, cosine, scale):
-    """The mixed score: the mean of the run's logit and the zero-shot cosine on its scale. Ours, not
-    the paper's (docs/readings.md). logit, cosine (n, C), scale (2, C) -> probabilities (n, C)."""
-    slope, offset = scale
-    return ((logit + slope * cosine + offset) / 2).sigmoid()
+def zero_shot_scale(scores, positives):
+    """How the mixed score mixes: slope and offset give the zero-shot score mean and deviation of
+    the run's logit over some images; its weight is (n + 3) / (2 n + 3) for a category of n known
+    positives in training (docs/readings.md). scores: of `score_split`, positives (C,) -> slope,
+    offset and weight of each category, (3, C) float32."""
+    logit, zero = logit_and_zero_shot(scores)
+    n = torch.as_tensor(positives, dtype=torch.float32)
+    slope = logit.std(0, correction=0) / zero.std(0, correction=0).clamp(min=1e-6)
+    return torch.stack([slope, logit.mean(0) - slope * zero.mean(0), (n + 3) / (2 * n + 3)])
+
+
+def mixed(logit, zero, scale):
+    """The mixed score, ours and not the paper's: the weighted mean of the run's logit and the
+    zero-shot score on its scale. logit, zero (n, C), scale (3, C) -> probabilities (n, C)."""
+    slope, offset, weight = scale
+    return ((1 - weight) * logit + weight * (slope * zero + offset)).sigmoid()
 
 
 def mixed_scores(scores, scale):
     """The mixed score of a split, numpy, from those of `score_split`."""
-    return mixed(*logit_and_cosine(scores), scale).numpy()
+    return mixed(*logit_and_zero_shot(scores), scale).numpy()
 
 
-def logit_and_cosine(scores):
+def logit_and_zero_shot(scores):
     """The two (n, C) that the mixed score mixes."""
     p = torch.from_numpy(scores.get("mean", scores["region"]))
     return torch.logit(p, 1e-6), torch.from_numpy(scores["zero-shot"])
@@ -71,8 +80,8 @@ def region_map(out, matching):
 @torch.no_grad()
 def score_split(model, g_pos, g_neg, loader, g_zero=None, maps=None):
     """One pass -> {"region", "query", "mean": (n, C) probabilities; a baseline: "region" alone;
-    "zero-shot": cosines to g_zero (C, D), if given} and {name: (n, C, N)} of maps(out, model), if
-    given. numpy float32."""
+    "zero-shot" with the texts g_zero (C, D), if given} and {name: (n, C, N)} of maps(out, model),
+    if given. numpy float32."""
     model.eval()
     scores, kept = {}, {}
     for _, f, x in loader.batches(0, shuffle=False):
@@ -80,7 +89,7 @@ def score_split(model, g_pos, g_neg, loader, g_zero=None, maps=None):
         for name in ("region", "query", "mean") if out.logits_q is not None else ("region",):
             scores.setdefault(name, []).append(select_logits(out, name).sigmoid())
         if g_zero is not None:
-            scores.setdefault("zero-shot", []).append(F.normalize(x, dim=-1) @ g_zero.T)
+            scores.setdefault("zero-shot", []).append(zero_shot_score(f, x, g_zero))
         for name, part in maps(out, model).items() if maps else ():
             kept.setdefault(name, []).append(part.half().cpu())  # many: half the memory
     return ({name: torch.cat(parts).float().cpu().numpy() for name, parts in scores.items()},
@@ -120,7 +129,7 @@ class Predictor:
         self.g_pos = state["g_pos"].to(self.device)  # (C, D)
         self.g_neg = state["g_neg"].to(self.device)
         self.g_zero = state["g_zero"].to(self.device)  # (C, D) of zero-shot CLIP
-        self.scale = state["zero_shot_scale"]  # (2, C) of the mixed score
+        self.scale = state["zero_shot_scale"]  # (3, C) of the mixed score, or None
         if cfg.score == "mixed" and self.scale is None:
             raise UserError(f"{run} had no photos to bring zero-shot to its scale: choose another "
                             "--score than mixed")
@@ -136,8 +145,8 @@ class Predictor:
         out = self.model(f, x, self.g_pos, self.g_neg)
         logit = select_logits(out, self.cfg.score)
         if self.cfg.score == "mixed":
-            cosine = F.normalize(x, dim=-1) @ self.g_zero.T
-            return mixed(logit, cosine, self.scale.to(logit.device)), out
+            zero = zero_shot_score(f, x, self.g_zero)
+            return mixed(logit, zero, self.scale.to(logit.device)), out
         return logit.sigmoid(), out
 
     def scores(self, loader, maps=None):

@@ -36,7 +36,7 @@ def of_run(run, cfg, state, encoder, splits, timers):
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
               f"{mAPs(state.history[best['epoch'] - 1])}")
     else:
-        print("no best epoch: no known positive to choose it on; eval.py takes the last one")
+        print("no best epoch: too few known positives to choose it on; eval.py takes the last one")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
     curves(state.history, run / "curves.png", weights, best and best["epoch"])
     train_split, val_split, test_split = splits
