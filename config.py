@@ -125,6 +125,8 @@ class Config:
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
             raise UserError("--images captions takes its labels from the words of the captions: "
                             "drop --ratio, --single-positive and --mask")
+        if not is_path("data", self.data):
+            self.data = self.data.lower()  # COCO is coco
         if self.assume_negative is None:
             self.assume_negative = 0.3 if self.single_positive else 0.0
 

@@ -172,6 +172,8 @@ def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
             chosen[name] = scores.get(score, scores["region"])
             numbers[name] = metrics(chosen[name], truth)
             numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
+            ap = 100 * precision_per_category(chosen[name], truth)
+            numbers[name]["AP"] = [None if np.isnan(one) else round(one, 2) for one in ap.tolist()]
     return numbers, chosen, scale
 
 

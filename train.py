@@ -117,16 +117,18 @@ def contrastive_samples(model, memory, regions, present):
 
 
 def update(state, loss, cfg):
-    """A step of AdamW on the gradient of all processes, its norm clipped, and of the schedule."""
+    """A step of AdamW on the gradient of all processes, its norm clipped, and of the schedule.
+    Returns the norm before it was clipped."""
     parameters = state.optimizer.param_groups[0]["params"]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     average_gradients(parameters)  # first, so that one process's overflow is seen by all
     state.scaler.unscale_(state.optimizer)
-    torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.scheduler.step()
+    return norm
 
 
 def train_one_epoch(state, encoder, loader, cfg, rank=0):
@@ -151,10 +153,10 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
         index = gather(index, min(cfg.batch, len(loader) - i * cfg.batch))  # (B,)
         loss, terms, pseudo = training_step(state.model, state.memory, encoder, cfg, f, x,
                                             labels[index], stage_two, amp)
-        update(state, loss, cfg)
+        norm = update(state, loss, cfg)
         if pseudo is not None:
             pseudo_count.add(pseudo, labels[index], truth[index])
-        for name, term in {**terms, "L": loss}.items():
+        for name, term in {**terms, "L": loss, "gradient_norm": norm}.items():
             sums[name] = sums.get(name, 0) + term.detach()
         # asking makes the host wait for a GPU
         if device.type == "cpu" or i % 50 == 0 or i + 1 == steps:
@@ -165,7 +167,8 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
     if not all(p.isfinite().all() for p in state.optimizer.param_groups[0]["params"]):
         raise diverged(state, "a weight is not finite after the last step", terms)
     seconds = time.perf_counter() - start
-    line = dict(epoch=state.epoch + 1, stage=2 if stage_two else 1)
+    line = dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
+                lr=state.scheduler.get_last_lr()[0])
     line |= {name: round(float(value) / steps, 6) for name, value in sums.items()}
     line |= pseudo_count.report()
     return line | dict(images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2),
@@ -275,7 +278,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
                 clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(),
                 g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=state.epoch,
                 g_zero=g_zero.cpu(), zero_shot_scale=scale), improved)
-            print(report.of_epoch(line, cfg.epochs), flush=True)
+            report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
     if rank == 0:

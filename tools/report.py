@@ -1,15 +1,24 @@
 """What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
+import importlib.util
+
 from support.cli import peak_memory
 from support.run_folder import FILES
 from tools.plots import curves, save_regions
 from tools.predictor import Predictor
 
 
-def of_epoch(line, epochs):
-    """A line of metrics.jsonl -> the line that is printed."""
+def of_epoch(run, line, epochs):
+    """Prints a line of metrics.jsonl; TensorBoard gets its numbers where it is installed."""
     terms = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name[0] == "L")
-    return (f"epoch {line['epoch']:>3}/{epochs} stage {line['stage']}  {terms}  {mAPs(line)}  "
-            f"{line['images_per_second']:.0f} images/s")
+    print(f"epoch {line['epoch']:>3}/{epochs} stage {line['stage']}  {terms}  {mAPs(line)}  "
+          f"{line['images_per_second']:.0f} images/s", flush=True)
+    if importlib.util.find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(run / "tensorboard") as writer:
+            for name, value in line.items():
+                for part, number in value.items() if isinstance(value, dict) else (("", value),):
+                    if isinstance(number, (int, float)):
+                        writer.add_scalar(f"{name}/{part}".strip("/"), number, line["epoch"])
 
 
 def mAPs(line):
@@ -25,6 +34,7 @@ def of_run(run, cfg, state, encoder, splits, timers):
     for split in ("val", "test"):
         if numbers := dict(state.history[-1].get(split, {})):
             left_out, positives = numbers.pop("left_out"), numbers.pop("positives")
+            del numbers["AP"]
             told = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
             print(f"last epoch, {split}: {told}  (of {positives} positives"
                   + (f", {left_out} categories without one left out)" if left_out else ")"))

@@ -1,0 +1,53 @@
+"""What a run notes and tells while it trains."""
+import json
+import sys
+from types import ModuleType
+
+import pytest
+from small_world import run, world
+
+import train
+from config import Config
+from eval import Predictor, precision_per_category
+
+
+def test_a_line_holds_rate_gradient_and_ap(world, tmp_path):
+    run(world, tmp_path / "run", epochs=2, cache_features=0)
+    lines = [json.loads(line) for line in
+             (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["lr"] < lines[0]["lr"] and all(line["gradient_norm"] > 0 for line in lines)
+    predictor = Predictor(tmp_path / "run", "last")
+    split = predictor.splits()["test"]
+    ap = 100 * precision_per_category(predictor.score_split(predictor.loader(split)), split.truth)
+    assert [one is None for one in lines[1]["test"]["AP"]] == (ap != ap).tolist()
+    assert [one for one in lines[1]["test"]["AP"] if one is not None] == pytest.approx(
+        ap[ap == ap].tolist(), abs=0.01)
+
+
+def test_tensorboard_gets_the_numbers_where_it_is_installed(world, tmp_path, monkeypatch):
+    noted = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == tmp_path / "run" / "tensorboard"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def add_scalar(self, name, value, epoch):
+            noted.append((name, epoch))
+
+    fake = ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "tensorboard")
+    run(world, tmp_path / "run", epochs=2)
+    assert {("L", 1), ("L", 2), ("test/mAP", 2), ("lr", 1)} <= set(noted)
+
+
+def test_a_data_set_is_known_in_capitals():
+    assert Config(data="COCO", root="/x").data == "coco"
+    assert train.parse(["--data", "Photos.CSV"])[0].data.endswith("Photos.CSV")
