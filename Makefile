@@ -4,7 +4,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test bench map clean
+.PHONY: demo test bench map walkthrough clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}"'
@@ -17,12 +17,17 @@ demo: .venv/done
 	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --eval-every 4 --matching dualcoop --out runs/demo-dualcoop
 	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --eval-every 4 --out runs/demo
 	$(PY) eval.py runs/demo-dualcoop --compare runs/demo
+	@echo "look at runs/demo/regions.png, then open docs/walkthrough.html: the paper beside the code"
 
 test: .venv/done
 	$(PY) -m pytest -q tests
 
+walkthrough: .venv/done
+	$(PY) -m paper.walkthrough
+
 map: .venv/done
 	$(PY) -m tools.equation_map
+	$(PY) -m paper.walkthrough --text
 
 bench: .venv/done
 	$(PY) -m pytest -q -s tests/bench_*.py

@@ -43,7 +43,7 @@ def cosine(u, v):
 # ---- section 3.1 and 3.2
 
 def match(x, g_pos, g_neg, scale):
-    """Eq. 1: p(y_c | f_c, g_c) = f_c.g_c / (|f_c| |g_c|) / tau.
+    """Eq. 1 and 5: p(y_c | f_c, g_c) = f_c.g_c / (|f_c| |g_c|) / tau.
 
     Reading: two prompts a class, so the logit is the difference of the two matchings; scale =
     1/tau. x (..., C, D), g_pos and g_neg (C, D) -> (..., C)

@@ -86,3 +86,28 @@ def inspect(predictor, image, labels=None):
         terms["L"] = losses.total(terms, cfg.alpha, cfg.beta, cfg.gamma)
         seen["losses"] = terms
     return seen
+
+
+@torch.no_grad()
+def origins(memory, loader):
+    """Where the prototypes in the bank come from: (C, L, 3) image, location and view, -1 where the
+    slot is empty.
+
+    A prototype is the unit feature of one location of one training image, so the image whose
+    feature has cosine one is found again. loader: a FeatureLoader of the training images with a
+    cache.
+    """
+    C, L, D = memory.bank.shape
+    best = torch.full((C * L,), -1.0)
+    found = torch.full((C * L, 3), -1)
+    for view in range(len(loader.stored)):
+        for index, f, _ in loader.batches(view, shuffle=False):
+            N = f.shape[1]
+            cosine = memory.bank.flatten(0, 1) @ F.normalize(f, dim=-1).flatten(0, 1).T  # (CL, BN)
+            value, at = cosine.cpu().max(1)
+            here = torch.stack([index.cpu()[at // N], at % N, torch.full_like(at, view)], 1)
+            better = value > best
+            found[better] = here[better]
+            best = torch.maximum(best, value)
+    found[~memory.filled().flatten().cpu()] = -1
+    return found.view(C, L, 3)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import data
 from datasets import augment
@@ -64,10 +65,11 @@ def region_maps(predictor, loader, rows):
     return maps
 
 
-def jpeg(path, side=256):
-    """The photo as the text of a small JPEG."""
+def jpeg(photo, side=256):
+    """A photo, a file or a PIL image, as the text of a small JPEG."""
+    image = photo if isinstance(photo, Image.Image) else augment.read(photo)
     buffer = io.BytesIO()
-    fit(augment.read(path).convert("RGB"), side).save(buffer, "JPEG", quality=80)
+    fit(image.convert("RGB"), side).save(buffer, "JPEG", quality=80)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
