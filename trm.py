@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import region_pool
+import kernels
 from support import UserError
 from support.recompute import checkpointed
 
@@ -33,8 +33,7 @@ def match(x, g_pos, g_neg, scale):
     """
     # cos(x, g+) - cos(x, g-) = x.(g+ - g-) / |x| for unit g
     difference = F.normalize(g_pos, dim=-1) - F.normalize(g_neg, dim=-1)  # (C, D)
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=difference.dtype)
-    return scale * (x * difference).sum(-1) / norm.clamp(min=1e-12)  # (..., C)
+    return kernels.match(x, difference, scale)  # (..., C)
 
 
 class Prompts(nn.Module):
@@ -112,7 +111,7 @@ class CARL(nn.Module):
 
         parts = [(Q, part) for part in f.split(max(1, self.at_once // Q.numel()))]
         energy, queries = (torch.cat(whole) for whole in zip(*checkpointed(self.decode, parts)))
-        regions = region_pool(energy, f)  # (B, C, D)   F^r of Eq. 4
+        regions = kernels.region_pool(energy, f)  # (B, C, D)   F^r of Eq. 4
         return energy, regions, queries
 
     def decode(self, Q, f):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 from clip.tokenizer import tokenizer
 from support import UserError
@@ -37,6 +38,13 @@ def resize_positions(positions, h, w):
     grid = positions[1:].T.reshape(1, -1, g, g).float()  # (1, C, g, g)
     grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
     return torch.cat([positions[:1], grid.to(positions.dtype).flatten(2)[0].T])  # (1 + h*w, C)
+
+
+def divided(width, heads):
+    """heads, which have to divide the width of an attention."""
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {width}")
+    return heads
 
 
 def attend(q, k, v, heads, causal=False):
@@ -81,7 +89,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, grid, channels, embed_dim):
         super().__init__()
-        self.heads = max(1, channels // 64)
+        self.heads = divided(channels, max(1, channels // 64))
         positions = torch.randn(grid * grid + 1, channels) / channels ** 0.5
         self.positional_embedding = nn.Parameter(positions)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
@@ -143,7 +151,7 @@ class ModifiedResNet(nn.Module):
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.heads = heads
+        self.heads = divided(width, heads)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -306,13 +314,13 @@ class CLIP(nn.Module):
 
     def grid(self, H, W):
         """Rows and columns of the dense features of an H x W image: N = h * w."""
-        return self.visual.grid(H, W)
-
-    def trunk(self, x):
-        H, W = x.shape[-2:]
-        if 0 in self.grid(H, W):
+        if 0 in (grid := self.visual.grid(H, W)):
             raise UserError(f"images of {H} x {W} pixels are too small for a single feature: "
                             f"enlarge them, best to {self.resolution} x {self.resolution}")
+        return grid
+
+    def trunk(self, x):
+        self.grid(*x.shape[-2:])  # refuses what is too small
         return self.visual.trunk(x)
 
     def encode_image(self, x):
@@ -372,6 +380,16 @@ def dimensions(state):
     return shape | dict(layers=layers, vision_width=width, patch=None, resolution=32 * grid)
 
 
+class Unfilled(TorchFunctionMode):
+    """Parameters are made and not filled, since loaded ones take their place."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ in ("normal_", "uniform_", "fill_", "zero_"):
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if function is torch.randn else function)(*args, **kwargs)
+
+
 def build(state_dict, fold=False, activation="quickgelu", **heads):
     """State dict with OpenAI's names -> CLIP in evaluation mode, float32, its tensors copied.
 
@@ -385,10 +403,9 @@ def build(state_dict, fold=False, activation="quickgelu", **heads):
         dense = t.layout == torch.strided and t.is_floating_point()
         if not (t.numel() and dense and t.isfinite().all()):
             raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected dense finite numbers")
-    with torch.device("meta"), torch.no_grad():  # shapes alone: nothing is computed
+    with Unfilled():
         model = CLIP(**dimensions(state), activation=activation, **heads).eval()
-        model.encode(torch.empty(1, 3, model.resolution, model.resolution))
-        model.encode_prompts(torch.empty(1, 3, model.W), torch.zeros(1, dtype=torch.long))
+    model.grid(model.resolution, model.resolution)
     copied = {name: t.to(torch.float32, copy=True) for name, t in state.items()}
     model.load_state_dict(copied, assign=True)
     return model.fold() if fold else model

@@ -13,45 +13,37 @@ from support import UserError
 try:
     import triton
     import triton.language as tl
-    jit, operator = triton.jit, torch.library.triton_op
+    jit = triton.jit
 except ImportError:  # macOS, Windows: everything runs on the torch references, and chosen() says so
-    triton, tl = None, SimpleNamespace(constexpr=bool)
-    jit, operator = (lambda fn: fn), torch.library.custom_op
-
-# torch.compile sees through a wrapped launch; what the interpreter runs, torch 2.11 would not wrap.
-wrap = torch.library.wrap_triton
-if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
-    wrap = lambda kernel: kernel  # noqa: E731
+    triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda fn: fn
+operator = torch.library.custom_op  # triton_op would import Inductor, a second at every start
 _path = "auto"
 
 
 def interpreted():
-    """True when Triton's kernels run in its interpreter, on CPU tensors (how they are tested
-    without a GPU)."""
+    """True when Triton's kernels run in its interpreter, on CPU tensors: how they are tested."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use(path):
-    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton"; returns the earlier
-    choice."""
+    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton" -> the earlier choice."""
     global _path
     if path not in ("auto", "reference", "triton"):
         raise UserError(f"kernels: expected auto, reference or triton, got {path!r}")
     if path == "triton" and triton is None:
-        raise UserError("kernels: triton was asked for but is not installed; pip install triton "
-                         "(Linux), or use auto")
+        raise UserError("kernels: triton was asked for but is not installed; use auto")
     if path == "triton" and not (torch.cuda.is_available() or interpreted()):
-        raise UserError("kernels: triton was asked for but there is no CUDA device; use auto or "
-                         "reference")
+        raise UserError("kernels: triton was asked for but there is no CUDA device; use auto")
     earlier, _path = _path, path
     return earlier
 
 
 def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
-    # the kernels sum in float32
     if triton is None or _path == "reference" or x.dtype == torch.float64:
-        return False
+        return False  # the kernels sum in float32
+    if x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False  # Turing: tiles of half precision spill (kernels/compiled.csv)
     return x.is_cuda or (_path == "triton" and interpreted())
 
 

@@ -1,12 +1,10 @@
-"""Prototype extraction, Eq. 7: for each known positive the features at the K largest energies, into
-its queue.
+"""Prototypes, Eq. 7: of each known positive the features at the K largest energies, into its queue.
 
 B images, C categories, N locations, D dims, L queue length, K rows an image. The rules of both
 paths:
 - a category's queue is fed in the order of the images, within an image by falling energy, equal
-energies by location;
-- row number r of a category (counted since the start, `cursor`) lives in slot r % L, so the queue
-holds the last L;
+  energies by location;
+- row r of a category (counted since the start, `cursor`) lies in slot r % L: the last L stay;
 - min(K, N) rows an image; a NaN energy ranks with -inf, i.e. last (raising would wait for the GPU);
 - rows are unit length in float32, then rounded to the bank's type; a zero row stays zero.
 
@@ -17,7 +15,7 @@ operations and `nonzero` makes the host wait; the kernel is one launch, no wait.
 """
 import torch
 
-from kernels.dispatch import jit, runs_triton, tl, triton
+from kernels.dispatch import jit, operator, runs_triton, tl, triton
 
 POSITIVE = 1  # data.POSITIVE; the kernels import nothing of the project above them
 TICKET = 1 << 40  # the cursor's upper bits count arrivals during the launch, its lower 40 the rows
@@ -27,21 +25,16 @@ TICKET = 1 << 40  # the cursor's upper bits count arrivals during the launch, it
 
 def topk_prototypes_reference(energy, f, labels, bank, cursor, k):
     L, k = bank.shape[1], min(k, energy.shape[2])
-    # by category, within it by image         (P,), (P,)
-    c, b = (labels == POSITIVE).t().nonzero(as_tuple=True)
+    c, b = (labels == POSITIVE).t().nonzero(as_tuple=True)  # (P,) by category, then by image
     count = (labels == POSITIVE).sum(0)  # (C,)
-    # earlier images    (P,)
-    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]
+    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]  # (P,) of image
     e = energy[b, c]
     e = torch.where(e.isnan(), -torch.inf, e)  # (P, N)
-    # stable: equal energies by location  (P, k)
-    n = e.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    n = e.sort(dim=1, descending=True, stable=True).indices[:, :k]  # (P, k) equal: by location
     rows = f[b[:, None], n].to(torch.promote_types(f.dtype, torch.float32))  # (P, k, D)
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    # place among this call's rows    (P, k)
-    order = rank[:, None] * k + torch.arange(k, device=c.device)
-    # the last L; earlier ones would be overwritten anyway
-    stays = order >= (count * k)[c][:, None] - L
+    order = rank[:, None] * k + torch.arange(k, device=c.device)  # (P, k) among this call's rows
+    stays = order >= (count * k)[c][:, None] - L  # the last L; earlier ones would be overwritten
     slot = (cursor[c][:, None] + order) % L  # (P, k)
     bank[c[:, None].expand_as(slot)[stays], slot[stays]] = rows[stays].to(bank.dtype)  # Eq. 7
     cursor += count * k
@@ -65,10 +58,10 @@ def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, TICKET: tl.co
     positive = (tl.load(labels + images * C + c, mask=images < B, other=0) == 1).to(tl.int64)
     count = tl.sum(positive)
     rank = tl.sum(tl.where(images < b, positive, 0))
-    ticket = tl.atomic_add(cursor + c, TICKET)
+    ticket = tl.atomic_add(cursor + c, TICKET, sem="relaxed")
     first = ticket % TICKET
     if ticket // TICKET == count - 1:
-        tl.atomic_add(cursor + c, count * K - count * TICKET)
+        tl.atomic_add(cursor + c, count * K - count * TICKET, sem="relaxed")
 
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -83,28 +76,23 @@ def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, TICKET: tl.co
         order = rank * K + j
         if order >= count * K - L:  # the last L: two programs never share a slot
             x = tl.load(f + (b * N + best) * D + d, mask=d < D, other=0.0).to(tl.float32)
-            x = x / tl.maximum(tl.sqrt(tl.sum(x * x)), 1e-12)
+            x = tl.div_rn(x, tl.maximum(tl.sqrt_rn(tl.sum(x * x)), 1e-12))
             slot = (first + order) % L
-            # Eq. 7
             tl.store(bank + (c.to(tl.int64) * L + slot) * D + d, x.to(bank.dtype.element_ty),
-                     mask=d < D)
+                     mask=d < D)  # Eq. 7
 
 
 # ---- operator
 
 def launch_topk(energy, f, labels, bank, cursor, k):
     (B, C, N), D = energy.shape, f.shape[2]
+    blocks = {f"BLOCK_{name}": triton.next_power_of_2(size)
+              for name, size in (("B", B), ("N", N), ("D", D))}
     topk_kernel[(B * C,)](energy.contiguous(), f.contiguous(), labels.contiguous(), bank, cursor, B,
-                          C, N, D,
-                          bank.shape[1], min(k, N), TICKET, BLOCK_B=triton.next_power_of_2(B),
-                          BLOCK_N=triton.next_power_of_2(N), BLOCK_D=triton.next_power_of_2(D),
-                          num_warps=4)
+                          C, N, D, bank.shape[1], min(k, N), TICKET, **blocks, num_warps=4)
 
 
-# custom_op, where region_pool is a triton_op: it changes the queue in place, Inductor could fuse
-# nothing into it, and the shapes inside the reference depend on the labels, which only an opaque
-# operator keeps out of the graph.
-@torch.library.custom_op("trm_ml::topk_prototypes", mutates_args=("bank", "cursor"))
+@operator("trm_ml::topk_prototypes", mutates_args=("bank", "cursor"))
 def topk_op(energy: torch.Tensor, f: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor,
             cursor: torch.Tensor, k: int) -> None:
     run = launch_topk if runs_triton(energy) else topk_prototypes_reference
@@ -118,14 +106,11 @@ topk_op.register_fake(lambda energy, f, labels, bank, cursor, k: None)
 
 @torch.no_grad()
 def topk_prototypes(energy, f, labels, bank, cursor, k):
-    """Write the features at the k largest energies of every known positive into its category's
-    queue, in place.
+    """Writes the features at the k largest energies of every known positive into its queue.
 
     energy  (B, C, N) float; NaN ranks last       f       (B, N, D) float
-    labels  (B, C) int8, 1 = known positive       k       rows for each positive (at most N are
-            taken)
-    bank    (C, L, D) float, contiguous           cursor  (C,) int64: rows ever written; min(cursor,
-            L) slots are filled
+    labels  (B, C) int8, 1 = known positive       k       rows for each positive, at most N
+    bank    (C, L, D) float, contiguous           cursor  (C,) int64: rows ever written
     """
     (B, C, N), D = energy.shape, bank.shape[2]
     fits = f.shape == (B, N, D) and labels.shape == (B, C) and cursor.shape == (C,)
@@ -134,6 +119,5 @@ def topk_prototypes(energy, f, labels, bank, cursor, k):
                          f"({C},) and k >= 1, got {tuple(f.shape)}, {tuple(labels.shape)}, "
                          f"{tuple(bank.shape)}, {tuple(cursor.shape)}, k {k}")
     if not (bank.is_contiguous() and cursor.is_contiguous() and cursor.dtype == torch.int64):
-        raise ValueError("the bank and the int64 cursor are written in place and have to be "
-                         "contiguous")
+        raise ValueError("expected a contiguous bank and int64 cursor, written in place")
     topk_op(energy.detach(), f.detach(), labels, bank, cursor, k)

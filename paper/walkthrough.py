@@ -34,7 +34,7 @@ from tools.suggest import jpeg
 from train import train, training_loader
 
 ROOT = Path(__file__).resolve().parents[1]
-METHOD = ("trm.py", "memory.py", "losses.py", "kernels/region_pool.py",
+METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",
           "kernels/topk_prototypes.py", "train.py")
 MARK = re.compile(r"Eq\. ((?:\d+(?:-|, | and )?)+)")
 LONGEST = 34  # lines of a function that is shown whole

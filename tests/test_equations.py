@@ -161,16 +161,6 @@ def test_region_pool_of_extreme_energies():
     assert torch.isfinite(energy_t.grad).all()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_region_match_is_eq_1_on_eq_4(case):
-    rng, (B, C, N, D, L, K) = sizes(case)
-    energy, f = 2 * rng.randn(B, C, N), rng.randn(B, N, D)
-    g_pos, g_neg = unit(rng.randn(C, D)), unit(rng.randn(C, D))
-    expected = oracles.match(oracles.region_pool(energy, f), g_pos, g_neg, 50.0)
-    close("region_match", kernels.region_match(*map(tensor, (energy, f, g_pos, g_neg)), 50.0),
-          expected, 1e-8, 1e-9)
-
-
 # ---- Eq. 3
 
 def carl(rng, C, D, queries=None, fresh=False):

@@ -410,7 +410,7 @@ def test_a_width_that_no_heads_divide_is_refused(width, tmp_path):
     state = clip.CLIP(16, 32, (1, 1, 1, 1), 4, None, 20, 600, width, text_heads=1,
                       text_layers=1).state_dict()
     torch.save(state, tmp_path / "quickgelu.pt")
-    refused(tmp_path / "quickgelu.pt", "is no CLIP", "unflatten")
+    refused(tmp_path / "quickgelu.pt", "is no CLIP", "do not divide")
 
 
 def test_damaged_and_foreign_files(tmp_path):
