@@ -26,6 +26,7 @@ from support.cli import end_with_parent
 from support.distributed import barrier
 
 CHUNK = 64  # images that enter the cache together
+ON_CPU = 8  # images at once on a CPU: what a layer leaves is still in its cache for the next
 
 
 def epoch_order(n, epoch, seed):
@@ -150,10 +151,11 @@ class FeatureLoader:
         """images (B, 3, H, W) -> f (B, N, D) and x (B, D) float32 or None."""
         images = images.to(self.device, non_blocking=self.pinned,
                            memory_format=torch.channels_last)
+        parts = images.split(ON_CPU) if self.device.type == "cpu" else [images]
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, self.amp is not None):
             if not need_global:
-                return self.clip.encode_dense(images), None
-            x, f = self.clip.encode(images)
+                return torch.cat([self.clip.encode_dense(part) for part in parts]), None
+            x, f = map(torch.cat, zip(*map(self.clip.encode, parts)))
         return f, x.float()
 
     def cached(self, folder, views):
