@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError(f"{error}; if another package is called 'datasets', put the folder of this "
                       "project first: sys.path.insert(0, folder)") from error
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
-                           read_lines, require_unique)
+                           read_lines, require_unique, twins)
 from datasets.csv_sheet import is_sheet
 from support import UserError
 
@@ -73,6 +73,19 @@ def hold_out(count, share, seed=1200):
     order = np.random.RandomState(seed).permutation(count)
     held = int(round(share * count))
     return np.sort(order[:count - held]), np.sort(order[count - held:])
+
+
+def hold_out_by_name(split, share):
+    """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
+    move leave the others where they are. One picture under two names stays on one side."""
+    first = twins(split.paths)
+    name = {}
+    for i, listed in zip(first, split.listed):
+        name[i] = min(name.get(i, listed), listed)
+    place = [int(hashlib.sha256(name[i].encode(errors="surrogateescape")).hexdigest()[:8], 16)
+             for i in first]
+    held = np.array(place) < share * 2**32
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def read_mask(path, split):
@@ -187,7 +200,8 @@ def load(cfg):
     if share is None and held is None:
         share = 0.2 if largeloss or is_sheet(cfg.data) else 0.0
     if share is not None:
-        rows, held_rows = hold_out(len(labels), share)
+        rows, held_rows = (hold_out_by_name(train, share) if is_sheet(cfg.data)
+                           else hold_out(len(labels), share))
         held_rows = held_rows[~train.unused[held_rows]]
         held = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not held:

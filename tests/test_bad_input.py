@@ -236,8 +236,10 @@ def test_without_a_validation_that_can_judge_the_last_epoch_is_taken(
     sheet, world, tmp_path, capfd, val
 ):
     lines = sheet[1].read_text().splitlines()
-    for i in data.hold_out(24, 0.25)[1] if val != "none" else ():
-        lines[1 + i] = lines[1 + i].split(",")[0] + (",0,0,0" if val == "of negatives" else ",,,")
+    held = fake.load(sheet[1], val=0.25)[1].listed
+    for i, line in enumerate(lines):
+        if val != "none" and line.split(",")[0] in held:
+            lines[i] = line.split(",")[0] + (",0,0,0" if val == "of negatives" else ",,,")
     sheet[1].write_text("\n".join(lines))
     run(
         world,

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from tools import check
@@ -193,7 +194,7 @@ def test_vg_names_by_matching(tmp_path):
 def test_sheet(tmp_path):
     fake.sheet(tmp_path)
     train, val, test = fake.load(tmp_path / "photos.csv")
-    assert test is None and (len(train.paths), len(val.paths)) == (10, 2)
+    assert test is None and (len(train.paths), len(val.paths)) == (11, 1)
     assert train.names == ["dog", "cat", "red, small car"] and train.prompts[2] == "small red car"
     whole = fake.load(str(tmp_path / "photos.csv"), val=0.0)[0]
     assert (
@@ -216,6 +217,39 @@ def test_sheet(tmp_path):
     assert len(fake.load(tmp_path / "sub/relative.csv", root=tmp_path, val=0.0)[0].paths) == 2
     single = fake.load(tmp_path / "photos.csv", single_positive="largeloss", val=0.0)[0]
     assert ((single.labels == POSITIVE).sum(1) == 1).all()
+
+
+def sides(folder, rows, **options):
+    """{image: "train" or "val"} of a sheet with these rows."""
+    fake.write(folder / "s.csv", "image,dog\n" + "".join(f"{row}\n" for row in rows))
+    train, val, _ = fake.load(folder / "s.csv", **options)
+    return {Path(path).name: side for side, split in (("train", train), ("val", val))
+            for path in split.paths}
+
+
+def test_rows_that_come_go_or_move_leave_the_others_on_their_side(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(400):
+        Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{i % 2}" for i in range(400)]
+    before = sides(tmp_path, rows[:300])
+    assert 40 < list(before.values()).count("val") < 80  # a fifth of 300
+    for changed in (rows, rows[:300][::-1], rows[50:300]):
+        after = sides(tmp_path, changed)
+        assert all(after[name] == side for name, side in before.items() if name in after)
+    share = list(sides(tmp_path, rows, val=0.5).values()).count("val")
+    assert 160 < share < 240
+
+
+def test_one_picture_under_two_names_is_on_one_side(tmp_path):
+    rng = np.random.default_rng(1)
+    for i in range(60):
+        Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"copy{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
+    rows = [f"{name}{i}.png,{i % 2}" for name in ("", "copy") for i in range(60)]
+    side = sides(tmp_path, rows, val=0.5)
+    assert all(side[f"{i}.png"] == side[f"copy{i}.png"] for i in range(60))
+    assert set(side.values()) == {"train", "val"} and sides(tmp_path, rows[::-1], val=0.5) == side
 
 
 def test_held_out_share_and_limits(trees):

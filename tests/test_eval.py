@@ -112,7 +112,7 @@ def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, 
         status == 0
         and len(out) == 2
         and out[1].startswith(f"{photos / 'grey.png'}: ")
-        and not list((tmp_path / "none").iterdir())
+        and not (tmp_path / "none").exists()
     )
 
 
@@ -305,6 +305,10 @@ def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd
     (tmp_path / "empty").mkdir()
     bad(trained, "--image", tmp_path / "empty", words=["found no file"])
     bad(trained, "--image", photos, "--top", 0, words=["--top"])
+    (tmp_path / "file").write_text("")
+    bad(trained, "--image", photos, "--out", tmp_path / "file" / "x", words=["--pictures 0"])
+    nowhere = [trained, "--image", photos, "--out", tmp_path / "file" / "x", "--pictures", 0]
+    assert command(evaluation.main, nowhere, capfd)[0] == 0  # no picture needs no folder
     bad(trained, "--image", photos, "--batch", 0, words=["--batch"])
     bad(trained, "--image", photos, "--suggest", tmp_path / "s.csv", words=["give one"])
     bad(

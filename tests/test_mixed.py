@@ -77,6 +77,17 @@ def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
     assert torch.allclose(zero_shot_scale(scores, positives), predictor.scale, rtol=1e-3, atol=1e-3)
 
 
+def test_rows_that_changed_since_training_are_told(trained, tmp_path, capfd):
+    Predictor(trained, "last").splits()
+    assert "note:" not in capfd.readouterr().err
+    file = trained / "config.json"
+    about = json.loads(file.read_text())
+    about["data"]["scenes/val"]["sha256"] = "of other rows"
+    file.write_text(json.dumps(about))
+    Predictor(trained, "last").splits()
+    assert "note: scenes/val is not what" in capfd.readouterr().err
+
+
 def test_without_photos_there_is_no_mixed_score(trained, tmp_path):
     state = read_checkpoint(trained / "last.pt")
     from support.checkpoint import save_checkpoint

@@ -1,7 +1,4 @@
 """Checks a data set or a sheet, each problem with its line: `python data.py DATA`."""
-import collections
-import hashlib
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +7,7 @@ import numpy as np
 import data
 from config import Config
 from datasets import augment, vg200
-from datasets.base import read_bytes
+from datasets.base import twins
 from support import UserError
 from support.cli import make_parser, run_main, words
 
@@ -46,16 +43,13 @@ def check(cfg, decode=True):
 
 def same_pictures(split):
     """Images that are byte for byte the same under two names; worst where their labels disagree."""
-    seen, problems = {}, []
-    sizes = [os.path.getsize(path) for path in split.paths]
-    count = collections.Counter(sizes)
-    for i, path in enumerate(split.paths):
-        if count[sizes[i]] > 1:  # only these are read
-            first = seen.setdefault(hashlib.sha256(read_bytes(path)).digest(), i)
-            if first != i:
-                both = split.labels[first] * split.labels[i]
-                told = "and their labels disagree: " if (both < 0).any() else ""
-                problems.append(f"{path}, {split.paths[first]}: the same picture, {told}keep one")
+    problems = []
+    for i, first in enumerate(twins(split.paths)):
+        if first != i:
+            both = split.labels[first] * split.labels[i]
+            told = "and their labels disagree: " if (both < 0).any() else ""
+            both = f"{split.paths[i]}, {split.paths[first]}"
+            problems.append(f"{both}: the same picture, {told}keep one")
     return problems
 
 

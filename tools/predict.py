@@ -80,13 +80,11 @@ def predict(predictor, paths, args):
     if args.csv:
         new(args.csv, "--csv")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if pictures:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if args.out:
-            raise
-        print(f"no pictures: {folder} cannot be made ({error.strerror}); --out says where else",
-              file=sys.stderr)
-        pictures = []
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give another --out, or "
+                        "--pictures 0 to draw none") from None
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerow(["image", *predictor.names])

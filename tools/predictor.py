@@ -211,6 +211,11 @@ class Predictor:
                             f"{self.run} was trained on "
                             f"({', '.join(changed[:5]) or 'in another order'}): put the data back, "
                             "or train anew")
+        begun = json.loads((self.run / "config.json").read_text(encoding="utf-8"))["data"]
+        for split in parts:
+            if split and begun.get(split.name, {}).get("sha256") != split.info["sha256"]:
+                print(f"note: {split.name} is not what {self.run} was trained with: names, labels "
+                      "or images have changed", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))
 
     def inspect(self, image, labels=None):
