@@ -85,31 +85,29 @@ LONG = ("in this picture {home} we can see {}.", "a view with several things: {}
 
 @lru_cache(None)
 def textures():
-    """Two fixed (512, 512, 1) noises with values in about -1..1: soft blotches, and grain; cropped
-    at random."""
+    """Two fixed (512, 512) noises in about -1..1, cropped at random: soft blotches, and grain."""
     rng, soft = np.random.RandomState(0), np.zeros((512, 512), np.float32)
     for cells, weight in ((8, 0.5), (32, 0.3), (128, 0.3)):
         grid = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
         soft += weight * np.asarray(grid.resize((512, 512), Image.BICUBIC))
-    return soft[..., None], rng.uniform(-1, 1, (512, 512, 1)).astype(np.float32)
+    return soft, rng.uniform(-1, 1, (512, 512)).astype(np.float32)
 
 
 def background(r, size, scenery):
     """(size, size, 3) uint8: two colours that blend, or meet at a horizon, and noise."""
     by_chance = [r.uniform(60, 230) for _ in range(3)]
     noisy = scenery == "noise"
-    top, bottom = (np.array([v + r.uniform(-18, 18) for v in colour or by_chance], np.float32)
-                   for colour in SCENERY[scenery][:2])
+    top, bottom = (np.array([[v + r.uniform(-18, 18)] for v in colour or by_chance], np.float32)
+                   for colour in SCENERY[scenery][:2])  # (3, 1)
     ramp = np.linspace(0, 1, size, dtype=np.float32)
     soft, grain = textures()
     if SCENERY[scenery][2]:
         ramp = np.float32(0.9) * (ramp > r.uniform(0.35, 0.65)) + np.float32(0.1) * ramp
-    ramp = ramp[:, None, None]
     x, y, u, v = (r.randint(0, 512 - size) for _ in range(4))
-    picture = top * (1 - ramp) + bottom * ramp
-    picture = picture + r.uniform(4, 60 if noisy else 22) * soft[y:y + size, x:x + size]
-    picture = picture + r.uniform(2, 50 if noisy else 12) * grain[v:v + size, u:u + size]
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    planes = (top * (1 - ramp) + bottom * ramp)[..., None]  # (3, size, 1)
+    planes = planes + r.uniform(4, 60 if noisy else 22) * soft[y:y + size, x:x + size]
+    planes += r.uniform(2, 50 if noisy else 12) * grain[v:v + size, u:u + size]
+    return np.clip(planes, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
 def choose(r, count):
@@ -171,7 +169,7 @@ def scene(rng, size=256, objects=OBJECTS):
             drawn.append((k, colour, radius, number, mask.histogram()[number]))
     numbers, boxes, told = np.asarray(mask), [], []
     for k, colour, radius, number, full in drawn:
-        ys, xs = np.nonzero(numbers == number)
+        ys, xs = np.divmod(np.flatnonzero(numbers == number), size)
         if len(ys) >= max(MIN_AREA, VISIBLE * full):
             boxes.append(Box(k, int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1,
                              int(np.ptp(ys)) + 1, len(ys)))

@@ -222,6 +222,22 @@ def test_attention_pool_is_skipped_unless_asked_for(made):
     assert torch.equal(f, g) and x is not None and y is None
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_cores_share_the_images_of_a_batch_and_change_nothing(made, threads):
+    loader = cached(made, views=0)
+    images = torch.randn(11, 3, SIZE, SIZE)  # no multiple of a part
+    x, f = made.clip.encode(images)
+    torch.set_num_threads(threads)
+    try:
+        found, whole = loader.encode(images)
+        assert torch.get_num_threads() == threads and not found.requires_grad
+        torch.testing.assert_close(found, f, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(whole, x, atol=1e-5, rtol=1e-4)
+        assert loader.encode(images[:1], need_global=False)[1] is None
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_runs_random_numbers_are_untouched(made):
     torch.manual_seed(3)
     expected = torch.rand(2)
