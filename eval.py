@@ -17,26 +17,28 @@ A probability is the sigmoid of Eq. 5's logit. The asymmetric loss and the few k
 uncalibrated: it ranks, it is no frequency. What is called present passes the category's threshold.
 n images, C categories, N = h*w locations. Labels: 1 present, -1 absent, 0 unknown.
 """
-import dataclasses
-import json
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+
+from tools.eval_options import parse
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse(None, __doc__)  # prints the help and exits, before torch takes a second to load
+
+import json
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import clip
-import data
-from config import PLACES, Config, is_path, preset
+from config import Config, preset
 from support import UserError
-from support.cli import best_device, make_parser, run_main, words
+from support.cli import run_main
 from support.distributed import gather_scores
-from tools.categories import table
+from tools.categories import table as of_categories
 from tools.localise import localisation
-from tools.predictor import (Predictor, mixed_scores, region_map, score_split,
-                             zero_shot_scale, zero_shot_score)
+from tools.predict import images_in, predict
+from tools.predictor import Predictor, ZeroShot, region_map, score_split
+from tools.suggest import suggest
+from tools.zero_shot import mixed_scores, zero_shot, zero_shot_scale, zero_shot_text
 
 # ---- metrics: numpy only; scores are probabilities or anything that ranks
 
@@ -177,60 +179,6 @@ def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
     return numbers, chosen, scale
 
 
-TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}",
-             "there is a {} in the scene")
-
-
-@torch.no_grad()
-def zero_shot_text(encoder, prompts, templates=TEMPLATES):
-    """(C, D) unit mean of the text features of all templates: what CLIP knows without training."""
-    g = sum(F.normalize(encoder.encode_text(encoder.tokenize([t.format(p) for p in prompts])),
-                        dim=-1)
-            for t in templates)
-    return F.normalize(g, dim=-1)
-
-
-@torch.no_grad()
-def zero_shot(encoder, g, loader):
-    """{"global", "dense", "both": (n, C)}: cosines to g (C, D), of the best location; their sum."""
-    found = {"global": [], "dense": [], "both": []}
-    for _, f, x in loader.batches(0, shuffle=False):
-        found["global"].append(F.normalize(x, dim=-1) @ g.T)
-        found["both"].append(zero_shot_score(f, x, g))
-        found["dense"].append(found["both"][-1] - found["global"][-1])
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
-
-
-class ZeroShot(Predictor):
-    """CLIP without training in the place of a run, for a sheet whose labels are still to come.
-
-    A probability is sigmoid(2 (z - 1)): z is the zero-shot score of a category, standardised over
-    the images of the split. The region is the map of the cosines.
-    """
-
-    def __init__(self, cfg):
-        self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
-        parts = data.complete(self.cfg)
-        self.parts = {name: parts.get(name) for name in ("train", "val", "test")}
-        self.names = self.parts["train"].names
-        self.threshold = np.full(len(self.names), 0.5)
-        self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)
-        self.grid = self.clip.grid(cfg.size, cfg.size)
-        self.g = zero_shot_text(self.clip, data.prompts_for(cfg, self.parts["train"]))  # (C, D)
-
-    def splits(self):
-        return self.parts
-
-    def score_split(self, loader):
-        score = zero_shot(self.clip, self.g, loader)["both"]  # (n, C)
-        z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
-        return 1 / (1 + np.exp(-2 * (z - 1)))
-
-    def score(self, f, x):
-        energy = self.g @ F.normalize(f, dim=-1).mT  # (B, C, N)
-        return energy.amax(-1), SimpleNamespace(energy=energy)
-
-
 # ---- command line
 
 
@@ -287,89 +235,35 @@ def maps_of(out, model):
     return maps
 
 
-def main(argv=None):
-    parser = make_parser("eval.py", __doc__)
-    parser.add_argument("run", nargs="?", help="run folder")
-    parser.add_argument("--zero-shot", action="store_true",
-                        help="--suggest by CLIP without training: --data, --clip and --size in the "
-                             "place of a run")
-    parser.add_argument("--size", type=int, help="--zero-shot: side of the input in pixels")
-    parser.add_argument("--checkpoint", choices=("best", "last"),
-                        help="default: best, where there was validation")
-    parser.add_argument("--split", choices=("train", "val", "test"),
-                        help="default: test, or val where there is none")
-    parser.add_argument("--image", nargs="+", metavar="PATH", help="photos or folders")
-    parser.add_argument("--suggest", metavar="FILE", help="write the unknown labels that it "
-                        "believes to this CSV, and a page to review them")
-    parser.add_argument("--ensemble", nargs="+", metavar="RUN",
-                        help="average the probabilities with these runs")
-    parser.add_argument("--compare", nargs="+", metavar="RUN",
-                        help="zero-shot, this run and these, side by side")
-    parser.add_argument("--categories", action="store_true",
-                        help="also a line a category, the worst first, and labels that look wrong")
-    parser.add_argument("--top", type=int, default=5, help="--image: categories shown (default: 5)")
-    parser.add_argument("--pictures", type=int,
-                        help="--image: pictures drawn at most; --suggest: cells on the page")
-    parser.add_argument("--out", help="--image: folder of the pictures (default: RUN/regions)")
-    parser.add_argument("--csv", metavar="FILE", help="--image: all probabilities as "
-                                                      "image,<category>,...")
-    parser.add_argument("--strict", action="store_true",
-                        help="--image: fail where a photo cannot be read")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--batch", type=int, default=32,
-                        help="--image: images at once (default: 32)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: 0)")
-    for name in sorted(PLACES):
-        parser.add_argument("--" + name.replace("_", "-"),
-                            help="where it lies now, if it moved since training")
+def table(predictors, split, args):
+    """The metrics of a split, of one run or of several whose probabilities are averaged."""
+    scores = np.mean([member.score_split(member.loader(split)) for member in predictors], 0)
+    threshold = np.mean([member.threshold for member in predictors], 0)
+    numbers = metrics(scores, split.truth, threshold)
+    text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+    print(json.dumps(numbers) if args.json else
+          f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
+          f"{len(split.names) - numbers['left_out']} categories, epoch {predictors[0].epoch}: "
+          f"{text}")
+    if args.categories:
+        precision = precision_per_category(scores, split.truth)
+        print(*of_categories(split, scores, precision, threshold), sep="\n")
 
+
+def main(argv=None):
     def work():
-        args = parser.parse_args(words(argv))
-        given = [name for name in ("image", "suggest", "ensemble", "compare")
-                 if getattr(args, name)]
-        if len(given) > 1:
-            raise UserError("--image, --suggest, --ensemble and --compare are four commands: give "
-                            "one of them")
-        if args.categories and (given or args.json):
-            raise UserError("--categories belongs to the table of a split: drop --json, --image, "
-                            "--suggest and --compare")
-        if not args.image and (args.csv or args.out or args.strict):
-            raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
-        if min(args.top, args.batch) < 1 or args.workers < 0:
-            raise UserError("--top and --batch expect numbers from 1, --workers from 0")
-        places = {name: value for name in PLACES if (value := getattr(args, name)) is not None}
-        places = {name: str(Path(value).absolute()) if is_path(name, value) else value
-                  for name, value in places.items()}
-        if args.zero_shot and args.suggest and args.data and not args.run:
-            from tools.suggest import suggest
+        args = parse(argv, __doc__)
+        if args.zero_shot:
             size = {"size": args.size} if args.size else {}
-            return suggest(ZeroShot(Config(**preset(args.data) | places | size)), args)
-        if args.zero_shot or args.size or not args.run:
-            raise UserError("expected a run folder, or --zero-shot with --data, --suggest and, if "
-                            "need be, --size in its place")
-        predictors = load_runs([args.run, *(args.ensemble or args.compare or ())], args.checkpoint,
-                               places)
+            return suggest(ZeroShot(Config(**preset(args.data) | args.places | size)), args)
+        runs = [args.run, *(args.ensemble or args.compare or ())]
+        predictors = load_runs(runs, args.checkpoint, args.places)
         if args.image:
-            from tools.predict import images_in, predict
             return predict(predictors[0], images_in(args.image), args)
         if args.suggest:
-            from tools.suggest import suggest
             return suggest(predictors[0], args)
         split = choose_split(predictors[0], args.split)
-        if args.compare:
-            return compare(predictors, split)
-        scores = np.mean([member.score_split(member.loader(split)) for member in predictors], 0)
-        threshold = np.mean([member.threshold for member in predictors], 0)
-        numbers = metrics(scores, split.truth, threshold)
-        text = "  ".join(f"{name} {value}" for name, value in numbers.items())
-        rests_on = (f"{numbers['positives']} positives of "
-                    f"{len(split.names) - numbers['left_out']} categories")
-        print(json.dumps(numbers) if args.json else
-              f"{split.name}, {len(split.paths)} images, {rests_on}, epoch "
-              f"{predictors[0].epoch}: {text}")
-        if args.categories:
-            precision = precision_per_category(scores, split.truth)
-            print(*table(split, scores, precision, threshold), sep="\n")
+        return compare(predictors, split) if args.compare else table(predictors, split, args)
     return run_main(work)
 
 

@@ -8,10 +8,16 @@
 A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png,
 regions.png. B images, C categories, N locations, D dims. Labels: 1 present, -1 absent, 0 unknown.
 """
+import sys
+
+from config import parse
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse(None, __doc__)  # prints the help and exits, before torch takes a second to load
+
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +30,7 @@ import data
 import kernels
 import losses
 from clip.features import FeatureLoader, autocast_dtype
-from config import parse
-from eval import PseudoCount, best_thresholds, evaluate, zero_shot_text
+from eval import PseudoCount, best_thresholds, evaluate
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
@@ -34,6 +39,7 @@ from support.distributed import average_gradients, gather
 from support.run_folder import begin, new_run, save, write_metrics
 from tools import report
 from tools.predictor import evaluation_loader
+from tools.zero_shot import zero_shot_text
 from trm import TRM, Output, Prompts
 
 # Positives a category that validation needs to choose the best epoch: with fewer, what it chooses

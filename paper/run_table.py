@@ -22,10 +22,11 @@ import clip
 import data
 import train
 from config import NOT_THE_RESULT, load_config
-from eval import metrics, zero_shot, zero_shot_text
+from eval import metrics
 from support import UserError
 from support.cli import best_device, end_with_parent
 from tools.predictor import Predictor, evaluation_loader
+from tools.zero_shot import zero_shot, zero_shot_text
 
 
 class Runs:

@@ -13,6 +13,7 @@ from PIL import Image
 from small_world import command, one_line, run, weights, world
 
 import clip
+from clip.features import FeatureLoader
 import data
 import eval as evaluation
 from tools.predict import images_in
@@ -131,9 +132,11 @@ def test_a_picture_says_whether_its_verdicts_are_right_and_which_maps_are_flat(p
 
 
 def test_one_pass_of_the_network_in_batches(trained, photos, tmp_path, capfd, monkeypatch):
-    sizes, encode = [], clip.CLIP.encode_dense
+    sizes, encode = [], FeatureLoader.encode
     monkeypatch.setattr(
-        clip.CLIP, "encode_dense", lambda self, x: sizes.append(len(x)) or encode(self, x)
+        FeatureLoader,
+        "encode",
+        lambda self, x, *need: sizes.append(len(x)) or encode(self, x, *need),
     )
     assert (
         evaluation.main(
@@ -310,7 +313,8 @@ def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd
     nowhere = [trained, "--image", photos, "--out", tmp_path / "file" / "x", "--pictures", 0]
     assert command(evaluation.main, nowhere, capfd)[0] == 0  # no picture needs no folder
     bad(trained, "--image", photos, "--batch", 0, words=["--batch"])
-    bad(trained, "--image", photos, "--suggest", tmp_path / "s.csv", words=["give one"])
+    both = [trained, "--image", photos, "--suggest", tmp_path / "s.csv"]
+    bad(*both, words=["--suggest", "not allowed with"])
     bad(
         trained,
         "--suggest",

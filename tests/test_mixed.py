@@ -8,11 +8,12 @@ import torch
 from small_world import run, world
 
 import train
-from eval import metrics, zero_shot, zero_shot_text
+from eval import metrics
 from support import UserError
 from support.checkpoint import read_checkpoint
 from tools import report
-from tools.predictor import Predictor, mixed, mixed_scores, zero_shot_scale
+from tools.predictor import Predictor
+from tools.zero_shot import mixed, mixed_scores, zero_shot, zero_shot_scale, zero_shot_text
 
 
 def spread(values):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from config import restored
 from support import UserError
 from support.checkpoint import read_checkpoint
 from support.cli import best_device
+from tools.zero_shot import mixed, mixed_scores, zero_shot, zero_shot_score, zero_shot_text
 from trm import TRM
 
 
@@ -34,41 +36,6 @@ def select_logits(out, score):
     if score == "region" or out.logits_q is None:
         return out.logits_r
     return out.logits_q if score == "query" else (out.logits_r + out.logits_q) / 2
-
-
-def zero_shot_score(f, x, g):
-    """What CLIP says untrained: the cosine of the whole image plus that of its best location.
-    f (B, N, D), x (B, D), g (C, D) unit -> (B, C)"""
-    return F.normalize(x, dim=-1) @ g.T + (F.normalize(f, dim=-1) @ g.T).amax(1)
-
-
-def zero_shot_scale(scores, positives):
-    """How the mixed score mixes: slope and offset give the zero-shot score mean and deviation of
-    the run's logit over some images; its weight is (n + 3) / (2 n + 3) for a category of n known
-    positives in training (docs/readings.md). scores: of `score_split`, positives (C,) -> slope,
-    offset and weight of each category, (3, C) float32."""
-    logit, zero = logit_and_zero_shot(scores)
-    n = torch.as_tensor(positives, dtype=torch.float32)
-    slope = logit.std(0, correction=0) / zero.std(0, correction=0).clamp(min=1e-6)
-    return torch.stack([slope, logit.mean(0) - slope * zero.mean(0), (n + 3) / (2 * n + 3)])
-
-
-def mixed(logit, zero, scale):
-    """The mixed score, ours and not the paper's: the weighted mean of the run's logit and the
-    zero-shot score on its scale. logit, zero (n, C), scale (3, C) -> probabilities (n, C)."""
-    slope, offset, weight = scale
-    return ((1 - weight) * logit + weight * (slope * zero + offset)).sigmoid()
-
-
-def mixed_scores(scores, scale):
-    """The mixed score of a split, numpy, from those of `score_split`."""
-    return mixed(*logit_and_zero_shot(scores), scale).numpy()
-
-
-def logit_and_zero_shot(scores):
-    """The two (n, C) that the mixed score mixes."""
-    p = torch.from_numpy(scores.get("mean", scores["region"]))
-    return torch.logit(p, 1e-6), torch.from_numpy(scores["zero-shot"])
 
 
 def region_map(out, matching):
@@ -225,3 +192,33 @@ class Predictor:
 
     def loader(self, split):
         return evaluation_loader(self.cfg, split, self.clip, self.device)
+
+
+class ZeroShot(Predictor):
+    """CLIP without training in the place of a run, for a sheet whose labels are still to come.
+
+    A probability is sigmoid(2 (z - 1)): z is the zero-shot score of a category, standardised over
+    the images of the split. The region is the map of the cosines.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
+        parts = data.complete(self.cfg)
+        self.parts = {name: parts.get(name) for name in ("train", "val", "test")}
+        self.names = self.parts["train"].names
+        self.threshold = np.full(len(self.names), 0.5)
+        self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)
+        self.grid = self.clip.grid(cfg.size, cfg.size)
+        self.g = zero_shot_text(self.clip, data.prompts_for(cfg, self.parts["train"]))  # (C, D)
+
+    def splits(self):
+        return self.parts
+
+    def score_split(self, loader):
+        score = zero_shot(self.clip, self.g, loader)["both"]  # (n, C)
+        z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
+        return 1 / (1 + np.exp(-2 * (z - 1)))
+
+    def score(self, f, x):
+        energy = self.g @ F.normalize(f, dim=-1).mT  # (B, C, N)
+        return energy.amax(-1), SimpleNamespace(energy=energy)

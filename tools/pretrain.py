@@ -25,10 +25,11 @@ from tqdm import tqdm
 from clip.model import CLIP, MEAN, STD, build
 from clip.weights import TINY
 from datasets import scenes
-from eval import metrics, zero_shot, zero_shot_text
+from eval import metrics
 from support import UserError
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
+from tools.zero_shot import zero_shot, zero_shot_text
 
 DIMENSIONS = dict(embed_dim=128, resolution=128, layers=(1, 1, 1, 1), vision_width=16, patch=None,
                   context_length=77, vocab_size=512 + 4000 + 2, text_width=128, text_layers=2)

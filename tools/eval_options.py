@@ -1,0 +1,56 @@
+"""The command line of eval.py. It needs no torch, so that --help is quick."""
+from pathlib import Path
+
+from config import PLACES, is_path
+from support import UserError
+from support.cli import make_parser, words
+
+
+def parse(argv, about):
+    """-> options; `places` are the settings of the run that were given anew, paths made absolute"""
+    parser = make_parser("eval.py", about)
+    add = parser.add_argument
+    add("run", nargs="?", help="run folder")
+    commands = parser.add_mutually_exclusive_group()
+    commands.add_argument("--image", nargs="+", metavar="PATH", help="photos or folders")
+    commands.add_argument("--suggest", metavar="FILE", help="write the unknown labels that it "
+                          "believes to this CSV, and a page to review them")
+    commands.add_argument("--compare", nargs="+", metavar="RUN",
+                          help="zero-shot, this run and these, side by side")
+    commands.add_argument("--categories", action="store_true",
+                          help="a line a category, the worst first, and labels that look wrong")
+    add("--ensemble", nargs="+", metavar="RUN", help="average the probabilities with these runs")
+    add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
+        "--clip and --size in the place of a run")
+    add("--size", type=int, help="--zero-shot: side of the input in pixels")
+    add("--checkpoint", choices=("best", "last"), help="default: best, where there was validation")
+    add("--split", choices=("train", "val", "test"), help="default: test, or val without one")
+    add("--top", type=int, default=5, help="--image: categories shown (default: 5)")
+    add("--pictures", type=int,
+        help="--image: pictures drawn at most; --suggest: cells on the page")
+    add("--out", help="--image: folder of the pictures (default: RUN/regions)")
+    add("--csv", metavar="FILE", help="--image: all probabilities as image,<category>,...")
+    add("--strict", action="store_true", help="--image: fail where a photo cannot be read")
+    add("--json", action="store_true", help="print JSON")
+    add("--batch", type=int, default=32, help="--image: images at once (default: 32)")
+    add("--workers", type=int, default=0, help="processes that decode (default: 0)")
+    for name in sorted(PLACES):
+        add("--" + name.replace("_", "-"), help="where it lies now, if it moved since training")
+
+    args = parser.parse_args(words(argv))
+    if args.ensemble and (args.image or args.suggest or args.compare):
+        raise UserError("--ensemble belongs to the table of a split: drop --image, --suggest and "
+                        "--compare")
+    if args.categories and args.json:
+        raise UserError("--categories prints lines for people: drop --json")
+    if not args.image and (args.csv or args.out or args.strict):
+        raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
+    if min(args.top, args.batch) < 1 or args.workers < 0:
+        raise UserError("--top and --batch expect numbers from 1, --workers from 0")
+    cold = args.zero_shot and args.suggest and args.data and not args.run
+    if not cold and (args.zero_shot or args.size or not args.run):
+        raise UserError("expected a run folder, or --zero-shot with --data, --suggest and, if need "
+                        "be, --size in its place")
+    args.places = {name: str(Path(value).absolute()) if is_path(name, value) else value
+                   for name in PLACES if (value := getattr(args, name)) is not None}
+    return args

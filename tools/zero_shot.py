@@ -1,0 +1,64 @@
+"""What CLIP says without training, and the mixed score, which adds it to a run's (not the paper's).
+
+n images, B of a batch, C categories, N locations, D dims. Studies: docs/readings.md.
+"""
+import torch
+import torch.nn.functional as F
+
+TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}",
+             "there is a {} in the scene")
+
+
+@torch.no_grad()
+def zero_shot_text(encoder, prompts, templates=TEMPLATES):
+    """(C, D) unit mean of the text features of all templates: what CLIP knows without training."""
+    g = sum(F.normalize(encoder.encode_text(encoder.tokenize([t.format(p) for p in prompts])),
+                        dim=-1)
+            for t in templates)
+    return F.normalize(g, dim=-1)
+
+
+def zero_shot_score(f, x, g):
+    """What CLIP says untrained: the cosine of the whole image plus that of its best location.
+    f (B, N, D), x (B, D), g (C, D) unit -> (B, C)"""
+    return F.normalize(x, dim=-1) @ g.T + (F.normalize(f, dim=-1) @ g.T).amax(1)
+
+
+@torch.no_grad()
+def zero_shot(encoder, g, loader):
+    """{"global", "dense", "both": (n, C)}: cosines to g (C, D), of the best location; their sum."""
+    found = {"global": [], "dense": [], "both": []}
+    for _, f, x in loader.batches(0, shuffle=False):
+        found["global"].append(F.normalize(x, dim=-1) @ g.T)
+        found["both"].append(zero_shot_score(f, x, g))
+        found["dense"].append(found["both"][-1] - found["global"][-1])
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+
+
+def zero_shot_scale(scores, positives):
+    """How the mixed score mixes: slope and offset give the zero-shot score mean and deviation of
+    the run's logit over some images; its weight is (n + 3) / (2 n + 3) for a category of n known
+    positives in training (docs/readings.md). scores: of `score_split`, positives (C,) -> slope,
+    offset and weight of each category, (3, C) float32."""
+    logit, zero = logit_and_zero_shot(scores)
+    n = torch.as_tensor(positives, dtype=torch.float32)
+    slope = logit.std(0, correction=0) / zero.std(0, correction=0).clamp(min=1e-6)
+    return torch.stack([slope, logit.mean(0) - slope * zero.mean(0), (n + 3) / (2 * n + 3)])
+
+
+def mixed(logit, zero, scale):
+    """The mixed score, ours and not the paper's: the weighted mean of the run's logit and the
+    zero-shot score on its scale. logit, zero (n, C), scale (3, C) -> probabilities (n, C)."""
+    slope, offset, weight = scale
+    return ((1 - weight) * logit + weight * (slope * zero + offset)).sigmoid()
+
+
+def mixed_scores(scores, scale):
+    """The mixed score of a split, numpy, from those of `score_split`."""
+    return mixed(*logit_and_zero_shot(scores), scale).numpy()
+
+
+def logit_and_zero_shot(scores):
+    """The two (n, C) that the mixed score mixes."""
+    p = torch.from_numpy(scores.get("mean", scores["region"]))
+    return torch.logit(p, 1e-6), torch.from_numpy(scores["zero-shot"])
