@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ import clip
 import data
 import kernels
 import losses
-from clip.features import FeatureLoader, autocast_dtype
+from clip.features import autocast_dtype
 from eval import PseudoCount, best_thresholds, evaluate
 from memory import MemoryBank
 from support import UserError, distributed
@@ -38,36 +37,13 @@ from support.cli import best_device, run_main, stop
 from support.distributed import average_gradients, gather
 from support.run_folder import begin, new_run, save, write_metrics
 from tools import report
-from tools.predictor import evaluation_loader
+from tools.build import build_model, evaluation_loaders, load_carl, load_data, training_loader
 from tools.zero_shot import zero_shot_text
-from trm import TRM, Output, Prompts
+from trm import Output
 
 # Positives a category that validation needs to choose the best epoch: with fewer, what it chooses
 # is on average worse than the last epoch (docs/readings.md).
 ENOUGH = 10
-
-
-def build_model(cfg, split, encoder):
-    """The TRM of a run for the categories of a data.Split: prompts, queries, regions, heads."""
-    queries = None
-    if cfg.queries == "text":
-        texts = [f"a photo of a {name}" for name in split.prompts]
-        queries = encoder.encode_text(encoder.tokenize(texts))
-    prompts = Prompts(encoder, split.prompts, cfg.context)
-    return TRM(len(split.names), encoder.D, prompts, cfg.matching, queries,
-               contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
-
-
-def load_carl(model, run, split, encoder):
-    """Table 4: the region module of another run, one on complete labels, kept as it is."""
-    other = read_checkpoint(Path(run) / "last.pt")
-    if other["names"] != split.names or other["clip_sha256"] != encoder.sha256:
-        raise UserError(f"--carl-from {run} was trained on other categories or another CLIP: give "
-                        "a run on the same")
-    carl = {key[5:]: value for key, value in other["model"].items() if key.startswith("carl.")}
-    if not carl:
-        raise UserError(f"--carl-from {run} has no regions: give a run with --matching carl")
-    model.carl.load_state_dict(carl)
 
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
@@ -189,26 +165,6 @@ def diverged(state, what, terms):
                               "does not help")
 
 
-def load_data(cfg):
-    """(train, val or None, test or None): data.Split each."""
-    splits = data.load(cfg)
-    if cfg.images == "captions":
-        from paper import captions
-        return captions.load(cfg, splits[0]), *splits[1:]
-    return splits
-
-
-def training_loader(cfg, split, encoder, device, rank, world):
-    """What gives (index, f, x) of a batch: features of photos, or of captions in their place."""
-    if cfg.images == "captions":
-        from paper.captions import Captions
-        return Captions(split, encoder, cfg.batch, cfg.seed, device, rank, world)
-    images = data.Images(split, cfg.size, cfg.augment, cfg.seed)
-    return FeatureLoader(images, encoder, cfg.batch, cfg.workers, cfg.cache_features, cfg.cache_dir,
-                         device, autocast_dtype(cfg.amp, device), rank, world,
-                         need_global=cfg.matching == "global")
-
-
 def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     """Trains a run to its end; returns the lines of metrics.jsonl.
 
@@ -236,12 +192,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
     timers, start = dict(features=0.0, training=0.0, evaluation=0.0), time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
-    few = None  # without validation these bring zero-shot to the scale of the run
-    if not val_split and cfg.images == "photos":
-        few = train_split.subset(np.arange(min(1000, len(train_split.paths))))
-    loaders = {name: evaluation_loader(cfg, split, encoder, device, rank, world)
-               for name, split in (("val", val_split), ("train", few), ("test", test_split))
-               if split}
+    loaders = evaluation_loaders(cfg, splits, encoder, device, rank, world)
     timers["features"] = time.perf_counter() - start
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)

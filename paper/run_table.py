@@ -25,6 +25,7 @@ from config import NOT_THE_RESULT, load_config
 from eval import metrics
 from support import UserError
 from support.cli import best_device, end_with_parent
+from tools.build import load_data
 from tools.predictor import Predictor, evaluation_loader
 from tools.zero_shot import zero_shot, zero_shot_text
 
@@ -34,7 +35,7 @@ class Runs:
 
     def __init__(self, base, out, jobs=1):
         self.base, self.out, self.jobs = base, Path(out), jobs
-        self.splits = train.load_data(base)
+        self.splits = load_data(base)
         if self.splits[2] is None:
             raise UserError(f"{base.data} has no test split: nothing can be compared")
         self.device = best_device()

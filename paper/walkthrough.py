@@ -27,11 +27,12 @@ import data
 from config import Config, preset
 from support.checkpoint import save_atomically, write_atomically
 from support.cli import best_device, make_parser, run_main, words
+from tools.build import training_loader
 from tools.inspection import inspect, origins, training_parts
 from tools.plots import heat
 from tools.predictor import Predictor, evaluation_loader
 from tools.suggest import jpeg
-from train import train, training_loader
+from train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",

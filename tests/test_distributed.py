@@ -23,6 +23,7 @@ from clip import features
 import train
 from support import UserError
 from small_world import make, options, start, world
+from tools.build import load_data
 
 # 4 steps an epoch, the last of a single image. Dropout draws other numbers on every rank, so
 # equality is asked without it.
@@ -67,7 +68,7 @@ def job(folder, rank, ranks, dtype):
 
 
 def record(cfg, folder, name):
-    training, val, test = train.load_data(cfg)
+    training, val, test = load_data(cfg)
     test = dataclasses.replace(
         test,
         paths=test.paths[:11],

@@ -1,0 +1,66 @@
+"""What a run is made of, from its Config: data, loaders, and the model before its first step."""
+from pathlib import Path
+
+import numpy as np
+
+import data
+from clip.features import FeatureLoader, autocast_dtype
+from support import UserError
+from support.checkpoint import read_checkpoint
+from tools.predictor import evaluation_loader
+from trm import TRM, Prompts
+
+
+def load_data(cfg):
+    """(train, val or None, test or None): data.Split each."""
+    splits = data.load(cfg)
+    if cfg.images == "captions":
+        from paper import captions
+        return captions.load(cfg, splits[0]), *splits[1:]
+    return splits
+
+
+def training_loader(cfg, split, encoder, device, rank, world):
+    """What gives (index, f, x) of a batch: features of photos, or of captions in their place."""
+    if cfg.images == "captions":
+        from paper.captions import Captions
+        return Captions(split, encoder, cfg.batch, cfg.seed, device, rank, world)
+    images = data.Images(split, cfg.size, cfg.augment, cfg.seed)
+    return FeatureLoader(images, encoder, cfg.batch, cfg.workers, cfg.cache_features, cfg.cache_dir,
+                         device, autocast_dtype(cfg.amp, device), rank, world,
+                         need_global=cfg.matching == "global")
+
+
+def evaluation_loaders(cfg, splits, encoder, device, rank, world):
+    """{name: loader} of the splits that an epoch is measured on. Where there is no validation, the
+    first training photos bring zero-shot to the scale of the run (`--score mixed`)."""
+    train_split, val_split, test_split = splits
+    few = None
+    if not val_split and cfg.images == "photos":
+        few = train_split.subset(np.arange(min(1000, len(train_split.paths))))
+    return {name: evaluation_loader(cfg, split, encoder, device, rank, world)
+            for name, split in (("val", val_split), ("train", few), ("test", test_split))
+            if split}
+
+
+def build_model(cfg, split, encoder):
+    """The TRM of a run for the categories of a data.Split: prompts, queries, regions, heads."""
+    queries = None
+    if cfg.queries == "text":
+        texts = [f"a photo of a {name}" for name in split.prompts]
+        queries = encoder.encode_text(encoder.tokenize(texts))
+    prompts = Prompts(encoder, split.prompts, cfg.context)
+    return TRM(len(split.names), encoder.D, prompts, cfg.matching, queries,
+               contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
+
+
+def load_carl(model, run, split, encoder):
+    """Table 4: the region module of another run, one on complete labels, kept as it is."""
+    other = read_checkpoint(Path(run) / "last.pt")
+    if other["names"] != split.names or other["clip_sha256"] != encoder.sha256:
+        raise UserError(f"--carl-from {run} was trained on other categories or another CLIP: give "
+                        "a run on the same")
+    carl = {key[5:]: value for key, value in other["model"].items() if key.startswith("carl.")}
+    if not carl:
+        raise UserError(f"--carl-from {run} has no regions: give a run with --matching carl")
+    model.carl.load_state_dict(carl)
