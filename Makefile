@@ -14,8 +14,8 @@ PYTHON ?= python3
 
 demo: .venv/done
 	rm -rf runs/demo-dualcoop runs/demo
-	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --eval-every 10 --matching dualcoop --out runs/demo-dualcoop
-	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --eval-every 10 --out runs/demo
+	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --epochs 30 --eval-every 10 --matching dualcoop --out runs/demo-dualcoop
+	$(PY) train.py --data scenes --ratio 0.1 --train-images 1000 --epochs 30 --eval-every 10 --out runs/demo
 	$(PY) eval.py runs/demo-dualcoop --compare runs/demo
 	@echo "look at runs/demo/regions.png, then open docs/walkthrough.html: the paper beside the code"
 
