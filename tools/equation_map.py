@@ -4,10 +4,7 @@ A line of code that computes an equation cites it as `Eq. n`. The rows below say
 line of an equation is looked for and what it says; the generator finds its number.
 """
 import re
-import sys
 from pathlib import Path
-
-from support.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- map: written by `make map` -->", "<!-- end of map -->"
@@ -32,37 +29,32 @@ ROWS = (  # equation, file, what the citing line holds, what it is
     (15, "train.py", "losses.total", "where it is called, at the end of Section 3 read aloud"))
 
 
+def cited(text):
+    """The numbers of the equations that a text cites: "Eq. 1-3, 5" -> {1, 2, 3, 5}."""
+    listed = " ".join(re.findall(r"Eq\. ((?:\d+(?:-|, | and )?)+)", text))
+    spans = re.findall(r"(\d+)(?:-(\d+))?", listed)
+    return {n for first, last in spans for n in range(int(first), int(last or first) + 1)}
+
+
 def line_of(equation, file, holds):
     """The line that holds the words and cites the equation, on it or on the two lines around it."""
     lines = (ROOT / file).read_text(encoding="utf-8").split("\n")
     for i, line in enumerate(lines):
-        around = " ".join(lines[max(0, i - 1):i + 2])
-        numbers = re.findall(r"Eq\. ((?:\d+(?:, | and |-)?)+)", around)
-        cited = {int(n) for part in numbers for n in re.findall(r"\d+", part)}
-        ranges = [tuple(map(int, r)) for part in numbers for r in re.findall(r"(\d+)-(\d+)", part)]
-        if holds in line and (equation in cited or any(a <= equation <= b for a, b in ranges)):
+        if holds in line and equation in cited(" ".join(lines[max(0, i - 1):i + 2])):
             return i + 1
     raise ValueError(f"{file} has no line with {holds!r} that cites Eq. {equation}")
 
 
-def table():
+def written(text):
+    """README's text with the map as the code has it now."""
     rows = ["| equation | where | what |", "|---|---|---|"]
     for equation, file, holds, what in ROWS:
         number = line_of(equation, file, holds)
         rows.append(f"| Eq. {equation} | [`{file}:{number}`]({file}#L{number}) | {what} |")
-    return "\n".join(rows)
-
-
-def written(text):
-    """README's text with the map as the code has it now."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
-
-
-def main():
-    readme = ROOT / "README.md"
-    readme.write_text(written(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    return "\n".join([before + BEGIN, *rows, END + rest.split(END)[1]])
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    readme = ROOT / "README.md"
+    readme.write_text(written(readme.read_text(encoding="utf-8")), encoding="utf-8")
