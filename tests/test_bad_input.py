@@ -600,14 +600,7 @@ def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
         ([check.main, "coco", "--rot", "x"], "--root"),
         ([check.main, "x.csv"], "x.csv"),
         ([check.main, "vg200", "--objects", "x.json"], "--root"),
-        ([pretrain.main, "--epochs", "0"], "--epochs"),
-        ([pretrain.main, "--lr", "nan"], "--lr"),
-        ([pretrain.main, "--canvases", "5"], "--batch"),
-        ([pretrain.main, "--seed", "-1"], "--seed"),
-        ([pretrain.main, "--epoch", "5"], "--epochs"),
-        ([pretrain.main, "--out", "none/x.safetensors"], "none/x.safetensors"),
-        ([pretrain.main, "--out", "tests"], "tests"),
-        ([pretrain.main, "--canvases", str(10**30)], "--canvases"),
+        ([pretrain.main, "--epochs", "5"], "--epochs"),
     ],
 )
 def test_a_wrong_call_of_a_side_command_is_one_line(words, told, capfd, monkeypatch):
