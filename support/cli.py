@@ -5,6 +5,7 @@
 import argparse
 import difflib
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,12 +23,10 @@ def make_parser(prog, about, **options):
                                      **options)
 
     def refuse(message):
-        if message.startswith("unrecognized arguments: "):
-            unknown = message.split(": ", 1)[1].split()[0]
-            known = parser._option_string_actions
-            near = difflib.get_close_matches(unknown.split("=")[0], known, 1)
-            message = f"unknown option {unknown}" + (f", did you mean {near[0]}?" if near else "")
-        raise UserError(f"{message} ({prog} --help lists the options)")
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(unknown, parser._option_string_actions, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message}{hint} ({prog} --help lists the options)")
     parser.error = refuse
     return parser
 
@@ -58,11 +57,10 @@ stop = Stop()
 
 
 def run_main(work, stopped="stopped"):
-    """work() -> exit status. What `failed` does not list is our fault and keeps its traceback."""
+    """work() -> exit status. What `explain` does not know is our fault and keeps its traceback."""
     stop.asked = False
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that a terminal cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")
@@ -71,37 +69,34 @@ def run_main(work, stopped="stopped"):
         sys.stdout.flush()
         return status
     except BaseException as error:
-        if not (stop.asked or isinstance(error, KeyboardInterrupt)):
-            return failed(error)
-        print(f"\n{stopped}", file=sys.stderr)
-        return 130
-
-
-def failed(error):
-    """One line for what the user can mend; anything else is raised again. -> exit status."""
-    try:
-        raise error
-    except UnicodeEncodeError as error:  # a file name under a locale that does not know its letters
-        name = ascii(error.object[error.start:error.end])
-        line = f"the locale cannot write {name} of a file name: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
-    except (UserError, FloatingPointError) as error:
-        line = str(error)
-    except BrokenExecutor:
-        line = "a worker process was ended, mostly for want of memory: fewer --jobs or --workers"
-    except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "allocate memory" in str(error)
-                or "out of memory" in str(error)):
+        if stop.asked or isinstance(error, KeyboardInterrupt):
+            print(f"\n{stopped}", file=sys.stderr)
+            return 130
+        if isinstance(error, BrokenPipeError):  # `| head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 141
+        line = explain(error)
+        if line is None:
             raise
-        reason = str(error).split(". ")[0][:150]
-        line = f"too little memory: lower --batch, --size or --queue ({reason})"
-    except OSError as error:
-        line = (f"{error.filename or 'input or output'}: {error.strerror or error}: check path, "
-                "rights and free space")
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
+
+
+def explain(error):
+    """The line about something that the user can mend; None for anything else."""
+    if isinstance(error, UnicodeEncodeError):  # a file name under a locale without its letters
+        name = ascii(error.object[error.start:error.end])
+        return f"the locale cannot write {name} of a file name: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    if isinstance(error, (UserError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, BrokenExecutor):
+        return "a worker process was ended, mostly for want of memory: fewer --jobs or --workers"
+    if re.search("^MemoryError|RuntimeError.*allocate memory|out of memory", repr(error), re.S):
+        reason = str(error).split(". ")[0][:150]
+        return f"too little memory: lower --batch, --size or --queue ({reason})"
+    if isinstance(error, OSError):
+        return (f"{error.filename or 'input or output'}: {error.strerror or error}: check path, "
+                "rights and free space")
 
 
 def end_with_parent():
@@ -124,17 +119,3 @@ def best_device(rank=0, world=1):
     if torch.cuda.is_available():
         return torch.device(f"cuda:{rank}")
     return torch.device("mps" if world == 1 and torch.backends.mps.is_available() else "cpu")
-
-
-def peak_memory():
-    """The most memory that this process held so far, for the log."""
-    import torch
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return "unknown"
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    if torch.cuda.is_available():
-        return f"{peak:.2f} GiB, GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    return f"{peak:.2f} GiB"

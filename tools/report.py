@@ -1,7 +1,8 @@
 """What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
 import importlib.util
 
-from support.cli import peak_memory
+import torch
+
 from support.run_folder import FILES
 from tools.plots import curves, save_regions
 from tools.predictor import Predictor
@@ -54,6 +55,7 @@ def of_run(run, cfg, state, encoder, splits, timers):
     if shown:
         predictor = Predictor(run, "last", state.memory.bank.device, encoder)
         save_regions(predictor, shown, run / "regions.png")
-    print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in timers.items())
-          + f"; peak memory {peak_memory()}")
+    print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in timers.items()))
+    if torch.cuda.is_available():
+        print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most")
     print(f"wrote {run}/: {' '.join(name for name in FILES[1:] if (run / name).exists())}")
