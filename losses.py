@@ -1,8 +1,7 @@
-"""The four losses and their sum (paper, Sec. 3.3, 3.5, 3.6; Eq. 6, 13, 14, 15). Each returns a
-scalar.
+"""The four losses and their sum, scalars (paper, Sec. 3.3, 3.5, 3.6; Eq. 6, 13, 14, 15).
 
-B images, C categories, E width of the contrastive space, S samples. Labels: 1 present, -1 absent, 0
-unknown.
+B images, C categories, E width of the contrastive space, S samples.
+Labels: 1 present, -1 absent, 0 unknown.
 """
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,13 @@ from support.recompute import checkpointed
 
 
 def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_negative=0.0):
-    """Eq. 14, asymmetric loss: known labels only, easy ones damped. The sign is explicit (the print
-    omits it).
+    """Eq. 14, asymmetric loss: known labels only, easy ones damped. The print omits the minus.
 
     logits (B, C) float;  labels (B, C) int, 1 / -1 / 0;  shift: the paper's c
     assume_negative   weight of the negative term on unknown labels (0: they contribute nothing)
-    returns the sum over the categories, mean over the images. With gammas and shift 0 it is exactly
-    binary cross-entropy.
+    returns the sum over the categories, mean over the images
+
+    With gammas and shift 0 it is exactly binary cross-entropy.
     """
     log_p = F.logsigmoid(logits)  # (B, C)
     log_not_p = F.logsigmoid(-logits)  # (B, C)
@@ -40,19 +39,17 @@ def _power(base, exponent):
 
 
 def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="region"):
-    """Eq. 6, KL(p^r || p^q): the region scores teach the query scores. No gradient reaches the
-    teacher.
+    """Eq. 6, KL(p^r || p^q), mean over B: the region scores teach the query scores.
 
     logits_r, logits_q (B, C)
     how       "softmax": as printed, p over the C categories; "bernoulli": present / absent, summed
-    teacher   "region" as in the paper; "query": KL(p^q || p^r); "both": as "region", but both learn
+    teacher   "region" as in the paper; "query": KL(p^q || p^r); no gradient reaches the teacher;
+              "both": as "region", but both learn
     Multiplied by temperature squared, so that the gradient keeps its size (Hinton et al., 2015).
-    Mean over B.
     """
-    # teacher, student
+    # (teacher, student)
     logits = (logits_q, logits_r) if teacher == "query" else (logits_r, logits_q)
-    if how == "bernoulli":
-        # (B, C, 2)  present, absent
+    if how == "bernoulli":  # (B, C, 2)  present, absent
         logits = [torch.stack([x, torch.zeros_like(x)], -1) for x in logits]
     log_t, log_s = ((x / temperature).log_softmax(-1) for x in logits)
     if teacher != "both":

@@ -1,5 +1,4 @@
-"""Multimodal category prototypes: memory bank, thresholds, pseudo-labels (paper, Sec. 3.4, Eq.
-7-12).
+"""Multimodal category prototypes: memory bank, thresholds, pseudo-labels (Sec. 3.4, Eq. 7-12).
 
 B images, C categories, N locations, D dims, L queue length (the paper's l), K top-k.
 Labels: 1 present, -1 absent, 0 unknown. Similarities and thresholds carry the modality in front:
@@ -15,10 +14,9 @@ from kernels import topk_prototypes
 class MemoryBank(nn.Module):
     """A queue of unit pixel features for each category, moving thresholds, and the text prototypes.
 
-    bank    (C, L, D) first in, first out;  cursor (C,) int64 rows ever written: row r lies in slot
-            r % L
-    theta   (2, 2, C) thresholds [visual, text] x [positive, negative], NaN until a first label was
-            seen
+    bank    (C, L, D) first in, first out
+    cursor  (C,) int64 rows ever written: row r lies in slot r % L
+    theta   (2, 2, C) thresholds [visual, text] x [positive, negative], NaN before a first label
     text_prototypes (C, D) the positive text features at the end of stage one, NaN before
     """
 
@@ -66,8 +64,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update_thresholds(self, s, labels):
-        """Eq. 9: mean similarity of the batch's known positives and negatives. Eq. 11: moving
-        averages.
+        """Eq. 9: mean similarity of the batch's known positives and negatives; Eq. 11: its average.
 
         s (2, B, C) from `similarities`, labels (B, C). A category without such a label keeps its
         threshold. The print updates theta_positive twice; the second line is theta_negative.
@@ -97,8 +94,7 @@ class MemoryBank(nn.Module):
     def pseudo_labels(self, s, labels, modalities=(0, 1)):
         """Eq. 12: an unknown label is estimated where all modalities agree.
 
-        s (2, B, C), labels (B, C) -> (B, C) int8, zero wherever the label is known or they
-        disagree.
+        s (2, B, C), labels (B, C) -> (B, C) int8, 0 where the label is known or they disagree.
         """
         verdict = self.verdicts(s)
         # a list as index would wait for the GPU

@@ -1,5 +1,4 @@
-r"""Text-region matching: prompts, category-aware regions, and the matching of the two (Sec.
-3.1-3.2, Eq. 1-5).
+r"""Text-region matching: prompts, category-aware regions, their matching (Sec. 3.1-3.2, Eq. 1-5).
 
     frozen CLIP image -> f (B, N, D) --CARL--> energy (B, C, N) --sigmoid, pool--> regions F^r --\
                                          \--> queries F^q
@@ -22,8 +21,7 @@ from support.recompute import checkpointed
 
 
 def match(x, g_pos, g_neg, scale):
-    """Eq. 1 with dual prompts: tau-normalised cosine to the positive text minus that to the
-    negative text.
+    """Eq. 1 with dual prompts: cosine over tau to the positive text minus that to the negative one.
 
     x       (..., C, D)  visual feature of each category, any length
     g_pos   (C, D)       text features of "category present";  g_neg (C, D) of "category absent"
@@ -39,8 +37,8 @@ def match(x, g_pos, g_neg, scale):
 class Prompts(nn.Module):
     """Learned context of each category, for "present" and "absent": [SOT] w_1 ... w_M [name] [EOT].
 
-    clip     a frozen clip.CLIP, used here for the embeddings of the names only;  texts: C category
-             names
+    clip     a frozen clip.CLIP, used here for the embeddings of the names only
+    texts    C category names
     context  (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1
     at_once  most prompts whose activations are kept for the backward pass (some 10 MB each in CLIP)
     """
@@ -120,11 +118,9 @@ class CARL(nn.Module):
         Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), queries (B, C, D).
         """
         D = f.shape[-1]
-        # Not in the paper: keys and values see LayerNorm(f), as CLIP's features have a large common
-        # part.
+        # Not in the paper: keys and values see LayerNorm(f): CLIP's features share a large part.
         x = F.layer_norm(f, (D,))  # (B, N, D)
-        # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: C queries are cheaper to project than B*N
-        # keys.
+        # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: project C queries instead of B*N keys.
         q = self.q(Q)  # (C, D)
         energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5  # (B, C, N)   R of Eq. 3
         # Softmax weights sum to one, so W_v may follow the sum over the locations as well.
@@ -135,12 +131,10 @@ class CARL(nn.Module):
 
 
 def spatial_aggregation(f, g_pos, g_neg, scale, spatial_scale):
-    """DualCoOp's matching: each location is matched, and weighted by a softmax of its positive
-    similarity.
+    """DualCoOp's matching: each location is matched, weighted by a softmax of its similarity.
 
-    f (B, N, D), g_pos and g_neg (C, D) unit, scale = 1 / tau, spatial_scale = 1 / spatial
-    temperature returns logits (B, C) and the positive similarities (B, C, N), the map that this
-    method shows.
+    f (B, N, D), g_pos and g_neg (C, D) unit, scale = 1 / tau, spatial_scale = 1 / its temperature
+    returns logits (B, C) and the positive similarities (B, C, N), the map that this method shows
     """
     f = F.normalize(f, dim=-1)
     pos = (f @ g_pos.T).mT  # (B, C, N)
@@ -196,6 +190,7 @@ class TRM(nn.Module):
                                                      self.log_spatial_scale.exp())
             return Output(logits, energy=similarity)
         whole = x if self.matching == "global" else f.mean(1)  # (B, D)
-        # only for pictures
-        similarity = None if self.training else (F.normalize(f, dim=-1) @ g_pos.T).mT
+        similarity = None
+        if not self.training:  # only for pictures
+            similarity = (F.normalize(f, dim=-1) @ g_pos.T).mT  # (B, C, N)
         return Output(match(whole[:, None], g_pos, g_neg, scale), energy=similarity)
