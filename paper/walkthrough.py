@@ -1,18 +1,17 @@
 """docs/walkthrough.html: the paper's Section 3 beside the code beside live tensors.
 
-    python -m paper.walkthrough                     trains runs/walkthrough first, if it is missing
-    python -m paper.walkthrough --root FOLDER       where the drawn scenes lie
+    python -m paper.walkthrough           trains runs/walkthrough first, if it is missing
+    python -m paper.walkthrough --text    text and code anew, the tensors as they are in the page
 
 C categories, N = h*w locations, n validation scenes, T epochs.
 """
 import ast
 import base64
 import html
-import io
 import json
 import re
 import sys
-import time
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -25,106 +24,90 @@ from PIL import Image
 import clip
 import data
 from config import Config, preset
+from datasets import augment
 from support.checkpoint import save_atomically, write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.build import training_loader
+from tools.equation_map import ROOT, cited
 from tools.inspection import inspect, origins, training_parts
 from tools.plots import heat
 from tools.predictor import Predictor, evaluation_loader
 from tools.suggest import jpeg
 from train import train
 
-ROOT = Path(__file__).resolve().parents[1]
+RUN = Path("runs/walkthrough")
+PAGE = ROOT / "docs" / "walkthrough.html"
+ORACLES = "tests/oracles.py"
 METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",
           "kernels/topk_prototypes.py", "train.py")
-MARK = re.compile(r"Eq\. ((?:\d+(?:-|, | and )?)+)")
-LONGEST = 34  # lines of a function that is shown whole
+LONGEST = {"train.py": 4, ORACLES: 100}  # lines of what is shown whole; else 34
+CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
 FILMED = 200  # validation scenes whose regions are kept after every epoch
 CROPS = 12  # prototypes shown of each category
 
 
-def train_filmed(run, root=None):
+@torch.no_grad()
+def measure(model, memory, loader, g_pos, g_neg):
+    """Scenes in one pass -> probabilities (n, C), masks (n, C, N), similarities (2, n, C)."""
+    model.eval()
+    p, masks, s = [], [], []
+    for _, f, x in loader.batches(0, shuffle=False):
+        out = model(f, x, g_pos, g_neg)
+        p.append(out.logits_r.sigmoid())
+        masks.append(out.energy.sigmoid())
+        s.append(memory.similarities(out.regions))
+    return torch.cat(p).cpu(), torch.cat(masks).cpu(), torch.cat(s, 1).cpu()
+
+
+def train_filmed():
     """The demo's run, which also keeps film.npz: after each epoch the first FILMED validation
     scenes' masks (T, n, C, N) uint8, similarities (T, n, 2, C) and thresholds (T, 2, 2, C)."""
-    cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, root=root,
-                 out=str(run))
+    cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN))
     encoder, splits = clip.load(cfg.clip), data.load(cfg)
     loader = evaluation_loader(cfg, splits[1].subset(range(FILMED)), encoder, best_device())
-    frames = []
+    film = {"masks": [], "s": [], "theta": []}
 
-    @torch.no_grad()
     def on_epoch(state, line):
-        state.model.eval()
-        device = state.memory.bank.device
-        g_pos, g_neg = state.model.prompts(encoder)
-        masks, s = [], []
-        for _, f, x in loader.batches(0, shuffle=False):
-            out = state.model(f.to(device), x.to(device), g_pos, g_neg)
-            masks.append((255 * out.energy.sigmoid()).byte().cpu())
-            s.append(state.memory.similarities(out.regions).transpose(0, 1).cpu())
-        frames.append((torch.cat(masks), torch.cat(s), state.memory.theta.cpu().clone()))
+        _, masks, s = measure(state.model, state.memory, loader, *state.model.prompts(encoder))
+        film["masks"].append((255 * masks).byte())
+        film["s"].append(s.transpose(0, 1))
+        film["theta"].append(state.memory.theta.cpu().clone())
 
     train(cfg, splits=splits, encoder=encoder, on_epoch=on_epoch)
-    film = {name: torch.stack(part).numpy()
-            for name, part in zip(("masks", "s", "theta"), zip(*frames))}
-    save_atomically(lambda buffer: np.savez_compressed(buffer, **film), Path(run) / "film.npz")
+    arrays = {name: torch.stack(frames).numpy() for name, frames in film.items()}
+    save_atomically(lambda buffer: np.savez_compressed(buffer, **arrays), RUN / "film.npz")
 
 
 # ---- code, by its marks
 
 
-def cited(line):
-    """The numbers of the equations that a line cites: "Eq. 1-3, 5" -> {1, 2, 3, 5}."""
-    numbers = set()
-    for listed in MARK.findall(line):
-        for first, last in re.findall(r"(\d+)(?:-(\d+))?", listed):
-            numbers |= set(range(int(first), int(last or first) + 1))
-    return numbers
-
-
-def passages(file, equation):
-    """[(first line, last line, marked lines)] of the functions of a file that cite an equation: a
-    short function whole, of a long one only the marked statements."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    lines = text.split("\n")
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        kinds = (ast.FunctionDef, ast.ClassDef) if file == "tests/oracles.py" else ast.FunctionDef
-        if not isinstance(node, kinds) or "jit" in ast.unparse(node.decorator_list[:1]):
+def listing(file, equation):
+    """What cites an equation in a file, as HTML under links to where it stands: functions, and of
+    those that are longer than LONGEST the statements."""
+    lines = (ROOT / file).read_text(encoding="utf-8").split("\n")
+    shown = []
+    for node in ast.walk(ast.parse("\n".join(lines))):  # outer ones first
+        if not isinstance(node, CODE) or isinstance(getattr(node, "value", None), ast.Constant):
+            continue  # a docstring is no statement
+        first = node.lineno - lines[node.lineno - 2].strip().startswith("#")
+        part = lines[first - 1:node.end_lineno]
+        inside = any(a <= first <= b for a, b, _ in shown)
+        if inside or len(part) > LONGEST.get(file, 34) or equation not in cited("\n".join(part)):
             continue
-        marked = [i for i in range(node.lineno, node.end_lineno + 1)
-                  if equation in cited(lines[i - 1])]
-        longest = {"train.py": 0, "tests/oracles.py": 100}.get(file, LONGEST)
-        if marked and node.end_lineno - node.lineno < longest:
-            found.append((node.lineno, node.end_lineno, marked))
-            continue
-        for part in ast.walk(node):
-            if isinstance(part, (ast.Assign, ast.Expr, ast.Return)):
-                first = part.lineno - lines[part.lineno - 2].strip().startswith("#")
-                if any(first <= i <= part.end_lineno for i in marked):
-                    found.append((first, part.end_lineno, marked))
-    return found
-
-
-def listing(file, first, last, marked):
-    """Lines of a file as HTML, under a link to where they stand."""
-    lines = (ROOT / file).read_text(encoding="utf-8").split("\n")[first - 1:last]
-    indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
-    rows = []
-    for number, line in enumerate(lines, first):
-        code = re.sub(r"(^|  )(# .*)$", r"\1<i>\2</i>", html.escape(line[indent:], quote=False))
-        rows.append(f"<b>{code}</b>" if number in marked else code)
-    return (f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p>'
-            f'<pre data-file="{file}" data-first="{first}">' + "\n".join(rows) + "</pre>")
+        part = textwrap.dedent("\n".join(part)).split("\n")
+        rows = [re.sub(r"(^|  )(# .*)$", r"\1<i>\2</i>", html.escape(row, quote=False))
+                for row in part]
+        rows = [f"<b>{row}</b>" if equation in cited(row) else row for row in rows]
+        shown.append((first, node.end_lineno, f'<p class="where"><a href="../{file}#L{first}">'
+                      f'{file}:{first}</a></p><pre data-file="{file}" data-first="{first}">'
+                      + "\n".join(rows) + "</pre>"))
+    return "".join(text for _, _, text in sorted(shown))
 
 
 def code_of(equation):
     """The code of an equation, and its transcription from the tests to unfold."""
-    shown = [listing(file, *place) for file in METHOD for place in passages(file, equation)]
-    slow = [listing("tests/oracles.py", *place)
-            for place in passages("tests/oracles.py", equation)]
-    return ("".join(shown) + "<details><summary>The same, slowly: one loop for each sum sign"
-            f"</summary>{''.join(slow)}</details>")
+    return ("".join(listing(file, equation) for file in METHOD) + "<details><summary>The same, "
+            f"slowly: one loop for each sum sign</summary>{listing(ORACLES, equation)}</details>")
 
 
 def typeset(text):
@@ -135,29 +118,6 @@ def typeset(text):
 
 
 # ---- tensors
-
-
-def pack(array):
-    """An array as JSON: base64 of int16 steps, NaN as the lowest; of uint8 where it is uint8."""
-    array = np.asarray(array)
-    if array.dtype == np.uint8:
-        return {"step": 0, "data": base64.b64encode(array.tobytes()).decode()}
-    step = max(float(np.nanmax(np.abs(array))), 1e-9) / 32000
-    steps = np.where(np.isnan(array), -32768, np.round(array / step)).astype("<i2")
-    return {"step": step, "data": base64.b64encode(steps.tobytes()).decode()}
-
-
-@torch.no_grad()
-def measure(predictor, memory, split):
-    """The validation scenes in one pass: {"p", "peak": (n, C), "s": (2, n, C)}, numpy."""
-    p, peak, s = [], [], []
-    for _, f, x in predictor.loader(split).batches(0, shuffle=False):
-        out = predictor.model(f, x, predictor.g_pos, predictor.g_neg)
-        p.append(out.logits_r.sigmoid())
-        peak.append(out.energy.sigmoid().amax(-1))
-        s.append(memory.similarities(out.regions))
-    parts = dict(p=torch.cat(p), peak=torch.cat(peak), s=torch.cat(s, 1))
-    return {name: part.cpu().numpy() for name, part in parts.items()}
 
 
 def choose(seen, verdicts, pseudo, truth, area):
@@ -189,13 +149,11 @@ def choose(seen, verdicts, pseudo, truth, area):
 
 def crops_of(memory, predictor, split):
     """For each category JPEGs of its newest prototypes: the location and what surrounds it."""
-    cfg, (height, width) = predictor.cfg, predictor.grid
-    loader = training_loader(cfg, split, predictor.clip, predictor.device, 0, 1)
-    where = origins(memory, loader).tolist()
-    mean, std = (torch.tensor(part)[:, None, None] for part in (predictor.clip.mean,
-                                                                predictor.clip.std))
+    cfg, encoder, (height, width) = predictor.cfg, predictor.clip, predictor.grid
+    loader = training_loader(cfg, split, encoder, predictor.device, 0, 1)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (encoder.mean, encoder.std))
     crops = []
-    for places, cursor in zip(where, memory.cursor.tolist()):
+    for places, cursor in zip(origins(memory, loader).tolist(), memory.cursor.tolist()):
         newest = [places[r % len(places)] for r in range(cursor - 1, -1, -1)]
         crops.append([])
         for image, location, view in newest[:CROPS]:
@@ -218,107 +176,94 @@ def contrast(predictor, memory, heads):
 # ---- the page
 
 
+def numbers(array):
+    """A tensor or an array as lists of numbers for JSON; NaN becomes null."""
+    array = torch.as_tensor(array).cpu().double().numpy().round(4)
+    return np.where(np.isnan(array), None, array).tolist()
+
+
 @torch.no_grad()
-def contents(run, root):
-    """All that the page draws, as JSON takes it."""
-    predictor = Predictor(run, "last", places={"root": root} if root else None)
-    splits = predictor.splits()
-    val, film = splits["val"], np.load(Path(run) / "film.npz")
+def contents():
+    """All that the page draws, as JSON takes it; draws docs/idea.png beside."""
+    predictor = Predictor(RUN, "last")
+    cfg, splits, film = predictor.cfg, predictor.splits(), np.load(RUN / "film.npz")
+    val = splits["val"]
     memory, heads = training_parts(predictor)
-    seen = measure(predictor, memory, val)
-    s = torch.from_numpy(seen["s"])
-    verdicts = memory.verdicts(s).numpy()
+    p, masks, s = measure(predictor.model, memory, predictor.loader(val), predictor.g_pos,
+                          predictor.g_neg)
     pseudo = memory.pseudo_labels(s, torch.zeros(s.shape[1:], dtype=torch.int8)).numpy()
     area = np.zeros(val.truth.shape)
     for row, boxes in zip(area, val.boxes):
         for c, x0, y0, x1, y1 in boxes:
             row[int(c)] += (x1 - x0) * (y1 - y0)
+    seen = dict(p=p.numpy(), peak=masks.amax(-1).numpy())
     scenes = []
-    for title, rule, i, c in choose(seen, verdicts, pseudo, val.truth, area):
+    for title, rule, i, c in choose(seen, memory.verdicts(s).numpy(), pseudo, val.truth, area):
         one = inspect(predictor, val.paths[i], val.truth[i])
-        arrays = {name: pack(one[name].cpu().numpy()) for name in
+        arrays = {name: numbers(one[name]) for name in
                   ("text_pixel", "energy", "topk", "logits_r", "logits_q", "s", "regions")}
-        losses = {name: round(float(value), 4) for name, value in one["losses"].items()}
+        losses = {name: float(value) for name, value in one["losses"].items()}
+        percent = (film["masks"][:, i] / 2.55).astype(int)  # (T, C, N)
         scenes.append(arrays | dict(title=title, rule=rule, category=c, photo=jpeg(val.paths[i]),
-                                    image=i, truth=val.truth[i].tolist(), losses=losses,
-                                    masks=pack(film["masks"][:, i]), film=pack(film["s"][:, i])))
-    history = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+                                    truth=val.truth[i].tolist(), losses=losses,
+                                    masks=percent.tolist(), film=numbers(film["s"][:, i])))
+        if title == "easy":
+            idea(one, augment.read(val.paths[i]), c, predictor)
+    history = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     told = ("stage", "pseudo_pos", "pseudo_pos_precision", "pseudo_neg", "pseudo_neg_precision")
     epochs = [{name: line.get(name) for name in told} for line in history]
-    cfg = predictor.cfg
     return dict(names=predictor.names, grid=predictor.grid, scenes=scenes, epochs=epochs,
-                theta=pack(memory.theta.cpu()), thetas=pack(film["theta"]), s=pack(seen["s"]),
-                truth=pack((val.truth + 1).astype(np.uint8)), n=len(val.paths),
-                crops=crops_of(memory, predictor, splits["train"]),
-                contrast=pack(contrast(predictor, memory, heads).cpu()),
+                theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),
+                truth=val.truth.tolist(), crops=crops_of(memory, predictor, splits["train"]),
+                contrast=numbers(contrast(predictor, memory, heads)),
                 asl=[cfg.gamma_pos, cfg.gamma_neg, cfg.shift],
                 weights=[cfg.alpha, cfg.beta, cfg.gamma])
 
 
-def idea(content, file):
-    """One scene through Eq. 2 to 12, as a picture."""
-    scene, (h, w) = content["scenes"][0], content["grid"]
-    c, C = scene["category"], len(content["names"])
-    photo = Image.open(io.BytesIO(base64.b64decode(scene["photo"])))
-
-    def unpack(part, *shape):
-        steps = np.frombuffer(base64.b64decode(part["data"]), "<i2")
-        return np.where(steps == -32768, np.nan, steps * part["step"]).reshape(shape)
-
-    energy = unpack(scene["energy"], C, h * w)[c]
-    similar = unpack(scene["text_pixel"], C, h * w)[c]
-    s, theta = unpack(scene["s"], 2, C)[:, c], unpack(content["theta"], 2, 2, C)[..., c]
+def idea(seen, photo, c, predictor):
+    """docs/idea.png: one scene and one category through Eq. 2 to 12."""
+    (h, w), mask, similar = predictor.grid, seen["mask"][c].numpy(), seen["text_pixel"][c].numpy()
     figure = Figure(figsize=(12, 2.6), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.2))
-    mask = 1 / (1 + np.exp(-energy))
-    name = content["names"][c]
-    for axis, picture, title in (
-            (axes[0], photo, "a scene"),
-            (axes[1], heat(photo, similar - similar.min(), (h, w)), f"cosine to the text: {name}"),
-            (axes[2], heat(photo, mask, (h, w)), "its soft region, Eq. 2-4"),
-            (axes[3], heat(photo, mask, (h, w)), "top-K to the bank, Eq. 7")):
+    *tiles, scale = figure.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.2))
+    for axis, picture, title in zip(
+            tiles, (photo, heat(photo, similar - similar.min(), (h, w)),
+                    *[heat(photo, mask, (h, w))] * 2),
+            ("a scene", f"cosine to the text: {predictor.names[c]}", "its soft region, Eq. 2-4",
+             "top-K to the bank, Eq. 7")):
         axis.imshow(picture)
         axis.set_title(title, fontsize=9)
         axis.axis("off")
-    for k in unpack(scene["topk"], C, -1)[c].astype(int):
-        axes[3].plot((k % w + 0.5) * photo.width / w, (k // w + 0.5) * photo.height / h, "x",
-                     color="black", markersize=9, markeredgewidth=2)
-    for row, modality in enumerate(("visual", "text")):
-        axes[4].plot(s[row], row, "o", color="tab:blue", markersize=9)
-        axes[4].plot(theta[row, 0], row, "|", color="tab:green", markersize=26, markeredgewidth=3)
-        axes[4].plot(theta[row, 1], row, "|", color="tab:red", markersize=26, markeredgewidth=3)
-    axes[4].set(yticks=(0, 1), yticklabels=("visual\nprototypes", "text\nprototype"),
-                ylim=(-0.7, 1.7), xlabel="similarity, and the two thresholds")
-    axes[4].set_title("both above: label guessed, Eq. 8-12", fontsize=9)
-    save_atomically(lambda buffer: figure.savefig(buffer, format="png"), file)
+    top = seen["topk"][c].numpy()
+    tiles[3].plot((top % w + 0.5) * photo.width / w, (top // w + 0.5) * photo.height / h, "x",
+                  color="black", markersize=9, markeredgewidth=2)
+    bar = dict(marker="|", markersize=26, markeredgewidth=3, linestyle="")
+    scale.plot(seen["s"][:, c], (0, 1), "o", color="tab:blue", markersize=9)
+    scale.plot(seen["theta"][:, 0, c], (0, 1), color="tab:green", **bar)
+    scale.plot(seen["theta"][:, 1, c], (0, 1), color="tab:red", **bar)
+    scale.set(yticks=(0, 1), yticklabels=("visual\nprototypes", "text\nprototype"),
+              ylim=(-0.7, 1.7), xlabel="similarity, and the two thresholds")
+    scale.set_title("both above: label guessed, Eq. 8-12", fontsize=9)
+    save_atomically(lambda buffer: figure.savefig(buffer, format="png"), PAGE.with_name("idea.png"))
 
 
 def main(argv=None):
     parser = make_parser("paper.walkthrough", __doc__)
-    parser.add_argument("run", nargs="?", default="runs/walkthrough", help="run folder")
-    parser.add_argument("--root", help="folder of the drawn scenes")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "walkthrough.html")
-    parser.add_argument("--text", action="store_true",
-                        help="only text and code anew, with the tensors of the page that is there")
+    parser.add_argument("--text", action="store_true", help="no tensors, only text and code anew")
 
     def work():
-        args = parser.parse_args(words(argv))
-        file, picture = args.out, args.out.with_name("idea.png")
-        start = time.perf_counter()
-        if args.text:
-            page = file.read_text(encoding="utf-8")
+        if parser.parse_args(words(argv)).text:
+            page = PAGE.read_text(encoding="utf-8")
             content = page.partition('id="data">')[2].partition("</script>")[0]
         else:
-            if not (Path(args.run) / "film.npz").is_file():
-                train_filmed(args.run, args.root)
-            start, content = time.perf_counter(), contents(args.run, args.root)
-            idea(content, picture)
-            content = json.dumps(content)
+            if not (RUN / "film.npz").is_file():
+                train_filmed()
+            content = json.dumps(contents(), separators=(",", ":"))
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         text, mark, script = template.partition("<script")
-        text = typeset(text).replace("{{IDEA}}", base64.b64encode(picture.read_bytes()).decode())
-        write_atomically(file, text + mark + script.replace("{{DATA}}", content))
-        print(f"{file}: {file.stat().st_size / 2**20:.2f} MB, {time.perf_counter() - start:.0f} s")
+        picture = base64.b64encode(PAGE.with_name("idea.png").read_bytes()).decode()
+        text = typeset(text).replace("{{IDEA}}", picture)
+        write_atomically(PAGE, text + mark + script.replace("{{DATA}}", content))
+        print(f"{PAGE}: {PAGE.stat().st_size / 2**20:.2f} MB")
     return run_main(work)
 
 
