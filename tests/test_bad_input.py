@@ -28,6 +28,7 @@ from support import distributed as ranks
 from paper import reproduce
 from datasets import scenes
 import train
+from tools import build
 from tools import pretrain
 from config import Config
 from support import UserError
@@ -471,7 +472,7 @@ def test_a_frozen_region_module_that_does_not_fit(
                 "shape": {k: v[:1] if k.startswith("carl.") else v for k, v in model.items()},
             }[change],
         )
-    monkeypatch.setattr(train, "FeatureLoader", None)  # told before anything is decoded
+    monkeypatch.setattr(build, "FeatureLoader", None)  # told before anything is decoded
     one_line(
         train.main, options(world, tmp_path / "run", carl_from=tmp_path / "source"), capfd, "source"
     )
@@ -496,7 +497,7 @@ def test_a_name_too_long_for_clip_is_told_before_the_images_are_decoded(
     (tmp_path / "names.txt").write_text(
         "\n".join(" ".join("abcdefghijklmnopqrstuvwxyz") + str(i) for i, _ in enumerate(names))
     )
-    monkeypatch.setattr(train, "FeatureLoader", None)
+    monkeypatch.setattr(build, "FeatureLoader", None)
     one_line(
         train.main, options(world, tmp_path / "run", names=tmp_path / "names.txt"), capfd, "tokens"
     )
@@ -624,11 +625,11 @@ def test_scenes_beside_a_broken_note_are_left_alone(tmp_path):
 def test_a_run_that_began_while_another_one_decoded_is_not_overwritten(world, tmp_path, capfd):
     def slow(split, *arguments, **options):
         if not (tmp_path / "run").exists():
-            with mock.patch.object(train, "FeatureLoader", features.FeatureLoader):
+            with mock.patch.object(build, "FeatureLoader", features.FeatureLoader):
                 run(world, tmp_path / "run", epochs=2)
         return features.FeatureLoader(split, *arguments, **options)
 
-    with mock.patch.object(train, "FeatureLoader", slow):
+    with mock.patch.object(build, "FeatureLoader", slow):
         one_line(
             train.main,
             options(world, tmp_path / "run", epochs=1, seed=9),
