@@ -111,72 +111,33 @@ def read(path, root, cfg):
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
     codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(getattr(cfg, "minus_one", None), CODES)
     header, body = table(path)
-    problems = []
     ignored = set(filter(None, (getattr(cfg, "ignore", None) or "").split(",")))
     if missing := ignored - set(header):
         raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are "
                         f"{', '.join(header[:20])}")
-
-    prompts = dict(zip(header, [name.replace("_", " ") for name in header]))
+    problems, words = [], {}
     if body and body[0][1][0] == "#prompt":
         line, row = body.pop(0)
+        words = dict(zip(header[1:], row[1:]))
         if len(row) != len(header) or not all(row):
             problems.append(f"{path}:{line}: the row of prompt names needs {len(header) - 1} names")
-        prompts |= dict(zip(header[1:], row[1:]))
-    for line, row in body:
-        if len(row) != len(header):
-            problems.append(f"{path}:{line}: {len(row)} cells, but the header has {len(header)}")
+    problems += [f"{path}:{line}: {len(row)} cells, but the header has {len(header)}"
+                 for line, row in body if len(row) != len(header)]
     body = [(line, row) for line, row in body if len(row) == len(header)]
 
-    def no_label(c):  # a column of three or more cells, of which none is a label
-        filled = [row[c].lower() for _, row in body if row[c]]
-        return len(filled) > 2 and not any(cell in codes or cell in MINUS_ONE for cell in filled)
-
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
-    other = [c for c in columns if no_label(c)]
+    other = [c for c in columns if holds_no_label([row[c] for _, row in body], codes)]
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], getattr(cfg, "unlisted", None))
-        prompts = {name: name.replace("_", " ") for name in names}
     else:
-        columns = [c for c in columns if c not in other]
-        names = [header[c] for c in columns]
         if other:
             print(f"{path}: no categories, since no cell is a label: "
                   f"{', '.join(header[c] for c in other)}")
-        cells = []
-        for line, row in body:
-            bad = [f"{header[c]}={row[c]!r}" for c in columns if row[c].lower() not in codes]
-            if any(row[c] in MINUS_ONE and row[c] not in codes for c in columns):
-                problems.append(f"{path}:{line}: {', '.join(bad[:3])}: -1 is absent in some sheets "
-                                "(where 0 is unknown) and uncertain in others: say --minus-one "
-                                "absent or --minus-one unknown")
-            elif bad:
-                problems.append(f"{path}:{line}: a cell is 1 (present), 0 (absent) or empty "
-                                f"(unknown), got {', '.join(bad[:3])}; a column that is no "
-                                "category goes into --ignore (README, docs/data.md: lists)")
-            cells.append([codes.get(row[c].lower(), UNKNOWN) for c in columns])
+        columns = [c for c in columns if c not in other]
+        names = [header[c] for c in columns]
+        cells = label_cells(path, header, body, columns, codes, problems)
     problems += doubtful_names(path, names)
-
-    files, first = [], {}
-    for line, row in body:
-        try:
-            if not row[0]:
-                raise UserError(f"{path}:{line}: no image name in the first column")
-            absolute = os.path.isabs(row[0]) and "\0" not in row[0]
-            file = os.path.realpath(row[0] if absolute
-                                    else safe_join(root, row[0], f"{path}:{line}"))
-            if file in first:  # links followed: one image, one row
-                raise UserError(f"{path}:{line}: {row[0]} is already on line {first[file]}; merge "
-                                "the two rows (README, docs/data.md: long)")
-            if not os.path.isfile(file):
-                what = "a folder" if os.path.isdir(file) else "missing"
-                raise UserError(f"{path}:{line}: no image {file} ({what}); --root says where image "
-                                "names start")
-            first[file] = line
-            files.append(file)
-        except UserError as error:
-            problems.append(str(error))
-    labels = np.array(cells, np.int8).reshape(-1, len(names))
+    files = image_files(path, root, body, problems)
     if problems:
         more = ""
         if len(problems) > 1:
@@ -184,9 +145,56 @@ def read(path, root, cfg):
         error = UserError(problems[0] + more)
         error.problems = problems
         raise error
-    return Split(os.path.splitext(os.path.basename(path))[0], files, names, labels,
-                 prompts=[prompts[name] for name in names], listed=[row[0] for _, row in body],
-                 where=[f"{path}:{line}" for line, _ in body])
+    return Split(os.path.splitext(os.path.basename(path))[0], files, names,
+                 np.array(cells, np.int8).reshape(-1, len(names)),
+                 prompts=[words.get(name, name.replace("_", " ")) for name in names],
+                 listed=[row[0] for _, row in body], where=[f"{path}:{line}" for line, _ in body])
+
+
+def holds_no_label(column, codes):
+    """Whether a column of three or more filled cells holds no label in any."""
+    filled = [cell.lower() for cell in column if cell]
+    return len(filled) > 2 and not any(cell in codes or cell in MINUS_ONE for cell in filled)
+
+
+def label_cells(path, header, body, columns, codes, problems):
+    """N rows of C label codes; what is no label joins `problems`."""
+    cells = []
+    for line, row in body:
+        bad = [f"{header[c]}={row[c]!r}" for c in columns if row[c].lower() not in codes]
+        if any(row[c] in MINUS_ONE and row[c] not in codes for c in columns):
+            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: -1 is absent in some sheets "
+                            "(where 0 is unknown) and uncertain in others: say --minus-one "
+                            "absent or --minus-one unknown")
+        elif bad:
+            problems.append(f"{path}:{line}: a cell is 1 (present), 0 (absent) or empty "
+                            f"(unknown), got {', '.join(bad[:3])}; a column that is no "
+                            "category goes into --ignore (README, docs/data.md: lists)")
+        cells.append([codes.get(row[c].lower(), UNKNOWN) for c in columns])
+    return cells
+
+
+def image_files(path, root, body, problems):
+    """Absolute file names of the rows, links followed: one image, one row."""
+    first = {}  # file: its line
+    for line, row in body:
+        try:
+            if not row[0]:
+                raise UserError(f"{path}:{line}: no image name in the first column")
+            absolute = os.path.isabs(row[0]) and "\0" not in row[0]
+            file = os.path.realpath(row[0] if absolute
+                                    else safe_join(root, row[0], f"{path}:{line}"))
+            if file in first:
+                raise UserError(f"{path}:{line}: {row[0]} is already on line {first[file]}; merge "
+                                "the two rows (README, docs/data.md: long)")
+            if not os.path.isfile(file):
+                what = "a folder" if os.path.isdir(file) else "missing"
+                raise UserError(f"{path}:{line}: no image {file} ({what}); --root says where image "
+                                "names start")
+            first[file] = line
+        except UserError as error:
+            problems.append(str(error))
+    return list(first)
 
 
 def lists(path, body, column, unlisted):
