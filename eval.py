@@ -247,7 +247,8 @@ def table(predictors, split, args):
           f"{text}")
     if args.categories:
         precision = precision_per_category(scores, split.truth)
-        print(*of_categories(split, scores, precision, threshold), sep="\n")
+        print(*of_categories(split, scores, precision, threshold, predictors[0].rests_on),
+              sep="\n")
 
 
 def main(argv=None):

@@ -219,6 +219,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         with torch.no_grad():
             g_pos, g_neg = model.prompts(encoder)
         threshold, scale, improved = np.full(len(g_pos), 0.5), None, False
+        rests_on = np.zeros(len(g_pos), int)  # positives behind each threshold
         if state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs:
             start = time.perf_counter()
             numbers, scores, scale = evaluate(model, g_pos, g_neg, g_zero, positives, loaders,
@@ -228,13 +229,14 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
             improved = is_best(state, numbers)
             if "val" in scores:
                 threshold = best_thresholds(scores["val"], val_split.truth)
+                rests_on = (val_split.truth == 1).sum(0)
         state.history.append(line)
         if rank == 0:
             save(run, state, dict(
                 config=json.dumps(dataclasses.asdict(cfg)), names=list(train_split.names),
                 clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(),
-                g_neg=g_neg.cpu(), threshold=threshold.tolist(), epoch=state.epoch,
-                g_zero=g_zero.cpu(), zero_shot_scale=scale), improved)
+                g_neg=g_neg.cpu(), threshold=threshold.tolist(), rests_on=rests_on.tolist(),
+                g_zero=g_zero.cpu(), zero_shot_scale=scale, epoch=state.epoch), improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)

@@ -207,6 +207,7 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     scores = model.score_split(model.loader(val))
     assert np.allclose(model.threshold, best_thresholds(scores, val.truth), atol=1e-6)
     assert state["threshold"] == model.threshold.tolist() and len(set(state["threshold"])) > 2
+    assert state["rests_on"] == (val.truth == 1).sum(0).tolist() == model.rests_on
     row = model.row("x", np.where(np.arange(len(model.names)) % 2, 1.0, 0.0))
     assert row["present"] == model.names[1::2]
 
@@ -275,9 +276,9 @@ def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(tr
     truth[7], scores[7] = 0, 0.5
     assert sorted(suspects(scores, truth)) == [(5, 1), (9, 2)]
     split = Split("x", [f"{i}.png" for i in range(60)], ["a", "b", "c"], truth)
-    lines = table(split, scores, np.array([0.9, np.nan, 0.2]), np.full(3, 0.5))
+    lines = table(split, scores, np.array([0.9, np.nan, 0.2]), np.full(3, 0.5), [4, 0, 7])
     assert [line.split()[0] for line in lines[1:4]] == ["c", "a", "b"]
-    assert lines[1].split()[-2:] == ["58", "1"] and lines[2].split()[-2:] == ["59", "0"]
+    assert lines[1].split()[-3:] == ["7", "58", "1"] and lines[2].split()[-2:] == ["59", "0"]
     assert len(lines) == 7 and any("9.png: c" in line for line in lines[5:])
 
     status, out, _ = command(evaluation.main, [trained, "--categories"], capfd)

@@ -28,6 +28,13 @@ def test_the_context_starts_as_the_paper_says():
     assert float(context.std()) == pytest.approx(0.02, rel=0.05)
 
 
+def test_text_features_have_unit_length():
+    """Eq. 8 and DualCoOp's matching take their dot products for cosines."""
+    clip = build(weights())
+    for g in Prompts(clip, ["cat", "dog"], 4)(clip):
+        assert torch.allclose(g.norm(dim=-1), torch.ones(2), atol=1e-6)
+
+
 def test_dropout_acts_on_the_attention_the_three_residuals_and_the_feed_forward():
     class Counted(torch.nn.Module):
         shapes = []

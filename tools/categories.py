@@ -20,20 +20,22 @@ def suspects(scores, truth):
     return sorted(map(tuple, found.tolist()), key=lambda cell: -beyond[cell])
 
 
-def table(split, scores, precision, threshold, labels=10):
+def table(split, scores, precision, threshold, rests_on, labels=10):
     """Lines of text: the categories, the worst AP first, then at most `labels` suspect labels.
 
-    scores (n, C) probabilities, precision (C,) AP in 0..1 or NaN, threshold (C,)
+    scores (n, C) probabilities, precision (C,) AP in 0..1 or NaN, threshold (C,), rests_on (C,)
+    positives of validation behind each threshold
     """
     truth = split.truth
     known, positives = (truth != 0).sum(0), (truth == 1).sum(0)
     right = ((scores >= threshold) == (truth == 1)) & (truth != 0)  # (n, C)
     width = max(8, *map(len, split.names))
-    lines = [f"{'category':{width}}  known  positives     AP  threshold  right  wrong"]
+    lines = [f"{'category':{width}}  known  positives     AP  threshold  of positives  right  "
+             "wrong"]
     for c in np.argsort(precision, kind="stable"):  # NaN last: no positive
         ap = "     -" if np.isnan(precision[c]) else f"{100 * precision[c]:6.2f}"
         lines.append(f"{split.names[c]:{width}}  {known[c]:5d}  {positives[c]:9d} {ap}  "
-                     f"{threshold[c]:9.3f}  {right[:, c].sum():5d}  "
+                     f"{threshold[c]:9.3f}  {rests_on[c]:12d}  {right[:, c].sum():5d}  "
                      f"{known[c] - right[:, c].sum():5d}")
     doubted = suspects(scores, truth)
     lines.append(f"{len(doubted)} labels look wrong; the probability denies them"

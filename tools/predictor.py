@@ -101,6 +101,7 @@ class Predictor:
             raise UserError(f"{run} had no photos to bring zero-shot to its scale: choose another "
                             "--score than mixed")
         self.threshold = np.asarray(state["threshold"])  # (C,)
+        self.rests_on = state["rests_on"]  # (C,) validation positives behind each threshold
         self.model = TRM(*self.g_pos.shape, matching=cfg.matching,
                          contrastive=False).to(self.device).eval()
         self.model.load_state_dict({name: value for name, value in state["model"].items()

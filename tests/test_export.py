@@ -1,0 +1,49 @@
+"""A run as one file for other programs gives the Predictor's numbers for any batch."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_world import command, one_line, run, world
+
+import data
+from tools import export
+from tools.predictor import Predictor
+
+
+@pytest.fixture(params=("region", "mixed"))
+def case(request, world, tmp_path):
+    """(run folder, images (5, 3, H, W), their probabilities by the Predictor)"""
+    folder = tmp_path / "run"
+    run(world, folder, epochs=1, score=request.param)
+    predictor = Predictor(folder)
+    split = predictor.splits()["test"].subset(range(5))
+    images = data.Images(split, predictor.cfg.size)
+    images.mean, images.std = predictor.clip.mean, predictor.clip.std
+    found = predictor.predict(split.paths)
+    want = [[row["scores"][name] for name in predictor.names] for row in found]
+    return folder, torch.stack([images[i][0] for i in range(5)]), np.array(want)
+
+
+def test_torch_export_with_any_batch(case, tmp_path, capfd):
+    folder, images, want = case
+    assert command(export.main, [folder, tmp_path / "m.pt2"], capfd)[0] == 0
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for n in (1, 2, 5):
+        p, energy = program(images[:n])
+        assert np.abs(p.numpy() - want[:n]).max() < 1e-5 and energy.shape[:2] == p.shape
+    about = json.loads((tmp_path / "m.pt2.json").read_text())
+    assert about["categories"] == Predictor(folder).names and about["size"] == images.shape[-1]
+    one_line(export.main, [folder, tmp_path / "m.pt2"], capfd, "is there already")
+    one_line(export.main, [folder, tmp_path / "m.pth"], capfd, ".onnx")
+
+
+def test_onnx_with_any_batch(case, tmp_path, capfd):
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX needs onnx, onnxscript, onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder, images, want = case
+    assert command(export.main, [folder, tmp_path / "m.onnx"], capfd)[0] == 0
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    for n in (1, 2, 5):
+        p, _ = session.run(None, {"images": images[:n].numpy()})
+        assert np.abs(p - want[:n]).max() < 1e-5

@@ -1,0 +1,75 @@
+"""A run as one file for other programs: images in, probabilities and energies out.
+
+    python -m tools.export runs/demo model.pt2    read by torch.export.load("model.pt2").module()
+    python -m tools.export runs/demo model.onnx   needs the packages onnx and onnxscript
+
+images (B, 3, size, size) float32, upright RGB, resized and normalised as data.Images does it, B up
+to 1024 -> probabilities (B, C) of the run's score and energies (B, C, N), whose sigmoid is the
+region of a run with --matching carl. model.pt2.json names categories, thresholds, size, mean, std.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import kernels
+from support import UserError
+from support.cli import make_parser, run_main, words
+from tools.predict import new
+from tools.predictor import Predictor
+
+
+class Exported(nn.Module):
+    """Images to probabilities, with CLIP's image encoder and the text features inside."""
+
+    def __init__(self, predictor):
+        super().__init__()
+        self.predictor, self.clip, self.model = predictor, predictor.clip, predictor.model
+
+    def forward(self, images):
+        if self.predictor.cfg.needs_global:
+            x, f = self.clip.encode(images)
+        else:
+            x, f = None, self.clip.encode_dense(images)
+        p, out = self.predictor.score(f, x)
+        return p, out.energy
+
+
+def export(run, file):
+    """Writes `file`, .pt2 or .onnx, and `file`.json."""
+    kernels.use("reference")
+    predictor = Predictor(run, device="cpu")
+    size = predictor.cfg.size
+    module = Exported(predictor).eval().requires_grad_(False)
+    example = torch.zeros(2, 3, size, size)
+    batch = {"images": {0: torch.export.Dim("batch", max=1024)}}
+    with torch.no_grad():
+        program = torch.export.export(module, (example,), dynamic_shapes=batch)
+    if file.suffix == ".onnx":
+        torch.onnx.export(program, f=str(file), input_names=["images"], external_data=False,
+                          output_names=["probabilities", "energies"])
+    else:
+        torch.export.save(program, file)
+    about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
+                 mean=list(predictor.clip.mean), std=list(predictor.clip.std), grid=predictor.grid)
+    Path(f"{file}.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def main(argv=None):
+    parser = make_parser("tools.export", __doc__)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("file", type=Path, help="where to write: .pt2 or .onnx")
+
+    def work():
+        args = parser.parse_args(words(argv))
+        if args.file.suffix not in (".pt2", ".onnx"):
+            raise UserError(f"expected a file that ends with .pt2 or .onnx, got {args.file}")
+        new(args.file, "a file")
+        export(args.run, args.file)
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
