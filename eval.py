@@ -34,7 +34,7 @@ from support import UserError
 from support.cli import run_main
 from support.distributed import gather_scores
 from tools.categories import table as of_categories
-from tools.localise import localisation
+from tools.localise import localisation, upright_boxes
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.suggest import suggest
@@ -206,20 +206,20 @@ def choose_split(predictor, name=None):
 def compare(predictors, split):
     """Zero-shot CLIP and several runs side by side: prints mAP of every score; where the split has
     boxes, also how each map sits on them."""
-    first = predictors[0]
+    first, boxes = predictors[0], upright_boxes(split) if split.boxes else None
     g = zero_shot_text(first.clip, split.prompts)
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
           f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
     for name, score in zero_shot(first.clip, g, first.loader(split)).items():
         print(f"{f'zero-shot CLIP, {name}':38s} {metrics(score, split.truth)['mAP']:5.2f}")
     for predictor in predictors:
-        scores, maps = predictor.scores(predictor.loader(split), maps_of if split.boxes else None)
+        scores, maps = predictor.scores(predictor.loader(split), maps_of if boxes else None)
         del scores["zero-shot"]
         for name, score in scores.items():
             print(f"{f'{predictor.run}, {name} score':38s} "
                   f"{metrics(score, split.truth)['mAP']:5.2f}")
         for name, of_split in maps.items():
-            where = localisation(of_split, predictor.grid, split.boxes, split.truth)
+            where = localisation(of_split, predictor.grid, boxes, split.truth)
             if where["pairs"]:
                 print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  "
                       f"{where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")

@@ -47,12 +47,17 @@ def read(source):
         return upright(image)
 
 
-def upright(image):
+def turn_of(image):
+    """PIL's transposition that the orientation mark of an image asks for, or None."""
     try:
         mark = image.getexif().get(0x0112)
-        turn = TURNED.get(mark[0] if isinstance(mark, tuple) else mark)
+        return TURNED.get(mark[0] if isinstance(mark, tuple) else mark)
     except Exception:  # whatever damaged EXIF makes Pillow raise: no turn
-        turn = None
+        return None
+
+
+def upright(image):
+    turn = turn_of(image)
     key = image.info.get("transparency")  # a colour that is transparent
     if turn is not None:
         image = image.transpose(turn)

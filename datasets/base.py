@@ -29,6 +29,7 @@ class Split:
     truth: Optional[np.ndarray] = None  # (N, C) int8: all that is known
     prompts: Optional[list] = None  # C names as they are put into prompts
     boxes: Optional[list] = None  # N arrays (n, 5) float32: class, x0, y0, x1, y1, in 0..1
+    sizes: Optional[list] = None  # N (width, height) that the list gives, the frame of its boxes
     unused: Optional[np.ndarray] = None  # (N,) bool: rows that count for the mask but are not used
     dropped: dict = field(default_factory=dict)  # why rows are unused: {"photo missing": 3}
     listed: Optional[list] = None  # N image names as a sheet writes them
@@ -47,7 +48,7 @@ class Split:
 
         return replace(self, paths=part(self.paths) or [], labels=self.labels[rows],
                        truth=self.truth[rows], unused=self.unused[rows], boxes=part(self.boxes),
-                       listed=part(self.listed), where=part(self.where))
+                       sizes=part(self.sizes), listed=part(self.listed), where=part(self.where))
 
     def used(self):
         return self.subset(np.flatnonzero(~self.unused))

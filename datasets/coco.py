@@ -72,6 +72,7 @@ def split(root, folder, by_id=False, keep_unannotated=False):
     unused = ~annotated & (not keep_unannotated)
     found = Split(f"coco/{folder}", require_files(files, path), names, labels, unused=unused,
                   boxes=[np.array(part, np.float32).reshape(-1, 5) for part in boxes],
+                  sizes=[(image.get("width"), image.get("height")) for image in listed],
                   dropped={"without annotation": int(unused.sum())} if unused.any() else {})
     if by_id:
         ids = [str(key) for key in row]

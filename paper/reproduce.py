@@ -23,7 +23,7 @@ from paper.run_table import Runs
 from support import UserError
 from support.checkpoint import save_atomically, write_atomically
 from support.cli import make_parser, run_main, words
-from tools.localise import localisation
+from tools.localise import localisation, upright_boxes
 from tools.plots import grid_of, region_tiles, two_axes
 from tools.predict import images_in
 from tools.predictor import Predictor
@@ -269,12 +269,13 @@ def figure_4(runs, folders, images, file, top=3):
     split = runs.splits[2]
     if not split.boxes:
         return f"The test split has no boxes: only the picture was drawn, {file}."
+    boxes = upright_boxes(split)
     names = ("pointing", "small", "medium", "large", "mass", "present", "absent", "pairs")
     lines = ["| | mAP | pointing game (%) | small | medium | large | mass in boxes (%) "
              "| peak, present | peak, absent | pairs |", "|---|" + "---:|" * 9]
     for name, predictor in predictors.items():
         scores, maps = predictor.scores(runs.test, maps_of)
-        where = localisation(next(iter(maps.values())), predictor.grid, split.boxes, split.truth)
+        where = localisation(next(iter(maps.values())), predictor.grid, boxes, split.truth)
         mAP = metrics(scores.get(predictor.cfg.score, scores["region"]), split.truth)["mAP"]
         told = " | ".join(str(where[key]) for key in names)
         lines.append(f"| **{name}** | {mAP:.2f} | {told} |")
