@@ -35,6 +35,21 @@ def test_text_features_have_unit_length():
         assert torch.allclose(g.norm(dim=-1), torch.ones(2), atol=1e-6)
 
 
+def test_learned_tokens_in_the_place_of_words_give_the_words_features():
+    """[SOT] w_1 ... w_M [name] [EOT]: with the embeddings of "a photo of a" as context, the text
+    features are those of the sentence, read at its EOT."""
+    clip = build(weights())
+    names = ["cat", "traffic light"]
+    words = clip.tokenize(["a photo of a"])  # SOT, four words, EOT
+    M = int(words[0].argmax()) - 1
+    prompts = Prompts(clip, names, M)
+    with torch.no_grad():
+        prompts.context.copy_(clip.embed(words[:, 1:M + 1]).expand(2, 2, -1, -1))
+        want = clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in names]))
+        for g in prompts(clip):
+            assert torch.allclose(g, F.normalize(want, dim=-1), atol=1e-5)
+
+
 def test_dropout_acts_on_the_attention_the_three_residuals_and_the_feed_forward():
     class Counted(torch.nn.Module):
         shapes = []
