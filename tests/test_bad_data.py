@@ -844,6 +844,31 @@ def test_another_package_called_datasets_is_told(tmp_path):
     assert run.returncode and "sys.path.insert(0, folder)" in run.stderr
 
 
+@pytest.mark.parametrize("first", (True, False))
+def test_other_packages_called_datasets_and_clip_work_beside_ours(tmp_path, first):
+    """Hugging Face's datasets and OpenAI's clip, imported before or after our Predictor."""
+    import subprocess
+    import sys
+    from small_world import make, run
+
+    for name in ("datasets", "clip"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text("def load_dataset(): return 'theirs'")
+    root = Path(__file__).resolve().parents[1]
+    world = make(tmp_path / "world")
+    run(world, tmp_path / "run", epochs=1)
+    photo = sorted((world / "scenes" / "val2014").iterdir())[0]
+    theirs = "from datasets import load_dataset; import clip; "
+    code = (f"import sys; sys.path.insert(0, 'site'); sys.path.append({str(root)!r}); "
+            f"{theirs * first}from trm_ml import Predictor; {theirs}"
+            f"p = Predictor({str(tmp_path / 'run')!r}, 'last'); "
+            f"assert p.predict([{str(photo)!r}]) and p.inspect({str(photo)!r}); "
+            "print(load_dataset(), clip.__file__)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "theirs" in done.stdout and "site" in done.stdout, done.stderr
+
+
 def test_photos_with_large_notes_deep_colour_keys_or_odd_exif_are_read(tmp_path):
     """A 3 MiB note in a PNG, a colour key of 16 bits, an orientation mark that is no number."""
     def chunk(kind, content):

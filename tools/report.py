@@ -40,8 +40,8 @@ def of_run(run, cfg, state, encoder, splits, timers):
             print(f"last epoch, {split}: {told}  (of {positives} positives"
                   + (f", {left_out} categories without one left out)" if left_out else ")"))
             if numbers["mAP"] < numbers["mAP_zero-shot"]:
-                print(f"warning: on {split} the run is below CLIP without any training; --score "
-                      "mixed adds the two")
+                print(f"warning: on {split} the run is below CLIP without any training"
+                      + ("" if cfg.score == "mixed" else "; --score mixed adds the two"))
     best = state.best
     if best:
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
