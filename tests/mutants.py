@@ -10,9 +10,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/test_method.py", "tests/test_equations.py", "tests/test_masks.py",
-         "tests/test_metrics.py", "tests/test_mixed.py", "tests/test_data.py",
-         "tests/test_train.py", "tests/test_kernels.py"]
+METHOD = ["tests/test_method.py", "tests/test_equations.py"]
+TESTS = {  # the tests that should notice, the quick ones first
+    "trm.py": METHOD, "memory.py": METHOD, "losses.py": METHOD,
+    "train.py": [*METHOD, "tests/test_train.py"],
+    "data.py": ["tests/test_masks.py", "tests/test_augment.py", "tests/test_data.py"],
+    "eval.py": ["tests/test_metrics.py"],
+    "tools/zero_shot.py": ["tests/test_mixed.py"],
+    "kernels/match.py": [*METHOD, "tests/test_kernels.py"],
+    "kernels/region_pool.py": [*METHOD, "tests/test_kernels.py"],
+    "kernels/topk_prototypes.py": [*METHOD, "tests/test_kernels.py"]}
 MUTANTS = (  # file, the words that are replaced, what replaces them
     ("trm.py", "F.normalize(g_pos, dim=-1) - F.normalize",
      "F.normalize(g_pos, dim=-1) + F.normalize"),
@@ -132,12 +139,6 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
 )
 
 
-def tests_of(file):
-    """The quick tests first; a test of whole runs is asked where only it can tell."""
-    slow = {"train.py": TESTS[6], "kernels": TESTS[7]}
-    return TESTS[:6] + [test for place, test in slow.items() if file.startswith(place)]
-
-
 def killed(folder, file, old, new):
     """Whether a test fails when `old` in `file` is replaced by `new`."""
     path = folder / file
@@ -146,7 +147,7 @@ def killed(folder, file, old, new):
         raise ValueError(f"{file} does not hold {old!r} any more: mend the mutant")
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                          *tests_of(file)],
+                          *TESTS[file]],
                          cwd=folder, capture_output=True, text=True)
     path.write_text(text, encoding="utf-8")
     return run.returncode != 0
