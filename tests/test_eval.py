@@ -1,6 +1,7 @@
 """What a practitioner does with a run: predictions, pictures, tables; and what is refused."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -154,6 +155,17 @@ def test_batches_workers_and_neighbours_do_not_change_a_prediction(trained, phot
         for a, b in zip(rows, other):
             assert a["image"] == b["image"]
             assert all(abs(p - b["scores"][name]) < 1e-5 for name, p in a["scores"].items())
+
+def test_an_image_may_be_a_path_bytes_a_file_object_a_pil_image_or_an_array(trained, photos):
+    path = photos / "grey.png"
+    with Image.open(path) as image:
+        upright = np.asarray(image.convert("RGB"))
+        image.load()
+        given = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), image, upright]
+        found = Predictor(trained).predict(given)
+    for row in found:
+        assert row["scores"] == pytest.approx(found[0]["scores"], abs=1e-5)
+    assert [row["image"] for row in found[2:4]] == ["bytes", "BytesIO"]
 
 
 def test_files_of_one_name_keep_their_own_pictures(trained, photos, tmp_path, capfd):
