@@ -28,11 +28,6 @@ samples = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRM_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
     root = tmp_path_factory.mktemp("trees")

@@ -9,6 +9,7 @@ import train
 from clip import build
 from memory import MemoryBank
 from support.checkpoint import read_checkpoint
+from tools.predictor import Predictor
 from trm import CARL, Prompts, spatial_aggregation
 
 pytestmark = pytest.mark.paper
@@ -133,3 +134,12 @@ def test_assumed_negatives_give_the_negative_threshold(world, tmp_path):
             stage_one=0, assume_negative=weight)
         theta = read_checkpoint(tmp_path / f"run-{weight}" / "last.pt")["memory"]["theta"]
         assert bool(theta[:, 1].isfinite().any()) == there
+
+
+def test_known_positives_alone_enter_the_bank(world, tmp_path):
+    """Eq. 7: K rows for each known positive of each epoch, also in stage one."""
+    run(world, tmp_path / "run", epochs=2, topk=3)
+    predictor = Predictor(tmp_path / "run", "last")
+    known = (predictor.splits()["train"].labels == 1).sum(0)  # (C,)
+    cursor = read_checkpoint(tmp_path / "run" / "last.pt")["memory"]["cursor"]
+    assert cursor.tolist() == (2 * 3 * known).tolist()

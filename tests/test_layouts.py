@@ -1,33 +1,21 @@
-"""Bad input: one clear line, or a documented correct treatment. Never a raw traceback, a hang or
-other labels."""
-
+"""Data sets with slips: COCO, VOC, VG, NUS-WIDE, CUB, captions, scenes; each slip is one line."""
 import copy
 import io
 import json
-import os
 import shutil
 import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from torch.utils.data import DataLoader
 
-from datasets import augment
 import data
 from tools import check
 from datasets import base as datasets
 import fake_datasets as fake
 from datasets import scenes, vg200
 from support import UserError
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRM_CACHE", str(tmp_path / "cache"))
 
 
 def refused(match, *arguments, call=fake.load, **options):
@@ -38,122 +26,6 @@ def refused(match, *arguments, call=fake.load, **options):
     return str(error.value)
 
 
-# ---- images to refuse
-def png(chunks):
-    body = b"\x89PNG\r\n\x1a\n"
-    for kind, content in chunks:
-        body += (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
-    return body
-
-
-def image_file(folder, case):
-    path = folder / f"{case}.jpg"
-    fake.photo(path, 1, (64, 48))
-    whole = path.read_bytes()
-    if case == "missing":
-        path.unlink()
-    elif case == "folder":
-        path.unlink()
-        path.mkdir()
-    elif case == "zero bytes":
-        path.write_bytes(b"")
-    elif case == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif case == "text":
-        path.write_text("<html>404 not found</html>")
-    elif case == "pipe":
-        path.unlink()
-        os.mkfifo(path)
-    elif case == "link loop":
-        path.unlink()
-        path.symlink_to(path)
-    elif case == "bomb":
-        header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-        path.write_bytes(
-            png([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")])
-        )
-    elif case == "bad zlib":
-        header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
-        path.write_bytes(png([(b"IHDR", header), (b"IDAT", b"nonsense" * 20), (b"IEND", b"")]))
-    elif case == "float tiff":
-        Image.fromarray(np.zeros((8, 8), np.float32)).save(path, "TIFF")
-    return path
-
-
-REFUSED = {
-    "missing": "no such file",
-    "folder": "not a regular file",
-    "zero bytes": "cannot identify",
-    "truncated": "truncated",
-    "text": "cannot identify",
-    "pipe": "not a regular file",
-    "link loop": "no such file",
-    "bomb": "decompression bomb",
-    "bad zlib": "not a readable image",
-    "float tiff": "32 bits",
-}
-
-
-@pytest.mark.parametrize("case,workers", [*((case, 0) for case in REFUSED), ("truncated", 1)])
-def test_unreadable_images(tmp_path, case, workers):
-    path, none = image_file(tmp_path, case), np.zeros((1, 1), np.int8)
-    images = data.Images(data.Split("x/train", [str(path)], ["a"], none), 32, "taidpt")
-    with pytest.raises(UserError, match=REFUSED[case]) as error:
-        next(iter(DataLoader(images, num_workers=workers)))
-    message = str(error.value)
-    assert message.startswith(str(path)) and "\n" not in message and "Traceback" not in message
-
-
-# ---- images to treat rightly
-def test_formats_with_a_documented_treatment(tmp_path):
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    colour = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 16, 3), np.uint8))
-
-    def read(image, kind, **options):
-        image.save(tmp_path / "x.jpg", kind, **options)  # the name says jpg whatever is inside
-        out = augment.read(tmp_path / "x.jpg")
-        assert out.mode == "RGB"
-        return np.asarray(out).astype(int)
-
-    assert (read(colour, "PNG") == np.asarray(colour)).all()  # a PNG named jpg
-    assert (read(colour, "BMP") == np.asarray(colour)).all()
-    assert (read(grey, "PNG")[..., 0] == np.asarray(grey)).all()
-    # 16 bits: scaled, not cut off at 255
-    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert (read(wide, "PNG")[..., 1] == np.asarray(grey)).all()
-    assert (read(wide, "TIFF")[..., 1] == np.asarray(grey)).all()
-    cmyk = read(colour.resize((64, 64), Image.BICUBIC).convert("CMYK"), "JPEG", quality=95)
-    assert np.abs(cmyk - np.asarray(colour.resize((64, 64), Image.BICUBIC))).mean() < 12
-    frames = [Image.new("P", (8, 8), c) for c in (0, 1)]
-    for frame in frames:
-        frame.putpalette([10, 200, 30, 250, 0, 0] + [0] * 762)
-    # first frame
-    assert (read(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (10, 200, 30)).all()
-    clear = colour.convert("RGBA")
-    clear.putalpha(0)
-    assert (read(clear, "PNG") == 255).all()  # transparent is white, not what it hides
-    half = Image.new("LA", (4, 4), (0, 128))
-    assert np.abs(read(half, "PNG") - 127).max() <= 1
-    palette = colour.convert("P")
-    assert (read(palette, "PNG", transparency=palette.getpixel((3, 5)))[5, 3] == 255).all()
-    assert (read(Image.new("1", (4, 4), 1), "PNG") == 255).all()
-    exif = Image.Exif()
-    exif[274] = 6  # the camera was held upright
-    turned = read(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
-    assert turned.shape == (40, 20, 3)
-    tiny = data.Split("x/train", [str(tmp_path / "x.jpg")], ["a"], np.zeros((1, 1), np.int8))
-    Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
-    assert data.Images(tiny, 32, "taidpt")[0][0].shape == (3, 32, 32)
-    Image.new("RGB", (3000, 2), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
-    assert data.Images(tiny, 32, "taidpt")[(5, 0)][0].shape == (3, 32, 32)
-
-
-# ---- COCO's JSON
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
     root = tmp_path_factory.mktemp("coco")
@@ -165,7 +37,6 @@ def change(record, key, value):
     record = copy.deepcopy(record)
     record[key] = value
     return record
-
 
 BOXES = {
     "box of three": [1, 2, 3],
@@ -220,7 +91,6 @@ def edit(content, case):
     elif case == "no annotations key":
         del content["annotations"]
     return json.dumps(content)
-
 
 JSON = {
     "leaves the root": "leads out of",
@@ -302,7 +172,6 @@ def test_broken_json(coco, tmp_path, text, match):
     refused(match, "coco", tmp_path / "c")
 
 
-# ---- other layouts
 def test_folders_and_arguments(coco, tmp_path):
     refused("no such folder", "coco", tmp_path / "nowhere")
     refused("annotations of train2014 not found", "coco", tmp_path)
@@ -370,14 +239,16 @@ def test_voc(tmp_path):
         note.write_text(text)
         refused("000000.xml: not an annotation", "voc2007", xml)
 
-
 MAIN, SPLIT = "VOCdevkit/VOC2007/ImageSets/Main", "CUB_200_2011/train_test_split.txt"
+
 ATTRIBUTES = "CUB_200_2011/attributes/image_attribute_labels.txt"
+
 INDEX, CONCEPTS, NUS = (
     "vg_category_500_labels_index.json",
     "ConceptsList/Concepts81.txt",
     "ImageList/TrainImagelist.txt",
 )
+
 SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is listed twice"
 
 
@@ -636,43 +507,6 @@ def test_splc_list_against_the_annotations(tmp_path):
     )
 
 
-# ---- sheets
-HEAD = "image,dog,cat\n"
-SHEETS = {
-    "empty": ("", "the sheet is empty"),
-    "commas only": (",,\n,\n", "the sheet is empty"),
-    "header only": (HEAD, "no positive label is left in 0 training images"),
-    "no classes": ("image\n0.jpg\n", ":1: expected a header"),
-    "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
-    "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
-    "bad cell": (HEAD + "0.jpg,1,maybe\n", ":2: .*got cat='maybe'"),
-    "minus one": (HEAD + "0.jpg,1,-1\n", ":2: cat='-1': -1 is absent in some sheets .*--minus-one"),
-    "duplicate image": (
-        HEAD + "0.jpg,1,0\n1.jpg,,\n./0.jpg,0,1\n",
-        ":4: ./0.jpg is already on line 2",
-    ),
-    "class twice": ("image,dog,dog\n0.jpg,1,0\n", "'dog' and 'dog' are one name"),
-    "capitals": ("image,dog,Dog\n0.jpg,1,0\n", "'dog' and 'Dog' differ in capitals only"),
-    "class without a name": (
-        "image,dog,,cat\n0.jpg,1,0,0\n",
-        ":1: a column has cells, but no class name",
-    ),
-    "no positive": (
-        HEAD + "0.jpg,0,\n1.jpg,,0\n",
-        "no positive label is left in 2 training images",
-    ),
-    "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg .missing"),
-    "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*a folder"),
-    "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
-    "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image name"),
-    "short prompt row": (
-        HEAD + "#prompt,a dog\n0.jpg,1,0\n",
-        ":2: the row of prompt names needs 2",
-    ),
-    "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
-}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("sheet")
@@ -683,111 +517,11 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("case", SHEETS)
-def test_bad_sheets(folder, case):
-    text, match = SHEETS[case]
-    fake.write(folder / "s.csv", text)
-    assert str(folder / "s.csv") in refused(match, folder / "s.csv")
-
-
-def test_sheet_encodings_and_shapes(folder):
-    path = folder / "s.csv"
-    plain = HEAD + "0.jpg,1,0\ngröße 1.jpg,,1\n"
-    for text in (
-        plain.encode("utf-8-sig"),
-        plain.replace("\n", "\r\n").encode(),
-        plain.rstrip().encode(),
-        plain.replace(",1,0", ', 1 ,"0"').encode(),
-        plain.encode("utf-16"),
-        plain.replace(",", ";").encode(),
-        plain.replace(",", "\t").encode(),
-        ("sep=;\n" + plain.replace(",", ";")).encode(),
-        plain.replace("\n", ",,\n").encode(),
-        plain.replace("1,0", "1.0,0.0").encode(),
-        plain.replace("1,0", "True,no").encode(),
-        (plain + "\n,,\n").encode(),
-    ):
-        # a byte-order mark, CRLF, no last newline, blanks, UTF-16, semicolons, tabs, Excel's first
-        # line, empty columns at
-        path.write_bytes(text)
-        # the end, floats, words, empty rows: all fine
-        train = fake.load(path, val=0.0)[0]
-        assert train.names == ["dog", "cat"] and train.labels.tolist() == [[1, -1], [0, 1]]
-    path.write_bytes(plain.encode("latin-1"))
-    refused(r"s.csv:3: not UTF-8 text", path)
-    path.write_bytes(plain.encode().replace(b"0.jpg", b"0.j\0pg"))
-    refused("s.csv:2: ", path)
-    refused("cannot be read", folder / "none.csv")
-    refused("cannot be read", shutil.copytree(folder / "sub", folder / "dir.csv"))
-
-
-def test_every_problem_of_a_sheet_is_kept(folder):
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1\n1.jpg,maybe,0\nnone.jpg,1,1\n2.jpg,1,1\n")
-    with pytest.raises(UserError) as error:
-        fake.load(folder / "s.csv")
-    assert [p.split(":")[1] for p in error.value.problems] == [
-        "2",
-        "3",
-        "4",
-    ] and "and 2 more" in str(error.value)
-
-
-def test_second_sheet(folder):
-    fake.write(folder / "a.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    fake.write(folder / "b.csv", "image,dog,cow\n2.jpg,1,0\n")
-    refused(r"b.csv: its classes differ .*\['cat', 'cow'\]", folder / "a.csv", val=folder / "b.csv")
-    fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\n1.jpg,1,0\n")
-    refused("b.csv: 1 images are in", folder / "a.csv", val=folder / "b.csv")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
-def test_a_pipe_is_not_waited_for(folder, tmp_path):
-    for name in ("p.csv", "p.npy", "p.txt", "p.json"):
-        os.mkfifo(tmp_path / name)
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    for arguments, options in (
-        ((tmp_path / "p.csv",), {}),
-        ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
-        ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)),
-        ((folder / "s.csv",), dict(names=tmp_path / "p.txt")),
-    ):
-        refused("not a regular file", *arguments, **options)
-    refused("not a regular file", tmp_path / "p.json", "dog", call=fake.captions)
-
-
-def test_a_share_that_holds_nothing_out(folder):
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    refused("--val 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
-    # not asked for
-    assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None
-    refused("lower --val, or", folder / "s.csv", val=0.9)
-    refused("--val is a share .* got most", folder / "s.csv", val="most")
-
-
-# ---- the checker, caches, captions
-def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys):
-    def lines(*arguments):
-        assert check.main([*map(str, arguments)]) == 2
-        return capsys.readouterr().err.splitlines()
-
-    (line,) = lines("coco", "--root", coco[0], "--no-decode")
-    assert "none to learn" in line and " more: none" in line and len(line) < 200
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    fake.write(folder / "n.txt", "one\n")
-    (line,) = lines(folder / "s.csv", "--names", folder / "n.txt")
-    assert "n.txt: expected 2 lines" in line
-    fake.write(folder / "s.csv", HEAD + '0.jpg,1,0\n"no\nimage.jpg",0,1\n')
-    (line,) = lines(folder / "s.csv")
-    assert line.startswith("error: ") and "no image.jpg" in line
-
-
 def test_captions_with_a_byte_order_mark(tmp_path):
     content = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
     (tmp_path / "c.json").write_bytes(json.dumps(content).encode("utf-8-sig"))
     assert fake.captions(tmp_path / "c.json", "dog").paths == ["a dog"]
 
-
-# ---- scenes
 FEW = dict(train=1, val=1, test=1, size=64, workers=1)
 
 
@@ -809,23 +543,6 @@ def test_scenes_roots_that_are_refused_before_drawing(tmp_path, monkeypatch, cas
     with pytest.raises(ValueError, match="should hold scenes .* delete it or name another root"):
         scenes.write(tmp_path / case, **FEW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loop"]
-
-
-def test_the_same_picture_under_two_names_is_told(tmp_path, capsys):
-    fake.photo(tmp_path / "a.jpg", 0)
-    fake.photo(tmp_path / "c.jpg", 1)
-    shutil.copy(tmp_path / "a.jpg", tmp_path / "b.jpg")
-    fake.write(tmp_path / "s.csv", "image,dog,cat\na.jpg,1,0\nb.jpg,0,1\nc.jpg,1,1\n")
-    assert check.main([str(tmp_path / "s.csv")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "b.jpg, " in line and "a.jpg: the same picture, and their labels disagree" in line
-
-
-def test_a_locale_that_cannot_write_a_file_name_is_one_line(tmp_path, capsys):
-    from support.cli import run_main
-
-    assert run_main(lambda: "\u732b.jpg".encode("ascii")) == 2
-    assert "PYTHONUTF8=1" in capsys.readouterr().err
 
 
 def test_another_package_called_datasets_is_told(tmp_path):
@@ -867,27 +584,3 @@ def test_other_packages_called_datasets_and_clip_work_beside_ours(tmp_path, firs
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "theirs" in done.stdout and "site" in done.stdout, done.stderr
-
-
-def test_photos_with_large_notes_deep_colour_keys_or_odd_exif_are_read(tmp_path):
-    """A 3 MiB note in a PNG, a colour key of 16 bits, an orientation mark that is no number."""
-    def chunk(kind, content):
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    fake.photo(tmp_path / "a.png", 0)
-    raw = (tmp_path / "a.png").read_bytes()
-    note = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * (3 << 20)))
-    (tmp_path / "note.png").write_bytes(raw[:33] + note + raw[33:])
-    assert augment.read(tmp_path / "note.png").size == augment.read(tmp_path / "a.png").size
-    rows = (b"\0" + struct.pack(">H", 1000) * 8 * 3) * 8
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
-    key = chunk(b"tRNS", struct.pack(">H", 1000) * 3)
-    content = head + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "key.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    assert np.asarray(augment.read(tmp_path / "key.png"))[0, 0].tolist() == [255] * 3
-    image = Image.open(tmp_path / "a.png").convert("RGB")
-    exif = image.getexif()
-    exif[0x0112] = 9
-    image.save(tmp_path / "odd.jpg", exif=exif)
-    assert augment.read(tmp_path / "odd.jpg").size == image.size

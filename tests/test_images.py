@@ -1,0 +1,186 @@
+"""Photos as people have them: read rightly, or refused with the reason."""
+import os
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets import augment
+import data
+import fake_datasets as fake
+from support import UserError
+
+
+def refused(match, *arguments, call=fake.load, **options):
+    with pytest.raises(UserError, match=match) as error, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(*arguments, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
+
+
+def png(chunks):
+    body = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        body += (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+    return body
+
+
+def image_file(folder, case):
+    path = folder / f"{case}.jpg"
+    fake.photo(path, 1, (64, 48))
+    whole = path.read_bytes()
+    if case == "missing":
+        path.unlink()
+    elif case == "folder":
+        path.unlink()
+        path.mkdir()
+    elif case == "zero bytes":
+        path.write_bytes(b"")
+    elif case == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif case == "text":
+        path.write_text("<html>404 not found</html>")
+    elif case == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif case == "link loop":
+        path.unlink()
+        path.symlink_to(path)
+    elif case == "bomb":
+        header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        path.write_bytes(
+            png([(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")])
+        )
+    elif case == "bad zlib":
+        header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
+        path.write_bytes(png([(b"IHDR", header), (b"IDAT", b"nonsense" * 20), (b"IEND", b"")]))
+    elif case == "float tiff":
+        Image.fromarray(np.zeros((8, 8), np.float32)).save(path, "TIFF")
+    return path
+
+REFUSED = {
+    "missing": "no such file",
+    "folder": "not a regular file",
+    "zero bytes": "cannot identify",
+    "truncated": "truncated",
+    "text": "cannot identify",
+    "pipe": "not a regular file",
+    "link loop": "no such file",
+    "bomb": "decompression bomb",
+    "bad zlib": "not a readable image",
+    "float tiff": "32 bits",
+}
+
+
+@pytest.mark.parametrize("case,workers", [*((case, 0) for case in REFUSED), ("truncated", 1)])
+def test_unreadable_images(tmp_path, case, workers):
+    path, none = image_file(tmp_path, case), np.zeros((1, 1), np.int8)
+    images = data.Images(data.Split("x/train", [str(path)], ["a"], none), 32, "taidpt")
+    with pytest.raises(UserError, match=REFUSED[case]) as error:
+        next(iter(DataLoader(images, num_workers=workers)))
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message and "Traceback" not in message
+
+
+def test_formats_with_a_documented_treatment(tmp_path):
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    colour = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 16, 3), np.uint8))
+
+    def read(image, kind, **options):
+        image.save(tmp_path / "x.jpg", kind, **options)  # the name says jpg whatever is inside
+        out = augment.read(tmp_path / "x.jpg")
+        assert out.mode == "RGB"
+        return np.asarray(out).astype(int)
+
+    assert (read(colour, "PNG") == np.asarray(colour)).all()  # a PNG named jpg
+    assert (read(colour, "BMP") == np.asarray(colour)).all()
+    assert (read(grey, "PNG")[..., 0] == np.asarray(grey)).all()
+    # 16 bits: scaled, not cut off at 255
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert (read(wide, "PNG")[..., 1] == np.asarray(grey)).all()
+    assert (read(wide, "TIFF")[..., 1] == np.asarray(grey)).all()
+    cmyk = read(colour.resize((64, 64), Image.BICUBIC).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(cmyk - np.asarray(colour.resize((64, 64), Image.BICUBIC))).mean() < 12
+    frames = [Image.new("P", (8, 8), c) for c in (0, 1)]
+    for frame in frames:
+        frame.putpalette([10, 200, 30, 250, 0, 0] + [0] * 762)
+    # first frame
+    assert (read(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (10, 200, 30)).all()
+    clear = colour.convert("RGBA")
+    clear.putalpha(0)
+    assert (read(clear, "PNG") == 255).all()  # transparent is white, not what it hides
+    half = Image.new("LA", (4, 4), (0, 128))
+    assert np.abs(read(half, "PNG") - 127).max() <= 1
+    palette = colour.convert("P")
+    assert (read(palette, "PNG", transparency=palette.getpixel((3, 5)))[5, 3] == 255).all()
+    assert (read(Image.new("1", (4, 4), 1), "PNG") == 255).all()
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was held upright
+    turned = read(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
+    assert turned.shape == (40, 20, 3)
+    tiny = data.Split("x/train", [str(tmp_path / "x.jpg")], ["a"], np.zeros((1, 1), np.int8))
+    Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
+    assert data.Images(tiny, 32, "taidpt")[0][0].shape == (3, 32, 32)
+    Image.new("RGB", (3000, 2), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
+    assert data.Images(tiny, 32, "taidpt")[(5, 0)][0].shape == (3, 32, 32)
+
+HEAD = "image,dog,cat\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sheet")
+    for i in range(4):
+        fake.photo(root / f"{i}.jpg", i)
+    fake.photo(root / "größe 1.jpg", 9)
+    (root / "sub").mkdir()
+    return root
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
+def test_a_pipe_is_not_waited_for(folder, tmp_path):
+    for name in ("p.csv", "p.npy", "p.txt", "p.json"):
+        os.mkfifo(tmp_path / name)
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    for arguments, options in (
+        ((tmp_path / "p.csv",), {}),
+        ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
+        ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)),
+        ((folder / "s.csv",), dict(names=tmp_path / "p.txt")),
+    ):
+        refused("not a regular file", *arguments, **options)
+    refused("not a regular file", tmp_path / "p.json", "dog", call=fake.captions)
+
+
+def test_photos_with_large_notes_deep_colour_keys_or_odd_exif_are_read(tmp_path):
+    """A 3 MiB note in a PNG, a colour key of 16 bits, an orientation mark that is no number."""
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    fake.photo(tmp_path / "a.png", 0)
+    raw = (tmp_path / "a.png").read_bytes()
+    note = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * (3 << 20)))
+    (tmp_path / "note.png").write_bytes(raw[:33] + note + raw[33:])
+    assert augment.read(tmp_path / "note.png").size == augment.read(tmp_path / "a.png").size
+    rows = (b"\0" + struct.pack(">H", 1000) * 8 * 3) * 8
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    key = chunk(b"tRNS", struct.pack(">H", 1000) * 3)
+    content = head + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "key.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert np.asarray(augment.read(tmp_path / "key.png"))[0, 0].tolist() == [255] * 3
+    image = Image.open(tmp_path / "a.png").convert("RGB")
+    exif = image.getexif()
+    exif[0x0112] = 9
+    image.save(tmp_path / "odd.jpg", exif=exif)
+    assert augment.read(tmp_path / "odd.jpg").size == image.size

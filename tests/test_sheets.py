@@ -1,0 +1,170 @@
+"""Sheets with slips: each ends in one line that names file, line and remedy."""
+import json
+import shutil
+import warnings
+
+import pytest
+
+from tools import check
+import fake_datasets as fake
+from support import UserError
+
+
+def refused(match, *arguments, call=fake.load, **options):
+    with pytest.raises(UserError, match=match) as error, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(*arguments, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coco")
+    fake.coco(root)
+    return root, json.loads((root / "annotations/instances_train2014.json").read_text())
+
+HEAD = "image,dog,cat\n"
+
+SHEETS = {
+    "empty": ("", "the sheet is empty"),
+    "commas only": (",,\n,\n", "the sheet is empty"),
+    "header only": (HEAD, "no positive label is left in 0 training images"),
+    "no classes": ("image\n0.jpg\n", ":1: expected a header"),
+    "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
+    "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
+    "bad cell": (HEAD + "0.jpg,1,maybe\n", ":2: .*got cat='maybe'"),
+    "minus one": (HEAD + "0.jpg,1,-1\n", ":2: cat='-1': -1 is absent in some sheets .*--minus-one"),
+    "duplicate image": (
+        HEAD + "0.jpg,1,0\n1.jpg,,\n./0.jpg,0,1\n",
+        ":4: ./0.jpg is already on line 2",
+    ),
+    "class twice": ("image,dog,dog\n0.jpg,1,0\n", "'dog' and 'dog' are one name"),
+    "capitals": ("image,dog,Dog\n0.jpg,1,0\n", "'dog' and 'Dog' differ in capitals only"),
+    "class without a name": (
+        "image,dog,,cat\n0.jpg,1,0,0\n",
+        ":1: a column has cells, but no class name",
+    ),
+    "no positive": (
+        HEAD + "0.jpg,0,\n1.jpg,,0\n",
+        "no positive label is left in 2 training images",
+    ),
+    "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg .missing"),
+    "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*a folder"),
+    "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
+    "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image name"),
+    "short prompt row": (
+        HEAD + "#prompt,a dog\n0.jpg,1,0\n",
+        ":2: the row of prompt names needs 2",
+    ),
+    "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sheet")
+    for i in range(4):
+        fake.photo(root / f"{i}.jpg", i)
+    fake.photo(root / "größe 1.jpg", 9)
+    (root / "sub").mkdir()
+    return root
+
+
+@pytest.mark.parametrize("case", SHEETS)
+def test_bad_sheets(folder, case):
+    text, match = SHEETS[case]
+    fake.write(folder / "s.csv", text)
+    assert str(folder / "s.csv") in refused(match, folder / "s.csv")
+
+
+def test_sheet_encodings_and_shapes(folder):
+    path = folder / "s.csv"
+    plain = HEAD + "0.jpg,1,0\ngröße 1.jpg,,1\n"
+    for text in (
+        plain.encode("utf-8-sig"),
+        plain.replace("\n", "\r\n").encode(),
+        plain.rstrip().encode(),
+        plain.replace(",1,0", ', 1 ,"0"').encode(),
+        plain.encode("utf-16"),
+        plain.replace(",", ";").encode(),
+        plain.replace(",", "\t").encode(),
+        ("sep=;\n" + plain.replace(",", ";")).encode(),
+        plain.replace("\n", ",,\n").encode(),
+        plain.replace("1,0", "1.0,0.0").encode(),
+        plain.replace("1,0", "True,no").encode(),
+        (plain + "\n,,\n").encode(),
+    ):
+        # a byte-order mark, CRLF, no last newline, blanks, UTF-16, semicolons, tabs, Excel's first
+        # line, empty columns at
+        path.write_bytes(text)
+        # the end, floats, words, empty rows: all fine
+        train = fake.load(path, val=0.0)[0]
+        assert train.names == ["dog", "cat"] and train.labels.tolist() == [[1, -1], [0, 1]]
+    path.write_bytes(plain.encode("latin-1"))
+    refused(r"s.csv:3: not UTF-8 text", path)
+    path.write_bytes(plain.encode().replace(b"0.jpg", b"0.j\0pg"))
+    refused("s.csv:2: ", path)
+    refused("cannot be read", folder / "none.csv")
+    refused("cannot be read", shutil.copytree(folder / "sub", folder / "dir.csv"))
+
+
+def test_every_problem_of_a_sheet_is_kept(folder):
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1\n1.jpg,maybe,0\nnone.jpg,1,1\n2.jpg,1,1\n")
+    with pytest.raises(UserError) as error:
+        fake.load(folder / "s.csv")
+    assert [p.split(":")[1] for p in error.value.problems] == [
+        "2",
+        "3",
+        "4",
+    ] and "and 2 more" in str(error.value)
+
+
+def test_second_sheet(folder):
+    fake.write(folder / "a.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    fake.write(folder / "b.csv", "image,dog,cow\n2.jpg,1,0\n")
+    refused(r"b.csv: its classes differ .*\['cat', 'cow'\]", folder / "a.csv", val=folder / "b.csv")
+    fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\n1.jpg,1,0\n")
+    refused("b.csv: 1 images are in", folder / "a.csv", val=folder / "b.csv")
+
+
+def test_a_share_that_holds_nothing_out(folder):
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    refused("--val 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")
+    # not asked for
+    assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None
+    refused("lower --val, or", folder / "s.csv", val=0.9)
+    refused("--val is a share .* got most", folder / "s.csv", val="most")
+
+
+def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys):
+    def lines(*arguments):
+        assert check.main([*map(str, arguments)]) == 2
+        return capsys.readouterr().err.splitlines()
+
+    (line,) = lines("coco", "--root", coco[0], "--no-decode")
+    assert "none to learn" in line and " more: none" in line and len(line) < 200
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    fake.write(folder / "n.txt", "one\n")
+    (line,) = lines(folder / "s.csv", "--names", folder / "n.txt")
+    assert "n.txt: expected 2 lines" in line
+    fake.write(folder / "s.csv", HEAD + '0.jpg,1,0\n"no\nimage.jpg",0,1\n')
+    (line,) = lines(folder / "s.csv")
+    assert line.startswith("error: ") and "no image.jpg" in line
+
+
+def test_the_same_picture_under_two_names_is_told(tmp_path, capsys):
+    fake.photo(tmp_path / "a.jpg", 0)
+    fake.photo(tmp_path / "c.jpg", 1)
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    fake.write(tmp_path / "s.csv", "image,dog,cat\na.jpg,1,0\nb.jpg,0,1\nc.jpg,1,1\n")
+    assert check.main([str(tmp_path / "s.csv")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "b.jpg, " in line and "a.jpg: the same picture, and their labels disagree" in line
+
+
+def test_a_locale_that_cannot_write_a_file_name_is_one_line(tmp_path, capsys):
+    from support.cli import run_main
+
+    assert run_main(lambda: "\u732b.jpg".encode("ascii")) == 2
+    assert "PYTHONUTF8=1" in capsys.readouterr().err
