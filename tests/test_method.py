@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from small_world import run, weights, world
 
+import oracles
 import train
 from clip import build
+from config import Config
 from memory import MemoryBank
 from support.checkpoint import read_checkpoint
 from tools.predictor import Predictor
-from trm import CARL, Prompts, spatial_aggregation
+from trm import CARL, TRM, Prompts, spatial_aggregation
 
 pytestmark = pytest.mark.paper
 
@@ -107,13 +109,18 @@ def test_an_empty_slot_is_no_sample_of_the_contrastive_loss():
 def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch):
     """The bank, then the thresholds, then the verdict; prototypes of the text once, at the end of
     stage one; other dropout in each epoch; the gradient's norm clipped in each step."""
-    calls, seeds, norms = [], [], []
+    calls, seeds, norms, texts = [], [], [], []
     for name in ("enqueue", "similarities", "update_thresholds", "pseudo_labels",
                  "set_text_prototypes"):
         def recorded(self, *arguments, name=name, original=getattr(MemoryBank, name)):
             calls.append(name)
+            if name == "set_text_prototypes":
+                assert arguments[0] is texts[-1][0]  # the positive texts
             return original(self, *arguments)
         monkeypatch.setattr(MemoryBank, name, recorded)
+    prompts = Prompts.forward
+    monkeypatch.setattr(Prompts, "forward",
+                        lambda self, clip: texts.append(prompts(self, clip)) or texts[-1])
     seed, clip_norm = torch.manual_seed, torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
@@ -143,3 +150,61 @@ def test_known_positives_alone_enter_the_bank(world, tmp_path):
     known = (predictor.splits()["train"].labels == 1).sum(0)  # (C,)
     cursor = read_checkpoint(tmp_path / "run" / "last.pt")["memory"]["cursor"]
     assert cursor.tolist() == (2 * 3 * known).tolist()
+
+
+@pytest.mark.parametrize("settings", ({}, dict(pseudo_in_contrastive=True), dict(without="mmcp"),
+                                      dict(without="mmcl"), dict(without="kd"),
+                                      dict(without="visual"), dict(without="text")))
+def test_two_training_steps_are_section_3_by_the_oracles(settings):
+    """Terms, pseudo-labels and total of two batches of stage two, from energies and texts on."""
+    B, C, N, D, k = 12, 6, 5, 8, 2
+    torch.manual_seed(0)
+    texts = F.normalize(torch.randn(2, C, D), dim=-1)
+    model = TRM(C, D, prompts=lambda encoder: texts)
+    memory = MemoryBank(C, 4, D, eta=0.6)
+    memory.set_text_prototypes(torch.randn(C, D))
+    cfg = Config(topk=k, alpha=0.7, beta=0.3, gamma=0.2, tau=0.3, kd_temperature=2.0, **settings)
+    queues, theta = oracles.Queues(C, 4, D), np.full((2, 2, C), np.nan)
+    prototypes, (g_pos, g_neg) = memory.text_prototypes.numpy(), texts.numpy()
+    modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
+    scale, estimated = float(model.log_scale.detach().exp()), 0
+
+    def mlp(name, x):
+        return model.heads[name](torch.tensor(np.array(x), dtype=torch.float32)).detach().numpy()
+
+    for _ in range(2):
+        f = torch.randn(B, N, D)
+        labels = torch.randint(-1, 2, (B, C), dtype=torch.int8)
+        loss, terms, pseudo = train.training_step(model, memory, None, cfg, f, None, labels, True)
+
+        energy, _, f_q = (part.detach().numpy() for part in model.carl(f))
+        known = labels.numpy()
+        f_r = oracles.region_pool(energy, f.numpy())
+        logits_r, logits_q = (oracles.match(x, g_pos, g_neg, scale) for x in (f_r, f_q))
+        queues.enqueue(energy, f.numpy(), known, k)
+        lists = [queues.queue(c) for c in range(C)]
+        completed = known
+        if cfg.uses("mmcp"):
+            for i, part in enumerate((lists, prototypes[:, None])):
+                theta[i] = oracles.ema(theta[i], oracles.batch_means(f_r, known, part), 0.6)
+            s, bounds = oracles.similarities(f_r, lists, prototypes), theta
+            if len(modalities) == 1:  # the one that is left agrees with itself
+                s, bounds = s[modalities * 2], theta[modalities * 2]
+            guessed = oracles.pseudo_labels(s, known, bounds)
+            assert (pseudo.numpy() == guessed).all()
+            estimated += np.count_nonzero(guessed)
+            completed = np.where(known == 0, guessed, known)
+        want = {"L_r": oracles.asymmetric(logits_r, completed, 1, 2, 0.05),
+                "L_q": oracles.asymmetric(logits_q, completed, 1, 2, 0.05)}
+        if cfg.uses("kd"):
+            want["L_KD"] = oracles.distillation(logits_r, logits_q, "softmax", 2.0)
+        if cfg.uses("mmcl"):
+            present = (completed if cfg.pseudo_in_contrastive else known) == 1
+            samples = np.concatenate([mlp("region", f_r[present]),
+                                      mlp("pixel", [v for queue in lists for v in queue])])
+            classes = [*present.nonzero()[1], *(c for c in range(C) for _ in lists[c])]
+            want["L_NCE"] = oracles.contrastive(mlp("text", g_pos), samples, classes, 0.3)
+        want["L"] = oracles.total(want, 0.7, 0.3, 0.2)
+        found = {name: float(value.detach()) for name, value in (terms | {"L": loss}).items()}
+        assert found == pytest.approx(want, rel=1e-4)
+    assert estimated or not cfg.uses("mmcp")
