@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHOD = ["tests/test_method.py", "tests/test_equations.py"]
 TESTS = {  # the tests that should notice, the quick ones first
     "trm.py": METHOD, "memory.py": METHOD, "losses.py": METHOD,
-    "train.py": [*METHOD, "tests/test_train.py"],
+    "train.py": [*METHOD, "tests/test_report.py", "tests/test_train.py"],
     "data.py": ["tests/test_masks.py", "tests/test_augment.py", "tests/test_data.py"],
     "eval.py": ["tests/test_metrics.py"],
     "tools/zero_shot.py": ["tests/test_mixed.py"],
