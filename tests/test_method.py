@@ -125,11 +125,15 @@ def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch)
     monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda parameters, norm: norms.append(norm) or clip_norm(parameters, norm))
-    chosen, adamw = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW",
-                        lambda *given, **named: chosen.append(named) or adamw(*given, **named))
+    chosen = []
+    for place, name in ((torch.optim, "AdamW"), (torch.optim.lr_scheduler, "OneCycleLR")):
+        def noted(*given, original=getattr(place, name), **named):
+            chosen.append(named)
+            return original(*given, **named)
+        monkeypatch.setattr(place, name, noted)
     run(world, tmp_path / "run", epochs=3, clip_grad=0.5, lr=2e-4, weight_decay=0.03)
     assert (chosen[0]["lr"], chosen[0]["weight_decay"]) == (2e-4, 0.03)
+    assert chosen[1] == dict(max_lr=2e-4, total_steps=9)
     assert calls.count("set_text_prototypes") == 1
     second = calls[calls.index("set_text_prototypes") + 1:]
     step = ["enqueue", "similarities", "update_thresholds", "pseudo_labels"]
