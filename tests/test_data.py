@@ -81,6 +81,26 @@ def test_layouts(trees, name, classes, drop):
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and index == 3
 
 
+def test_every_seed_draws_its_own_mask(trees):
+    """--ratio: the seed is that of the mask; single positive: Cole's 1200 plus the seed."""
+    whole = fake.load("voc2007", trees / "voc2007")[0].labels
+    for seed in (0, 3):
+        part = fake.load("voc2007", trees / "voc2007", ratio=0.5, seed=seed)[0].labels
+        assert (part == whole * data.partial_mask(whole.shape, 0.5, seed)).all()
+        single = fake.load("voc2007", trees / "voc2007", single_positive="largeloss", seed=seed)[0]
+        rows = data.hold_out(len(whole), 0.2)[0]
+        assert (single.labels == data.single_positives(whole, 1200 + seed)[rows]).all()
+
+
+def test_an_image_without_annotation_is_not_held_out(trees):
+    """It counts for the mask and for the draw of the rows, and then it is left out on each side."""
+    whole = fake.load("coco", trees / "coco", keep_unannotated=True)[0]
+    train, val, _ = fake.load("coco", trees / "coco", val=0.5)
+    (unannotated,) = {p for p, row in zip(whole.paths, whole.labels) if not (row == POSITIVE).any()}
+    assert unannotated not in {*train.paths, *val.paths}
+    assert len(train.paths) + len(val.paths) == len(whole.paths) - 1
+
+
 @pytest.mark.parametrize("name", list(fake.MAKERS))
 def test_single_positive_largeloss(trees, name):
     train, val, test = fake.load(name, trees / name, single_positive="largeloss")
