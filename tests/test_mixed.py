@@ -5,20 +5,34 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_world import run, world
 
+import oracles
 import train
 from eval import metrics
 from support import UserError
 from support.checkpoint import read_checkpoint
 from tools import report
 from tools.predictor import Predictor
-from tools.zero_shot import mixed, mixed_scores, zero_shot, zero_shot_scale, zero_shot_text
+from tools.zero_shot import (mixed, mixed_scores, zero_shot, zero_shot_scale, zero_shot_score,
+                             zero_shot_text)
 
 
 def spread(values):
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+
+
+def test_zero_shot_is_the_whole_image_plus_its_best_location():
+    torch.manual_seed(0)
+    f, x, g = torch.randn(2, 5, 4), torch.randn(2, 4), F.normalize(torch.randn(3, 4), dim=-1)
+    got = zero_shot_score(f, x, g)
+    for b in range(2):
+        for c in range(3):
+            best = max(oracles.cosine(f[b, n].numpy(), g[c].numpy()) for n in range(5))
+            whole = oracles.cosine(x[b].numpy(), g[c].numpy())
+            assert float(got[b, c]) == pytest.approx(whole + best, abs=1e-5)
 
 
 def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
