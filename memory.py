@@ -64,7 +64,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update_thresholds(self, s, labels):
-        """Eq. 9: mean similarity of the batch's known positives and negatives; Eq. 11: its average.
+        """Eq. 9: mean similarity of the batch's known positives and negatives. Eq. 11: moving mean.
 
         s (2, B, C) from `similarities`, labels (B, C). A category without such a label keeps its
         threshold. The print updates theta_positive twice; the second line is theta_negative.

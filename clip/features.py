@@ -154,14 +154,14 @@ class FeatureLoader:
         cores = torch.get_num_threads()
         if self.device.type != "cpu" or len(images) < cores:
             return self.encode_part(images, need_global)
+        parts = images.split(min(ON_CPU, -(-len(images) // cores)))  # no core stays without work
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = pool.map(lambda part: self.encode_part(part, need_global),
-                             images.split(ON_CPU))
-            f, x = zip(*parts)
+            f, x = zip(*pool.map(lambda part: self.encode_part(part, need_global), parts))
         return torch.cat(f), torch.cat(x) if need_global else None
 
     @torch.no_grad()
     def encode_part(self, images, need_global):
+        """What `encode` returns, in one piece."""
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, self.amp is not None):
             if not need_global:
                 return self.clip.encode_dense(images), None

@@ -60,8 +60,8 @@ def measure(model, memory, loader, g_pos, g_neg):
 
 
 def train_filmed():
-    """The demo's run, which also keeps film.npz: after each epoch the first FILMED validation
-    scenes' masks (T, n, C, N) uint8, similarities (T, n, 2, C) and thresholds (T, 2, 2, C)."""
+    """A run on the demo's scenes, which also keeps film.npz of the first FILMED validation scenes
+    after each epoch: masks (T, n, C, N) uint8, s (T, n, 2, C) and thresholds (T, 2, 2, C)."""
     cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN))
     encoder, splits = clip.load(cfg.clip), data.load(cfg)
     loader = evaluation_loader(cfg, splits[1].subset(range(FILMED)), encoder, best_device())

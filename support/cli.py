@@ -5,7 +5,6 @@
 import argparse
 import difflib
 import os
-import re
 import signal
 import sys
 import threading
@@ -91,7 +90,8 @@ def explain(error):
         return str(error)
     if isinstance(error, BrokenExecutor):
         return "a worker process was ended, mostly for want of memory: fewer --jobs or --workers"
-    if re.search("^MemoryError|RuntimeError.*allocate memory|out of memory", repr(error), re.S):
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
+            "allocate memory" in str(error) or "out of memory" in str(error)):
         reason = str(error).split(". ")[0][:150]
         return f"too little memory: lower --batch, --size or --queue ({reason})"
     if isinstance(error, OSError):

@@ -1,5 +1,6 @@
 """Before any test: the project on the path, few threads, and Triton's interpreter where there is no
 GPU."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,3 +42,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{len(skipped)} GPU cases skipped: no CUDA device; kernels "
                                     "were checked by the interpreter and the compiler only",
                                     yellow=True)
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """(folder of COCO's layout, its training annotations)"""
+    import fake_datasets
+    root = tmp_path_factory.mktemp("coco")
+    fake_datasets.coco(root)
+    return root, json.loads((root / "annotations/instances_train2014.json").read_text())

@@ -6,15 +6,18 @@ Every maker fills `root` and returns nothing; the same seed gives the same tree.
 """
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import data
 from config import Config
 from datasets.voc import VOC
+from support import UserError
 
 COCO = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,
 bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,
@@ -264,3 +267,12 @@ def captions(file, *names, images=None):
     from paper import captions
     cfg = SimpleNamespace(captions=file, root=None, train_images=images)
     return captions.load(cfg, SimpleNamespace(names=list(names), prompts=list(names)))
+
+
+def refused(match, *arguments, call=load, **options):
+    """The call is refused in one short line that matches, and warns of nothing. Returns it."""
+    with pytest.raises(UserError, match=match) as error, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(*arguments, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)

@@ -2,11 +2,13 @@
 random weights, seconds a run."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +18,7 @@ from datasets import scenes
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
+posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and signals are POSIX's")
 _made = {}
 
 
@@ -56,6 +59,35 @@ def run(world, out, **changes):
     cfg, _ = train.parse(options(world, out, **changes))
     with mock.patch("tools.plots.curves"):  # matplotlib takes longer than all the rest
         return train.train(cfg)
+
+
+@pytest.fixture
+def trained(world):
+    """A run of two epochs on the small world, made once."""
+    if not (world / "trained").exists():
+        run(world, world / "trained", epochs=2)
+    return world / "trained"
+
+
+@pytest.fixture
+def sheet(world, tmp_path):
+    """A run on a sheet: (run folder, labels.csv); the photos lie beside the sheet."""
+    shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
+    file, cells = tmp_path / "labels.csv", np.random.RandomState(0).choice(["1", "0", ""], (24, 3))
+    file.write_text(
+        "image,sun,tree,cup\n"
+        + "".join(
+            f"photos/{p.name},{','.join(row)}\n"
+            for p, row in zip(sorted((tmp_path / "photos").iterdir()), cells)
+        )
+    )
+    run(world, tmp_path / "run", data=file, root=None, ratio=None, epochs=1, val=0.25)
+    return tmp_path / "run", file
+
+
+def snapshot(folder):
+    """{file: its bytes} of all that lies below a folder."""
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def start(script, *arguments, **keywords):

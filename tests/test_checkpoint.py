@@ -3,24 +3,13 @@ import shutil
 
 import pytest
 import torch
-from small_world import one_line, options, run, weights, world
+from small_world import one_line, options, run, snapshot, trained, weights, world
 
 import clip
 import eval as evaluation
 import train
 from tools import build
 from support import UserError
-
-
-@pytest.fixture
-def trained(world):
-    if not (world / "trained").exists():
-        run(world, world / "trained", epochs=2)
-    return world / "trained"
-
-
-def snapshot(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize(

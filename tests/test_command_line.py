@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from small_world import ROOT, command, one_line, options, run, start, world
+from small_world import command, one_line, options, posix, ROOT, run, sheet, start, trained, world
 
 import data
 from tools import check
@@ -23,31 +23,6 @@ import train
 from tools import build
 from tools import pretrain
 from support import UserError
-
-posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and signals are POSIX's")
-
-
-@pytest.fixture
-def trained(world):
-    if not (world / "trained").exists():
-        run(world, world / "trained", epochs=2)
-    return world / "trained"
-
-
-@pytest.fixture
-def sheet(world, tmp_path):
-    """A run on a sheet: (run folder, labels.csv); the photos lie beside the sheet."""
-    shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
-    file, cells = tmp_path / "labels.csv", np.random.RandomState(0).choice(["1", "0", ""], (24, 3))
-    file.write_text(
-        "image,sun,tree,cup\n"
-        + "".join(
-            f"photos/{p.name},{','.join(row)}\n"
-            for p, row in zip(sorted((tmp_path / "photos").iterdir()), cells)
-        )
-    )
-    run(world, tmp_path / "run", data=file, root=None, ratio=None, epochs=1, val=0.25)
-    return tmp_path / "run", file
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import shutil
 import sys
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_world import command, one_line, run, weights, world
+from small_world import command, one_line, run, trained, weights, world
 
 import clip
 from clip.features import FeatureLoader
@@ -22,15 +21,6 @@ import train
 from eval import Predictor
 from eval import best_thresholds
 from support import UserError
-
-
-@pytest.fixture
-def trained(world, tmp_path_factory):
-    """A run of two epochs on the small world, made once."""
-    out = world / "trained"
-    if not out.exists():
-        run(world, out, epochs=2)
-    return out
 
 
 @pytest.fixture

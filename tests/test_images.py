@@ -1,7 +1,6 @@
 """Photos as people have them: read rightly, or refused with the reason."""
 import os
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -13,14 +12,6 @@ from datasets import augment
 import data
 import fake_datasets as fake
 from support import UserError
-
-
-def refused(match, *arguments, call=fake.load, **options):
-    with pytest.raises(UserError, match=match) as error, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(*arguments, **options)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    return str(error.value)
 
 
 def png(chunks):
@@ -67,6 +58,7 @@ def image_file(folder, case):
     elif case == "float tiff":
         Image.fromarray(np.zeros((8, 8), np.float32)).save(path, "TIFF")
     return path
+
 
 REFUSED = {
     "missing": "no such file",
@@ -133,33 +125,6 @@ def test_formats_with_a_documented_treatment(tmp_path):
     assert data.Images(tiny, 32, "taidpt")[0][0].shape == (3, 32, 32)
     Image.new("RGB", (3000, 2), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
     assert data.Images(tiny, 32, "taidpt")[(5, 0)][0].shape == (3, 32, 32)
-
-HEAD = "image,dog,cat\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sheet")
-    for i in range(4):
-        fake.photo(root / f"{i}.jpg", i)
-    fake.photo(root / "größe 1.jpg", 9)
-    (root / "sub").mkdir()
-    return root
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
-def test_a_pipe_is_not_waited_for(folder, tmp_path):
-    for name in ("p.csv", "p.npy", "p.txt", "p.json"):
-        os.mkfifo(tmp_path / name)
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    for arguments, options in (
-        ((tmp_path / "p.csv",), {}),
-        ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
-        ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)),
-        ((folder / "s.csv",), dict(names=tmp_path / "p.txt")),
-    ):
-        refused("not a regular file", *arguments, **options)
-    refused("not a regular file", tmp_path / "p.json", "dog", call=fake.captions)
 
 
 def test_photos_with_large_notes_deep_colour_keys_or_odd_exif_are_read(tmp_path):

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import struct
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,29 +13,15 @@ import data
 from tools import check
 from datasets import base as datasets
 import fake_datasets as fake
+from fake_datasets import refused
 from datasets import scenes, vg200
-from support import UserError
-
-
-def refused(match, *arguments, call=fake.load, **options):
-    with pytest.raises(UserError, match=match) as error, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(*arguments, **options)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    return str(error.value)
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    root = tmp_path_factory.mktemp("coco")
-    fake.coco(root)
-    return root, json.loads((root / "annotations/instances_train2014.json").read_text())
 
 
 def change(record, key, value):
     record = copy.deepcopy(record)
     record[key] = value
     return record
+
 
 BOXES = {
     "box of three": [1, 2, 3],
@@ -91,6 +76,7 @@ def edit(content, case):
     elif case == "no annotations key":
         del content["annotations"]
     return json.dumps(content)
+
 
 JSON = {
     "leaves the root": "leads out of",
@@ -239,6 +225,7 @@ def test_voc(tmp_path):
         note.write_text(text)
         refused("000000.xml: not an annotation", "voc2007", xml)
 
+
 MAIN, SPLIT = "VOCdevkit/VOC2007/ImageSets/Main", "CUB_200_2011/train_test_split.txt"
 
 ATTRIBUTES = "CUB_200_2011/attributes/image_attribute_labels.txt"
@@ -248,6 +235,7 @@ INDEX, CONCEPTS, NUS = (
     "ConceptsList/Concepts81.txt",
     "ImageList/TrainImagelist.txt",
 )
+
 
 SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is listed twice"
 
@@ -507,20 +495,11 @@ def test_splc_list_against_the_annotations(tmp_path):
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sheet")
-    for i in range(4):
-        fake.photo(root / f"{i}.jpg", i)
-    fake.photo(root / "größe 1.jpg", 9)
-    (root / "sub").mkdir()
-    return root
-
-
 def test_captions_with_a_byte_order_mark(tmp_path):
     content = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
     (tmp_path / "c.json").write_bytes(json.dumps(content).encode("utf-8-sig"))
     assert fake.captions(tmp_path / "c.json", "dog").paths == ["a dog"]
+
 
 FEW = dict(train=1, val=1, test=1, size=64, workers=1)
 

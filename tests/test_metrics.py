@@ -230,6 +230,6 @@ def test_boxes_turn_with_their_image(tmp_path, mark, capsys):
     if mark > 4:  # a quarter turn: the size tells in which frame the boxes are
         assert np.allclose(boxes_of(stored, (40, 20)), want, atol=1e-6)
     assert np.allclose(boxes_of(np.array([want]), (w, h)), want)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
     boxes_of(stored, (30, 30))
-    assert "1 images have another size than their list says" in capsys.readouterr().out
+    assert "1 images have another size than their list says" in capsys.readouterr().err

@@ -4,10 +4,10 @@ import os
 import shutil
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from small_world import command, one_line, options, rows, run, world
+from small_world import (command, one_line, options, posix, rows,
+                         run, sheet, snapshot, trained, world)
 
 import clip
 import eval as evaluation
@@ -17,35 +17,6 @@ import train
 from tools import build
 from support import UserError
 from support.checkpoint import write_atomically
-
-posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and signals are POSIX's")
-
-
-@pytest.fixture
-def trained(world):
-    if not (world / "trained").exists():
-        run(world, world / "trained", epochs=2)
-    return world / "trained"
-
-
-@pytest.fixture
-def sheet(world, tmp_path):
-    """A run on a sheet: (run folder, labels.csv); the photos lie beside the sheet."""
-    shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
-    file, cells = tmp_path / "labels.csv", np.random.RandomState(0).choice(["1", "0", ""], (24, 3))
-    file.write_text(
-        "image,sun,tree,cup\n"
-        + "".join(
-            f"photos/{p.name},{','.join(row)}\n"
-            for p, row in zip(sorted((tmp_path / "photos").iterdir()), cells)
-        )
-    )
-    run(world, tmp_path / "run", data=file, root=None, ratio=None, epochs=1, val=0.25)
-    return tmp_path / "run", file
-
-
-def snapshot(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_nothing_that_is_there_is_overwritten(sheet, tmp_path, capfd):

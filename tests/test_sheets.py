@@ -1,28 +1,14 @@
 """Sheets with slips: each ends in one line that names file, line and remedy."""
-import json
+import os
 import shutil
-import warnings
 
 import pytest
 
 from tools import check
 import fake_datasets as fake
+from fake_datasets import refused
 from support import UserError
 
-
-def refused(match, *arguments, call=fake.load, **options):
-    with pytest.raises(UserError, match=match) as error, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(*arguments, **options)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    return str(error.value)
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    root = tmp_path_factory.mktemp("coco")
-    fake.coco(root)
-    return root, json.loads((root / "annotations/instances_train2014.json").read_text())
 
 HEAD = "image,dog,cat\n"
 
@@ -168,3 +154,18 @@ def test_a_locale_that_cannot_write_a_file_name_is_one_line(tmp_path, capsys):
 
     assert run_main(lambda: "\u732b.jpg".encode("ascii")) == 2
     assert "PYTHONUTF8=1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
+def test_a_pipe_is_not_waited_for(folder, tmp_path):
+    for name in ("p.csv", "p.npy", "p.txt", "p.json"):
+        os.mkfifo(tmp_path / name)
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
+    for arguments, options in (
+        ((tmp_path / "p.csv",), {}),
+        ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
+        ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)),
+        ((folder / "s.csv",), dict(names=tmp_path / "p.txt")),
+    ):
+        refused("not a regular file", *arguments, **options)
+    refused("not a regular file", tmp_path / "p.json", "dog", call=fake.captions)

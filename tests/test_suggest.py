@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_world import command, run, world
+from small_world import command, run, trained, world
 
 import data
 import eval as evaluation
@@ -17,15 +17,6 @@ from config import Config
 from eval import Predictor
 from tools import review
 from tools.suggest import choose_cells, suggest
-
-
-@pytest.fixture
-def trained(world):
-    """A run of two epochs on the small world, made once."""
-    out = world / "trained"
-    if not out.exists():
-        run(world, out, epochs=2)
-    return out
 
 
 def rows_of(file):

@@ -9,12 +9,12 @@ region of a run with --matching carl. model.pt2.json names categories, threshold
 """
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import kernels
 from support import UserError
 from support.cli import make_parser, run_main, words
 from tools.predict import new
@@ -39,7 +39,6 @@ class Exported(nn.Module):
 
 def export(run, file):
     """Writes `file`, .pt2 or .onnx, and `file`.json."""
-    kernels.use("reference")
     predictor = Predictor(run, device="cpu")
     size = predictor.cfg.size
     module = Exported(predictor).eval().requires_grad_(False)
@@ -49,7 +48,7 @@ def export(run, file):
         program = torch.export.export(module, (example,), dynamic_shapes=batch)
     if file.suffix == ".onnx":
         torch.onnx.export(program, f=str(file), input_names=["images"], external_data=False,
-                          output_names=["probabilities", "energies"])
+                          output_names=["probabilities", "energies"], verbose=False)
     else:
         torch.export.save(program, file)
     about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
@@ -67,6 +66,7 @@ def main(argv=None):
         if args.file.suffix not in (".pt2", ".onnx"):
             raise UserError(f"expected a file that ends with .pt2 or .onnx, got {args.file}")
         new(args.file, "a file")
+        warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
         export(args.run, args.file)
     return run_main(work)
 

@@ -2,6 +2,8 @@
 
 n images, C categories, N = h*w locations.
 """
+import sys
+
 import numpy as np
 from PIL import Image
 
@@ -15,8 +17,8 @@ QUARTER = {Image.TRANSPOSE: lambda x0, y0, x1, y1: (y0, x0, y1, x1),
 
 
 def upright_boxes(split):
-    """The boxes of a split in the frame of its upright pixels: where the list gives the size as it
-    is stored, before the orientation mark turns it, the boxes are turned as the pixels are."""
+    """The boxes of a split, n arrays (k, 5), in the frame of its upright pixels: where the list
+    gives an image's size as stored, before its orientation mark turns it, its boxes turn too."""
     found, odd = [], []
     for path, boxes, size in zip(split.paths, split.boxes, split.sizes):
         found.append(boxes)
@@ -30,7 +32,7 @@ def upright_boxes(split):
                 odd.append(path)
     if odd:
         print(f"note: {len(odd)} images have another size than their list says, first {odd[0]}: "
-              "their boxes may be wrong")
+              "their boxes may be wrong", file=sys.stderr)
     return found
 
 
