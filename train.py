@@ -125,7 +125,7 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
         with torch.no_grad():
             state.memory.set_text_prototypes(state.model.prompts(encoder)[0])
     state.model.train()
-    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + rank)  # dropout on resume
+    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + rank)  # so dropout resumes
     pseudo_count = PseudoCount(device)
     sums, start, steps = {}, time.perf_counter(), -(-len(loader) // cfg.batch)
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
