@@ -142,27 +142,24 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
             sums[name] = sums.get(name, 0) + term.detach()
         # asking makes the host wait for a GPU
         if device.type == "cpu" or i % 50 == 0 or i + 1 == steps:
-            if not torch.isfinite(sums["L"]):
-                raise diverged(state, f"the loss is not finite after step {i + 1} of {steps}",
-                               terms)
+            require_finite([sums["L"]], f"the loss is not finite after step {i + 1} of {steps}",
+                           state, terms)
             bar.set_postfix(loss=f"{float(sums['L']) / (i + 1):.3f}")
-    if not all(p.isfinite().all() for p in state.optimizer.param_groups[0]["params"]):
-        raise diverged(state, "a weight is not finite after the last step", terms)
+    require_finite(state.model.parameters(), "a weight is not finite after the last step", state,
+                   terms)
     seconds = time.perf_counter() - start
-    line = dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
-                lr=state.scheduler.get_last_lr()[0])
-    line |= {name: round(float(value) / steps, 6) for name, value in sums.items()}
-    line |= pseudo_count.report()
-    return line | dict(images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2),
-                       waiting=round(loader.waited / seconds, 3))
+    means = {name: round(float(value) / steps, 6) for name, value in sums.items()}
+    return dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
+                lr=state.scheduler.get_last_lr()[0], **means, **pseudo_count.report(),
+                images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2),
+                waiting=round(loader.waited / seconds, 3))
 
 
-def diverged(state, what, terms):
-    kept = f"last.pt holds epoch {state.epoch}" if state.epoch else "no epoch was finished"
-    values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-    return FloatingPointError(f"epoch {state.epoch + 1}: {what} ({values}); {kept}; train anew "
-                              "with a lower --lr or --amp none, and look at the images if that "
-                              "does not help")
+def require_finite(tensors, what, state, terms):
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
+        raise FloatingPointError(f"epoch {state.epoch + 1}: {what} ({values}); {state.epoch} "
+                                 "epochs are kept; train anew with a lower --lr or --amp none")
 
 
 def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
