@@ -37,22 +37,21 @@ class Exported(nn.Module):
         return p, out.energy
 
 
+@torch.no_grad()
 def export(run, file):
     """Writes `file`, .pt2 or .onnx, and `file`.json."""
     predictor = Predictor(run, device="cpu")
-    size = predictor.cfg.size
+    size, encoder = predictor.cfg.size, predictor.clip
     module = Exported(predictor).eval().requires_grad_(False)
-    example = torch.zeros(2, 3, size, size)
     batch = {"images": {0: torch.export.Dim("batch", max=1024)}}
-    with torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes=batch)
+    program = torch.export.export(module, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch)
     if file.suffix == ".onnx":
         torch.onnx.export(program, f=str(file), input_names=["images"], external_data=False,
                           output_names=["probabilities", "energies"], verbose=False)
     else:
         torch.export.save(program, file)
     about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
-                 mean=list(predictor.clip.mean), std=list(predictor.clip.std), grid=predictor.grid)
+                 mean=list(encoder.mean), std=list(encoder.std), grid=predictor.grid)
     Path(f"{file}.json").write_text(json.dumps(about), encoding="utf-8")
 
 
