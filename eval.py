@@ -39,11 +39,8 @@ from tools.zero_shot import mixed_scores, zero_shot, zero_shot_scale, zero_shot_
 
 
 def average_precision(scores, positive):
-    """Plain AP of one category: sum of (R_k - R_{k-1}) P_k; tied scores form one threshold.
-
-    scores (n,) float, positive (n,) bool. NaN without a positive. As scikit-learn; the order of the
-    images does not matter.
-    """
+    """Plain AP of one category: sum of (R_k - R_{k-1}) P_k; tied scores form one threshold, as in
+    scikit-learn. scores (n,) float, positive (n,) bool; NaN without a positive."""
     positive = positive[np.argsort(-scores, kind="stable")]
     if not positive.any():
         return float("nan")
@@ -142,9 +139,6 @@ class PseudoCount:
         return line | {"pseudo_coverage": share(given, hidden)} if hidden else {}
 
 
-# ---- a split
-
-
 @torch.no_grad()
 def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
     """positives (C,): known ones of training -> {split: metrics of `score`, and mAP of each score},
@@ -187,11 +181,12 @@ def compare(predictors, split):
     def tell(what, scores):
         print(f"{what:38s} {metrics(scores, split.truth)['mAP']:5.2f}")
 
-    first, boxes = predictors[0], upright_boxes(split) if split.boxes else None
+    boxes = upright_boxes(split) if split.boxes else None
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
           f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
-    g = zero_shot_text(first.clip, split.prompts)
-    for name, scores in zero_shot(g, first.loader(split).batches(0, False)).items():
+    g = zero_shot_text(predictors[0].clip, split.prompts)
+    batches = predictors[0].loader(split).batches(0, shuffle=False)
+    for name, scores in zero_shot(g, batches).items():
         tell(f"zero-shot CLIP, {name}", scores)
     for predictor in predictors:
         found, maps = predictor.scores(predictor.loader(split), maps_of if boxes else None)

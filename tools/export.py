@@ -51,7 +51,7 @@ def export(run, file):
     else:
         torch.export.save(program, file)
     about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
-                 mean=list(encoder.mean), std=list(encoder.std), grid=predictor.grid)
+                 mean=encoder.mean, std=encoder.std, grid=predictor.grid)
     Path(f"{file}.json").write_text(json.dumps(about), encoding="utf-8")
 
 

@@ -87,12 +87,8 @@ def inspect(predictor, image, labels=None):
 @torch.no_grad()
 def origins(memory, loader):
     """Where the prototypes in the bank come from: (C, L, 3) image, location and view, -1 where the
-    slot is empty.
-
-    A prototype is the unit feature of one location of one training image, so the image whose
-    feature has cosine one is found again. loader: a FeatureLoader of the training images with a
-    cache.
-    """
+    slot is empty. A prototype is the unit feature of one location of one training image: it is
+    found again by its cosine of one. loader: a FeatureLoader of these images with a cache."""
     prototypes = memory.bank.flatten(0, 1)  # (CL, D)
     best = torch.full((len(prototypes),), -1.0)
     found = torch.full((len(prototypes), 3), -1)

@@ -14,10 +14,8 @@ SIDE = 192  # of a tile, in pixels
 
 
 def heat(image, mask, grid):
-    """image PIL, mask (N,), grid (h, w) -> PIL: the mask over a greyed image, red at its own peak.
-
-    Masks are scaled by their peak because those of CARL are low and would look empty.
-    """
+    """image PIL, mask (N,), grid (h, w) -> PIL: the mask over a greyed image, red at its own peak,
+    because the masks of CARL are low and would look empty."""
     m = np.clip(mask.reshape(grid) / max(mask.max(), 1e-6), 0, 1)
     m = Image.fromarray((255 * m).astype(np.uint8)).resize(image.size, Image.BICUBIC)
     m = np.asarray(m, dtype=np.float32)[..., None] / 255  # (H, W, 1)

@@ -129,9 +129,7 @@ class Predictor:
     def predict(self, images, batch=32, workers=0):
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
         of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
-
-        UserError for one that is no image.
-        """
+        UserError for one that is no image."""
         return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
 
     def row(self, image, p):
@@ -142,10 +140,8 @@ class Predictor:
                 "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
 
     def iterate(self, images, batch=32, workers=0, unreadable=None):
-        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy.
-
-        What cannot be decoded goes into the list `unreadable`; without one it raises UserError.
-        """
+        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. What cannot
+        be decoded goes into the list `unreadable`; without one it raises UserError."""
         labels = np.zeros((len(images), len(self.names)), np.int8)
         split = data.Split("images", images, self.names, labels)
         kind = data.Images if unreadable is None else Lenient

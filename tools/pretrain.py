@@ -12,7 +12,6 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,7 +118,7 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
                      dimensions=json.dumps(dimensions), captions_sha256=captions_sha256(captions),
                      seconds=round(time.time() - start), zero_shot_tune2014_global=mAP["global"],
                      zero_shot_tune2014_dense=mAP["dense"])
-        write_atomically(Path(out), as_bytes(tensors, {k: str(v) for k, v in about.items()}))
+        write_atomically(out, as_bytes(tensors, {k: str(v) for k, v in about.items()}))
         print(f"epoch {epoch}: loss {np.mean(losses):.3f}, zero-shot mAP on {tune} scenes of "
               f"tune2014: global {mAP['global']:.1f}, dense {mAP['dense']:.1f}; "
               f"{about['seconds']} s, written to {out}", flush=True)

@@ -134,17 +134,16 @@ def merge(args):
     else:
         answers = read_answers(args.answers)
 
-    # 1 and 0 are written as this sheet writes them
+    # 1 and 0 are written as this sheet mostly writes them
     used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
-    usual = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
-    word = {code: max((w for w in used if codes.get(w) == code), key=used.get, default=usual[code])
-            for code in usual}
+    word = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
+    word |= {codes[w]: w for w, _ in reversed(used.most_common()) if w in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
         row = image.get(name, [])
         c = column.get(category, len(row))
-        cell = plain(row[c][0]) if c < len(row) else None
-        said = codes.get(cell.lower()) if cell is not None else None
+        cell = plain(row[c][0]) if c < len(row) else "-"  # which is no label
+        said = codes.get(cell.lower())
         if said is None:
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
