@@ -40,6 +40,10 @@ class Exported(nn.Module):
 @torch.no_grad()
 def export(run, file):
     """Writes `file`, .pt2 or .onnx, and `file`.json."""
+    if file.suffix not in (".pt2", ".onnx"):
+        raise UserError(f"expected a file that ends with .pt2 or .onnx, got {file}")
+    new(file, "a file")
+    warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
     predictor = Predictor(run, device="cpu")
     size, encoder = predictor.cfg.size, predictor.clip
     module = Exported(predictor).eval().requires_grad_(False)
@@ -59,15 +63,7 @@ def main(argv=None):
     parser = make_parser("tools.export", __doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", type=Path, help="where to write: .pt2 or .onnx")
-
-    def work():
-        args = parser.parse_args(words(argv))
-        if args.file.suffix not in (".pt2", ".onnx"):
-            raise UserError(f"expected a file that ends with .pt2 or .onnx, got {args.file}")
-        new(args.file, "a file")
-        warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
-        export(args.run, args.file)
-    return run_main(work)
+    return run_main(lambda: export(**vars(parser.parse_args(words(argv)))))
 
 
 if __name__ == "__main__":

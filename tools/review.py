@@ -227,7 +227,7 @@ def main(argv=None):
 
     def run():
         args = parser.parse_args(words(argv))
-        return args.work(args)
+        args.work(args)
     return run_main(run)
 
 
