@@ -73,22 +73,20 @@ def metrics(scores, truth, threshold=0.5):
              `positives` what the number rests on;  mAP_voc  the interpolated one
     CP CR CF1 by category, OP OR OF1 over all decisions at `threshold`. All in percent.
     """
-    def mean(values):
-        return values.mean() if values.size else 0.0
-
     def f1(precision, recall):
         return 2 * precision * recall / max(precision + recall, 1e-12)
 
     positive = truth == 1
     exist = positive.sum(0)  # (C,)
     there = exist > 0
+    count = max(there.sum(), 1)
     decided = (scores >= threshold) & (truth != 0)
     hit, said = (decided & positive).sum(0), decided.sum(0)
-    CP, CR = mean(hit / np.maximum(said, 1)), mean(hit[there] / exist[there])
+    CP, CR = np.mean(hit / np.maximum(said, 1)), (hit[there] / exist[there]).sum() / count
     OP, OR = hit.sum() / max(said.sum(), 1), hit.sum() / max(exist.sum(), 1)
-    AP, AP_voc = (precision_per_category(scores, truth, one)[there]
-                  for one in (average_precision, interpolated_precision))
-    result = dict(mAP=mean(AP), mAP_voc=mean(AP_voc), CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR,
+    mAP, mAP_voc = (precision_per_category(scores, truth, one)[there].sum() / count
+                    for one in (average_precision, interpolated_precision))
+    result = dict(mAP=mAP, mAP_voc=mAP_voc, CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR,
                   OF1=f1(OP, OR))
     percent = {name: round(100 * float(value), 3) for name, value in result.items()}
     return percent | {"left_out": int((~there).sum()), "positives": int(exist.sum())}

@@ -29,10 +29,8 @@ class Exported(nn.Module):
         self.predictor, self.clip, self.model = predictor, predictor.clip, predictor.model
 
     def forward(self, images):
-        if self.predictor.cfg.needs_global:
-            x, f = self.clip.encode(images)
-        else:
-            x, f = None, self.clip.encode_dense(images)
+        both = self.predictor.cfg.needs_global
+        x, f = self.clip.encode(images) if both else (None, self.clip.encode_dense(images))
         p, out = self.predictor.score(f, x)
         return p, out.energy
 
