@@ -8,11 +8,6 @@
     python eval.py runs/demo --compare runs/other             zero-shot CLIP and runs side by side
     python eval.py runs/demo --ensemble runs/other            averaged scores of several runs
 
-From Python; only the run folder and CLIP's image encoder are needed:
-
-    from eval import Predictor
-    print(Predictor("runs/demo").predict(["photo.jpg"]))
-
 A probability is the sigmoid of Eq. 5's logit. The asymmetric loss and the few known labels leave it
 uncalibrated: it ranks, it is no frequency. What is called present passes the category's threshold.
 n images, C categories, N = h*w locations. Labels: 1 present, -1 absent, 0 unknown.
@@ -44,11 +39,8 @@ from tools.zero_shot import mixed_scores, zero_shot, zero_shot_scale, zero_shot_
 
 
 def average_precision(scores, positive):
-    """Plain AP of one category: sum of (R_k - R_{k-1}) P_k; tied scores form one threshold.
-
-    scores (n,) float, positive (n,) bool. NaN without a positive. As scikit-learn; the order of the
-    images does not matter.
-    """
+    """Plain AP of one category: sum of (R_k - R_{k-1}) P_k; tied scores form one threshold, as in
+    scikit-learn. scores (n,) float, positive (n,) bool; NaN without a positive."""
     positive = positive[np.argsort(-scores, kind="stable")]
     if not positive.any():
         return float("nan")
@@ -59,10 +51,8 @@ def average_precision(scores, positive):
 
 
 def interpolated_precision(scores, positive):
-    """VOC's AP (2010 and later; SARB's code): precision made monotone, so never below the plain AP.
-
-    Targets by rank 0, 1, 1, 0: plain (1/2 + 2/3) / 2 = 0.5833, interpolated (2/3 + 2/3) / 2.
-    """
+    """VOC's AP (2010 and later; SARB's code): precision made monotone. Targets by rank 0, 1, 1, 0:
+    plain (1/2 + 2/3) / 2 = 0.5833, interpolated (2/3 + 2/3) / 2."""
     positive = positive[np.argsort(-scores, kind="stable")]
     if not positive.any():
         return float("nan")
@@ -80,29 +70,24 @@ def metrics(scores, truth, threshold=0.5):
     """scores (n, C) probabilities, truth (n, C) in {1, -1, 0}; 0 is left out of every number.
 
     mAP      mean plain AP over the categories that have a positive; `left_out` counts the others,
-             `positives` what the number rests on
-    mAP_voc  the interpolated one;  CP CR CF1 by category, OP OR OF1 over all decisions at
-             `threshold`
-    All in percent.
+             `positives` what the number rests on;  mAP_voc  the interpolated one
+    CP CR CF1 by category, OP OR OF1 over all decisions at `threshold`. All in percent.
     """
-    def ratio(a, b):
-        return float(a / b) if b else 0.0
-
     def f1(precision, recall):
-        return ratio(2 * precision * recall, precision + recall)
+        return 2 * precision * recall / max(precision + recall, 1e-12)
 
     positive = truth == 1
-    exist = positive.sum(0)
+    exist = positive.sum(0)  # (C,)
     there = exist > 0
-    ap, ap_voc = (precision_per_category(scores, truth, one)[there]
-                  for one in (average_precision, interpolated_precision))
+    count = max(there.sum(), 1)
     decided = (scores >= threshold) & (truth != 0)
     hit, said = (decided & positive).sum(0), decided.sum(0)
-    CP = float(np.mean(hit / np.maximum(said, 1)))  # a category never said counts as 0
-    CR = float(np.mean((hit / np.maximum(exist, 1))[there])) if there.any() else 0.0
-    OP, OR = ratio(hit.sum(), said.sum()), ratio(hit.sum(), exist.sum())
-    result = dict(mAP=ap.mean() if there.any() else 0.0, mAP_voc=ap_voc.mean() if there.any()
-                  else 0.0, CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR, OF1=f1(OP, OR))
+    CP, CR = np.mean(hit / np.maximum(said, 1)), (hit[there] / exist[there]).sum() / count
+    OP, OR = hit.sum() / max(said.sum(), 1), hit.sum() / max(exist.sum(), 1)
+    mAP, mAP_voc = (precision_per_category(scores, truth, one)[there].sum() / count
+                    for one in (average_precision, interpolated_precision))
+    result = dict(mAP=mAP, mAP_voc=mAP_voc, CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR,
+                  OF1=f1(OP, OR))
     percent = {name: round(100 * float(value), 3) for name, value in result.items()}
     return percent | {"left_out": int((~there).sum()), "positives": int(exist.sum())}
 
@@ -111,8 +96,7 @@ def best_thresholds(scores, truth, k=2):
     """(C,) threshold with the best F1 on a validation split, shrunk towards 0.5: with n positives
     (n t + 2 * 0.5) / (n + 2), since a threshold of one positive says little (docs/readings.md)."""
     thresholds = np.full(truth.shape[1], 0.5)
-    for c in range(truth.shape[1]):
-        known = truth[:, c] != 0
+    for c, known in enumerate((truth != 0).T):
         s, positive = scores[known, c], truth[known, c] == 1
         if positive.any():
             n = positive.sum()
@@ -131,30 +115,26 @@ class PseudoCount:
     pseudo_coverage         share of all unknown cells that got any
     """
 
-    def __init__(self, device):
-        self.count = torch.zeros(6, dtype=torch.int64, device=device)  # hidden, given, right; 1, -1
+    def __init__(self, device):  # of 1 and -1: hidden, given, right
+        self.count = torch.zeros(2, 3, dtype=torch.int64, device=device)
 
     def add(self, pseudo, labels, truth):
         """pseudo, labels, truth (B, C) int8 of a batch."""
         unknown = (labels == 0) & (truth != 0)
-        self.count += torch.stack([
-            (unknown & cell).sum() for sign in (1, -1)
-            for cell in (truth == sign, pseudo == sign, (pseudo == sign) & (truth == sign))])
+        for count, sign in zip(self.count, (1, -1)):
+            hidden, given = unknown & (truth == sign), unknown & (pseudo == sign)
+            count += torch.stack([hidden.sum(), given.sum(), (hidden & given).sum()])
 
     def report(self):
         def share(a, b):
             return round(100 * a / b, 2) if b else None
 
-        line, (pos, neg) = {}, self.count.view(2, 3).tolist()
-        for name, (hidden, given, right) in (("pos", pos), ("neg", neg)):
+        line = {}
+        for name, (hidden, given, right) in zip(("pos", "neg"), self.count.tolist()):
             line |= {f"pseudo_{name}": given, f"pseudo_{name}_precision": share(right, given),
                      f"pseudo_{name}_coverage": share(right, hidden)}
-        if not pos[0] + neg[0]:  # nothing was hidden, or stage one
-            return {}
-        return line | {"pseudo_coverage": share(pos[1] + neg[1], pos[0] + neg[0])}
-
-
-# ---- a split
+        hidden, given, _ = self.count.sum(0).tolist()  # none where nothing was hidden, or stage one
+        return line | {"pseudo_coverage": share(given, hidden)} if hidden else {}
 
 
 @torch.no_grad()
@@ -172,52 +152,45 @@ def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
         if name != "train":
             truth = loader.split.truth
             chosen[name] = scores.get(score, scores["region"])
+            AP = precision_per_category(chosen[name], truth).tolist()
             numbers[name] = metrics(chosen[name], truth)
             numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
-            ap = 100 * precision_per_category(chosen[name], truth)
-            numbers[name]["AP"] = [None if np.isnan(one) else round(one, 2) for one in ap.tolist()]
+            numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
     return numbers, chosen, scale
 
 
 # ---- command line
 
 
-def load_runs(runs, checkpoint=None, places=None):
+def load_runs(runs, checkpoint, places):
     """Predictors of several runs on the same categories; they share CLIP where it is the same."""
-    first = Predictor(runs[0], checkpoint, places=places)
-    predictors = [first] + [Predictor(run, checkpoint, encoder=first.clip, places=places)
-                            for run in runs[1:]]
-    for predictor in predictors[1:]:
-        if predictor.names != first.names:
-            raise UserError(f"{predictor.run} has other categories than {first.run}: they cannot "
-                            "be compared")
+    predictors = []
+    for run in runs:
+        encoder = predictors[0].clip if predictors else None
+        predictors.append(Predictor(run, checkpoint, encoder=encoder, places=places))
+        if predictors[-1].names != predictors[0].names:
+            raise UserError(f"{run} has other categories than {runs[0]}: they cannot be compared")
     return predictors
-
-
-def choose_split(predictor, name=None):
-    """The split `name`, or the first that there is of test, val."""
-    splits = predictor.splits()
-    name = name or ("test" if splits["test"] else "val")
-    if splits[name] is None:
-        raise UserError(f"{predictor.cfg.data} has no {name} split: choose another --split")
-    return splits[name]
 
 
 def compare(predictors, split):
     """Zero-shot CLIP and several runs side by side: prints mAP of every score; where the split has
     boxes, also how each map sits on them."""
-    first, boxes = predictors[0], upright_boxes(split) if split.boxes else None
-    g = zero_shot_text(first.clip, split.prompts)
+    def tell(what, scores):
+        print(f"{what:38s} {metrics(scores, split.truth)['mAP']:5.2f}")
+
+    boxes = upright_boxes(split) if split.boxes else None
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
           f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
-    for name, score in zero_shot(first.clip, g, first.loader(split)).items():
-        print(f"{f'zero-shot CLIP, {name}':38s} {metrics(score, split.truth)['mAP']:5.2f}")
+    g = zero_shot_text(predictors[0].clip, split.prompts)
+    batches = predictors[0].loader(split).batches(0, shuffle=False)
+    for name, scores in zero_shot(g, batches).items():
+        tell(f"zero-shot CLIP, {name}", scores)
     for predictor in predictors:
-        scores, maps = predictor.scores(predictor.loader(split), maps_of if boxes else None)
-        del scores["zero-shot"]
-        for name, score in scores.items():
-            print(f"{f'{predictor.run}, {name} score':38s} "
-                  f"{metrics(score, split.truth)['mAP']:5.2f}")
+        found, maps = predictor.scores(predictor.loader(split), maps_of if boxes else None)
+        for name, scores in found.items():
+            if name != "zero-shot":
+                tell(f"{predictor.run}, {name} score", scores)
         for name, of_split in maps.items():
             where = localisation(of_split, predictor.grid, boxes, split.truth)
             if where["pairs"]:
@@ -226,10 +199,9 @@ def compare(predictors, split):
 
 
 def maps_of(out, model):
-    """Every map (B, C, N) that a method could show: the one it does show, and DualCoOp's
-    weights."""
-    maps = {"mask" if model.matching == "carl"
-            else "similarity map": region_map(out, model.matching)}
+    """Every map (B, C, N) that a method could show: the one it does, and DualCoOp's weights."""
+    name = "mask" if model.matching == "carl" else "similarity map"
+    maps = {name: region_map(out, model.matching)}
     if model.matching.startswith("dualcoop"):
         maps["softmax weights"] = (model.log_spatial_scale.exp() * out.energy).softmax(-1)
     return maps
@@ -240,15 +212,14 @@ def table(predictors, split, args):
     scores = np.mean([member.score_split(member.loader(split)) for member in predictors], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
-    text = "  ".join(f"{name} {value}" for name, value in numbers.items())
-    print(json.dumps(numbers) if args.json else
-          f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
+    if args.json:
+        return print(json.dumps(numbers))
+    print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
           f"{len(split.names) - numbers['left_out']} categories, epoch {predictors[0].epoch}: "
-          f"{text}")
+          + "  ".join(f"{name} {value}" for name, value in numbers.items()))
     if args.categories:
         precision = precision_per_category(scores, split.truth)
-        print(*of_categories(split, scores, precision, threshold, predictors[0].rests_on),
-              sep="\n")
+        print(*of_categories(split, scores, precision, threshold, predictors[0].rests_on), sep="\n")
 
 
 def main(argv=None):
@@ -263,8 +234,13 @@ def main(argv=None):
             return predict(predictors[0], images_in(args.image), args)
         if args.suggest:
             return suggest(predictors[0], args)
-        split = choose_split(predictors[0], args.split)
-        return compare(predictors, split) if args.compare else table(predictors, split, args)
+        splits = predictors[0].splits()
+        name = args.split or ("test" if splits["test"] else "val")
+        if splits[name] is None:
+            raise UserError(f"{args.run} has no {name} split: choose another --split")
+        if args.compare:
+            return compare(predictors, splits[name])
+        table(predictors, splits[name], args)
     return run_main(work)
 
 

@@ -24,7 +24,7 @@ from support import UserError
 from support.checkpoint import save_atomically, write_atomically
 from support.cli import make_parser, run_main, words
 from tools.localise import localisation, upright_boxes
-from tools.plots import grid_of, region_tiles, two_axes
+from tools.plots import region_tiles, save_grid, two_axes
 from tools.predict import images_in
 from tools.predictor import Predictor
 
@@ -261,11 +261,9 @@ def figure_4(runs, folders, images, file, top=3):
     for path in images:
         for name, predictor in predictors.items():
             (_, p, maps), = predictor.iterate([path])
-            shown = np.argsort(-p, kind="stable")[:top]
-            first, *tiles = region_tiles(predictor, path, p, maps, shown)
+            first, *tiles = region_tiles(predictor, path, p, maps, top)
             rows.append([(first[0], f"{name}: {first[1]}"), *tiles])
-    picture = grid_of(rows)
-    save_atomically(lambda buffer: picture.save(buffer, "PNG"), file)
+    save_grid(rows, file)
     split = runs.splits[2]
     if not split.boxes:
         return f"The test split has no boxes: only the picture was drawn, {file}."

@@ -105,7 +105,7 @@ class Runs:
     def zero_shot(self):
         """{"global", "dense"}: cosines (n, C) of the test images."""
         g = zero_shot_text(self.encoder, self.splits[2].prompts)
-        return zero_shot(self.encoder, g, self.test)
+        return zero_shot(g, self.test.batches(0, shuffle=False))
 
     def scores(self, run):
         """(n, C) probabilities of a run's last epoch on the test split."""

@@ -29,7 +29,7 @@ from support.checkpoint import save_atomically, write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.build import training_loader
 from tools.equation_map import ROOT, cited
-from tools.inspection import inspect, origins, training_parts
+from tools.inspection import inspect, memory_of, origins
 from tools.plots import heat
 from tools.predictor import Predictor, evaluation_loader
 from tools.suggest import jpeg
@@ -165,9 +165,9 @@ def crops_of(memory, predictor, split):
     return crops
 
 
-def contrast(predictor, memory, heads):
+def contrast(predictor, memory):
     """(C, C) mean cosine of a text, through its MLP, to each category's prototypes: Eq. 13."""
-    filled = memory.filled()
+    filled, heads = memory.filled(), predictor.model.heads
     text = F.normalize(heads["text"](predictor.g_pos), dim=-1)
     pixel = F.normalize(heads["pixel"](memory.bank), dim=-1) * filled[..., None]
     return text @ (pixel.sum(1) / filled.sum(1).clamp(min=1)[:, None]).T
@@ -188,7 +188,7 @@ def contents():
     predictor = Predictor(RUN, "last")
     cfg, splits, film = predictor.cfg, predictor.splits(), np.load(RUN / "film.npz")
     val = splits["val"]
-    memory, heads = training_parts(predictor)
+    memory = memory_of(predictor)
     p, masks, s = measure(predictor.model, memory, predictor.loader(val), predictor.g_pos,
                           predictor.g_neg)
     pseudo = memory.pseudo_labels(s, torch.zeros(s.shape[1:], dtype=torch.int8)).numpy()
@@ -215,7 +215,7 @@ def contents():
     return dict(names=predictor.names, grid=predictor.grid, scenes=scenes, epochs=epochs,
                 theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),
                 truth=val.truth.tolist(), crops=crops_of(memory, predictor, splits["train"]),
-                contrast=numbers(contrast(predictor, memory, heads)),
+                contrast=numbers(contrast(predictor, memory)),
                 asl=[cfg.gamma_pos, cfg.gamma_neg, cfg.shift],
                 weights=[cfg.alpha, cfg.beta, cfg.gamma])
 

@@ -116,7 +116,7 @@ def test_a_picture_says_whether_its_verdicts_are_right_and_which_maps_are_flat(p
     maps = np.full((4, 6), 0.9)
     maps[0, :5] = 0.1
     p, truth = np.array([0.7, 0.4, 0.3, 0.3]), np.array([1, 1, -1, 0])
-    tiles = region_tiles(predictor, photos / "grey.png", p, maps, range(4), truth)
+    tiles = region_tiles(predictor, photos / "grey.png", p, maps, 4, truth)
     assert [caption for _, caption in tiles] == [
         "grey.png", "+ a 0.70>0.50 peak 0.90", "x b 0.40<0.50 flat 0.90",
         "x c 0.30>0.20 flat 0.90", "? d 0.30>0.20 flat 0.90"]

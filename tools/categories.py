@@ -13,34 +13,33 @@ def suspects(scores, truth):
         count = of.sum(0)
         return np.where(of, scores, 0).sum(0) / np.where(count, count, np.nan)
 
-    beyond = np.full(scores.shape, np.nan)
-    beyond = np.where(truth == -1, scores - mean(truth == 1), beyond)
+    beyond = np.where(truth == -1, scores - mean(truth == 1), np.nan)
     beyond = np.where(truth == 1, mean(truth == -1) - scores, beyond)  # (n, C)
     found = np.argwhere(beyond >= 0)
     return sorted(map(tuple, found.tolist()), key=lambda cell: -beyond[cell])
 
 
-def table(split, scores, precision, threshold, rests_on, labels=10):
-    """Lines of text: the categories, the worst AP first, then at most `labels` suspect labels.
+def table(split, scores, precision, threshold, rests_on):
+    """Lines of text: the categories, the worst AP first, then at most ten suspect labels.
 
     scores (n, C) probabilities, precision (C,) AP in 0..1 or NaN, threshold (C,), rests_on (C,)
     positives of validation behind each threshold
     """
     truth = split.truth
     known, positives = (truth != 0).sum(0), (truth == 1).sum(0)
-    right = ((scores >= threshold) == (truth == 1)) & (truth != 0)  # (n, C)
+    right = (((scores >= threshold) == (truth == 1)) & (truth != 0)).sum(0)  # (C,)
     width = max(8, *map(len, split.names))
     lines = [f"{'category':{width}}  known  positives     AP  threshold  of positives  right  "
              "wrong"]
     for c in np.argsort(precision, kind="stable"):  # NaN last: no positive
-        ap = "     -" if np.isnan(precision[c]) else f"{100 * precision[c]:6.2f}"
-        lines.append(f"{split.names[c]:{width}}  {known[c]:5d}  {positives[c]:9d} {ap}  "
-                     f"{threshold[c]:9.3f}  {rests_on[c]:12d}  {right[:, c].sum():5d}  "
-                     f"{known[c] - right[:, c].sum():5d}")
+        ap = "-" if np.isnan(precision[c]) else f"{100 * precision[c]:.2f}"
+        lines.append(f"{split.names[c]:{width}}  {known[c]:5d}  {positives[c]:9d} {ap:>6}  "
+                     f"{threshold[c]:9.3f}  {rests_on[c]:12d}  {right[c]:5d}  "
+                     f"{known[c] - right[c]:5d}")
     doubted = suspects(scores, truth)
     lines.append(f"{len(doubted)} labels look wrong; the probability denies them"
                  + (", the clearest first:" if doubted else ""))
-    for i, c in doubted[:labels]:
+    for i, c in doubted[:10]:
         label = "present" if truth[i, c] == 1 else "absent"
         lines.append(f"  {split.paths[i]}: {split.names[c]} is labelled {label}, "
                      f"probability {scores[i, c]:.2f}")

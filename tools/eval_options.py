@@ -11,14 +11,13 @@ def parse(argv, about):
     parser = make_parser("eval.py", about)
     add = parser.add_argument
     add("run", nargs="?", help="run folder")
-    commands = parser.add_mutually_exclusive_group()
-    commands.add_argument("--image", nargs="+", metavar="PATH", help="photos or folders")
-    commands.add_argument("--suggest", metavar="FILE", help="write the unknown labels that it "
-                          "believes to this CSV, and a page to review them")
-    commands.add_argument("--compare", nargs="+", metavar="RUN",
-                          help="zero-shot, this run and these, side by side")
-    commands.add_argument("--categories", action="store_true",
-                          help="a line a category, the worst first, and labels that look wrong")
+    command = parser.add_mutually_exclusive_group().add_argument
+    command("--image", nargs="+", metavar="PATH", help="photos or folders")
+    command("--suggest", metavar="FILE", help="write the unknown labels that it believes to this "
+            "CSV, and a page to review them")
+    command("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these")
+    command("--categories", action="store_true",
+            help="a line a category, the worst first, and labels that look wrong")
     add("--ensemble", nargs="+", metavar="RUN", help="average the probabilities with these runs")
     add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
         "--clip and --size in the place of a run")
@@ -26,8 +25,7 @@ def parse(argv, about):
     add("--checkpoint", choices=("best", "last"), help="default: best, where there was validation")
     add("--split", choices=("train", "val", "test"), help="default: test, or val without one")
     add("--top", type=int, default=5, help="--image: categories shown (default: 5)")
-    add("--pictures", type=int,
-        help="--image: pictures drawn at most; --suggest: cells on the page")
+    add("--pictures", type=int, help="--image: most pictures drawn; --suggest: cells on the page")
     add("--out", help="--image: folder of the pictures (default: RUN/regions)")
     add("--csv", metavar="FILE", help="--image: all probabilities as image,<category>,...")
     add("--strict", action="store_true", help="--image: fail where a photo cannot be read")
@@ -39,8 +37,7 @@ def parse(argv, about):
 
     args = parser.parse_args(words(argv))
     if args.ensemble and (args.image or args.suggest or args.compare):
-        raise UserError("--ensemble belongs to the table of a split: drop --image, --suggest and "
-                        "--compare")
+        raise UserError("--ensemble is of a table: drop --image, --suggest and --compare")
     if args.categories and args.json:
         raise UserError("--categories prints lines for people: drop --json")
     if not args.image and (args.csv or args.out or args.strict):
@@ -49,8 +46,8 @@ def parse(argv, about):
         raise UserError("--top and --batch expect numbers from 1, --workers from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
     if not cold and (args.zero_shot or args.size or not args.run):
-        raise UserError("expected a run folder, or --zero-shot with --data, --suggest and, if need "
-                        "be, --size in its place")
+        raise UserError("expected a run folder, or in its place --zero-shot with --data, --suggest "
+                        "and, if need be, --size")
     args.places = {name: str(Path(value).absolute()) if is_path(name, value) else value
                    for name in PLACES if (value := getattr(args, name)) is not None}
     return args

@@ -29,30 +29,31 @@ class Exported(nn.Module):
         self.predictor, self.clip, self.model = predictor, predictor.clip, predictor.model
 
     def forward(self, images):
-        if self.predictor.cfg.needs_global:
-            x, f = self.clip.encode(images)
-        else:
-            x, f = None, self.clip.encode_dense(images)
+        both = self.predictor.cfg.needs_global
+        x, f = self.clip.encode(images) if both else (None, self.clip.encode_dense(images))
         p, out = self.predictor.score(f, x)
         return p, out.energy
 
 
+@torch.no_grad()
 def export(run, file):
     """Writes `file`, .pt2 or .onnx, and `file`.json."""
+    if file.suffix not in (".pt2", ".onnx"):
+        raise UserError(f"expected a file that ends with .pt2 or .onnx, got {file}")
+    new(file, "a file")
+    warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
     predictor = Predictor(run, device="cpu")
-    size = predictor.cfg.size
+    size, encoder = predictor.cfg.size, predictor.clip
     module = Exported(predictor).eval().requires_grad_(False)
-    example = torch.zeros(2, 3, size, size)
     batch = {"images": {0: torch.export.Dim("batch", max=1024)}}
-    with torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes=batch)
+    program = torch.export.export(module, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch)
     if file.suffix == ".onnx":
         torch.onnx.export(program, f=str(file), input_names=["images"], external_data=False,
                           output_names=["probabilities", "energies"], verbose=False)
     else:
         torch.export.save(program, file)
     about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
-                 mean=list(predictor.clip.mean), std=list(predictor.clip.std), grid=predictor.grid)
+                 mean=encoder.mean, std=encoder.std, grid=predictor.grid)
     Path(f"{file}.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -60,15 +61,7 @@ def main(argv=None):
     parser = make_parser("tools.export", __doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", type=Path, help="where to write: .pt2 or .onnx")
-
-    def work():
-        args = parser.parse_args(words(argv))
-        if args.file.suffix not in (".pt2", ".onnx"):
-            raise UserError(f"expected a file that ends with .pt2 or .onnx, got {args.file}")
-        new(args.file, "a file")
-        warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
-        export(args.run, args.file)
-    return run_main(work)
+    return run_main(lambda: export(**vars(parser.parse_args(words(argv)))))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
 C categories, N = h*w locations, D dims, L queue length, K top-k.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -15,22 +16,18 @@ from clip.features import FeatureLoader
 from memory import MemoryBank
 from support import UserError
 from support.checkpoint import read_checkpoint
-from trm import TRM, match
+from trm import match
 
 
-def training_parts(predictor):
-    """The memory bank of a run's last epoch, and its contrastive heads (None without them)."""
+def memory_of(predictor):
+    """The memory bank of a run's last epoch, which the predictor has to hold."""
     state = read_checkpoint(predictor.run / "last.pt")
     if predictor.cfg.matching != "carl" or state["epoch"] != predictor.epoch:
         raise UserError(f"expected the last epoch of a run with --matching carl, got epoch "
                         f"{predictor.epoch} of {predictor.run}: open it as Predictor(run, 'last')")
-    C, L, D = state["memory"]["bank"].shape
-    memory = MemoryBank(C, L, D, predictor.cfg.eta).to(predictor.device)
+    memory = MemoryBank(*state["memory"]["bank"].shape, predictor.cfg.eta).to(predictor.device)
     memory.load_state_dict(state["memory"])
-    model = TRM(C, D, contrastive=predictor.cfg.uses("mmcl")).to(predictor.device)
-    model.load_state_dict({name: value for name, value in state["model"].items()
-                           if not name.startswith("prompts.")})
-    return memory, getattr(model, "heads", None)
+    return memory
 
 
 @torch.no_grad()
@@ -54,35 +51,34 @@ def inspect(predictor, image, labels=None):
     verdicts (2, C), pseudo (C,) 1, -1 or 0, each modality alone; where both agree Eq. 10, 12
     losses                       dict of L_r, L_q, L_KD, L_NCE, L, scalars         Eq. 6, 13-15
     """
-    memory, heads = training_parts(predictor)
-    cfg, g_pos, g_neg = predictor.cfg, predictor.g_pos, predictor.g_neg
-    split = data.Split("image", [image], predictor.names, torch.zeros(1, len(g_pos)).numpy())
+    memory, model, cfg = memory_of(predictor), predictor.model, predictor.cfg
+    g_pos, g_neg = predictor.g_pos, predictor.g_neg
+    split = data.Split("image", [image], predictor.names, np.zeros((1, len(g_pos)), np.int8))
     loader = FeatureLoader(data.Images(split, cfg.size), predictor.clip, device=predictor.device)
     _, f, x = next(loader.batches(0, shuffle=False))
-    energy, regions, queries = predictor.model.carl(f)
-    scale = predictor.model.log_scale.exp()
-    logits_r = match(regions, g_pos, g_neg, scale)
-    logits_q = match(queries, g_pos, g_neg, scale)
+    energy, regions, queries = model.carl(f)
+    logits_r, logits_q = (match(part, g_pos, g_neg, model.log_scale.exp())
+                          for part in (regions, queries))
     s = memory.similarities(regions)  # (2, 1, C)
-    unknown = torch.zeros_like(logits_r, dtype=torch.int8)
     seen = dict(f=f[0], x=x[0], g_pos=g_pos, g_neg=g_neg,
                 text_pixel=g_pos @ F.normalize(f[0], dim=-1).T,
                 energy=energy[0], mask=energy[0].sigmoid(), regions=regions[0], queries=queries[0],
                 logits_r=logits_r[0], logits_q=logits_q[0], topk=energy[0].topk(cfg.topk)[1],
                 s=s[:, 0], theta=memory.theta, verdicts=memory.verdicts(s)[:, 0],
-                pseudo=memory.pseudo_labels(s, unknown)[0])
+                pseudo=memory.pseudo_labels(s, torch.zeros_like(logits_r))[0])
     if labels is not None:
         labels = torch.as_tensor(labels, device=f.device)[None]  # (1, C)
         asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift)
         terms = {"L_q": losses.asymmetric(logits_q, labels, **asl),
                  "L_r": losses.asymmetric(logits_r, labels, **asl),
                  "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature)}
-        if heads is not None:
+        if cfg.uses("mmcl"):
             filled, present = memory.filled(), labels == 1
-            samples = torch.cat([heads["region"](regions[present]),
-                                 heads["pixel"](memory.bank[filled])])
+            samples = torch.cat([model.heads["region"](regions[present]),
+                                 model.heads["pixel"](memory.bank[filled])])
             classes = torch.cat([present.nonzero()[:, 1], filled.nonzero()[:, 0]])
-            terms["L_NCE"] = losses.contrastive(heads["text"](g_pos), samples, classes, cfg.tau)
+            anchors = model.heads["text"](g_pos)
+            terms["L_NCE"] = losses.contrastive(anchors, samples, classes, cfg.tau)
         terms["L"] = losses.total(terms, cfg.alpha, cfg.beta, cfg.gamma)
         seen["losses"] = terms
     return seen
@@ -91,23 +87,18 @@ def inspect(predictor, image, labels=None):
 @torch.no_grad()
 def origins(memory, loader):
     """Where the prototypes in the bank come from: (C, L, 3) image, location and view, -1 where the
-    slot is empty.
-
-    A prototype is the unit feature of one location of one training image, so the image whose
-    feature has cosine one is found again. loader: a FeatureLoader of the training images with a
-    cache.
-    """
-    C, L, D = memory.bank.shape
-    best = torch.full((C * L,), -1.0)
-    found = torch.full((C * L, 3), -1)
+    slot is empty. A prototype is the unit feature of one location of one training image: it is
+    found again by its cosine of one. loader: a FeatureLoader of these images with a cache."""
+    prototypes = memory.bank.flatten(0, 1)  # (CL, D)
+    best = torch.full((len(prototypes),), -1.0)
+    found = torch.full((len(prototypes), 3), -1)
     for view in range(len(loader.stored)):
         for index, f, _ in loader.batches(view, shuffle=False):
             N = f.shape[1]
-            cosine = memory.bank.flatten(0, 1) @ F.normalize(f, dim=-1).flatten(0, 1).T  # (CL, BN)
+            cosine = prototypes @ F.normalize(f, dim=-1).flatten(0, 1).T  # (CL, BN)
             value, at = cosine.cpu().max(1)
             here = torch.stack([index.cpu()[at // N], at % N, torch.full_like(at, view)], 1)
-            better = value > best
-            found[better] = here[better]
+            found = torch.where((value > best)[:, None], here, found)
             best = torch.maximum(best, value)
     found[~memory.filled().flatten().cpu()] = -1
-    return found.view(C, L, 3)
+    return found.view(*memory.bank.shape[:2], 3)

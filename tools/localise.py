@@ -2,8 +2,6 @@
 
 n images, C categories, N = h*w locations.
 """
-import sys
-
 import numpy as np
 from PIL import Image
 
@@ -19,20 +17,14 @@ QUARTER = {Image.TRANSPOSE: lambda x0, y0, x1, y1: (y0, x0, y1, x1),
 def upright_boxes(split):
     """The boxes of a split, n arrays (k, 5), in the frame of its upright pixels: where the list
     gives an image's size as stored, before its orientation mark turns it, its boxes turn too."""
-    found, odd = [], []
+    found = []
     for path, boxes, size in zip(split.paths, split.boxes, split.sizes):
-        found.append(boxes)
         if len(boxes):
             with Image.open(path) as image:
-                stored, turn = image.size, augment.turn_of(image)
-            upright = stored[::-1] if turn in QUARTER else stored
-            if size == stored != upright:
-                found[-1] = np.stack([boxes[:, 0], *QUARTER[turn](*boxes[:, 1:].T)], 1)
-            elif size != upright:
-                odd.append(path)
-    if odd:
-        print(f"note: {len(odd)} images have another size than their list says, first {odd[0]}: "
-              "their boxes may be wrong", file=sys.stderr)
+                turn, stored = augment.turn_of(image), image.size
+            if turn in QUARTER and size == stored != stored[::-1]:
+                boxes = np.stack([boxes[:, 0], *QUARTER[turn](*boxes[:, 1:].T)], 1)
+        found.append(boxes)
     return found
 
 
@@ -48,8 +40,8 @@ def localisation(maps, grid, split_boxes, truth):
     pairs     how many (image, category) there were
     """
     h, w = grid
-    cy, cx = np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij")
-    cy, cx = cy.ravel(), cx.ravel()  # (N,)
+    y, x = np.indices(grid).reshape(2, -1)
+    cy, cx = (y + 0.5) / h, (x + 0.5) / w  # (N,) each
     hits, mass, sizes = [], [], []
     for of_image, boxes in zip(maps, split_boxes):
         for c in np.unique(boxes[:, 0]).astype(int):
@@ -59,15 +51,16 @@ def localisation(maps, grid, split_boxes, truth):
             hits.append(inside[of_image[c].argmax()])
             mass.append(m[inside].sum() / max(m.sum(), 1e-12))
             sizes.append(((x1 - x0) * (y1 - y0)).max())
-    hits, sizes, peak = np.array(hits, float), np.array(sizes), maps.max(-1)
+    hits, mass, sizes = np.array(hits, float), np.array(mass), np.array(sizes)
+    peak = maps.max(-1)  # (n, C)
 
-    def share(chosen):
-        return round(100 * float(hits[chosen].mean()), 2) if chosen.any() else None
+    def mean(values, scale=1, digits=3):
+        return round(scale * float(values.mean()), digits) if values.size else None
 
-    def mean(values):
-        return round(float(values.mean()), 3) if values.size else None
+    def percent(values):
+        return mean(values, 100, 2)
 
-    return dict(pointing=share(sizes >= 0), small=share(sizes < 0.02),
-                medium=share((sizes >= 0.02) & (sizes < 0.1)), large=share(sizes >= 0.1),
-                mass=round(100 * float(np.mean(mass)), 2) if mass else None,
+    return dict(pointing=percent(hits), small=percent(hits[sizes < 0.02]),
+                medium=percent(hits[(sizes >= 0.02) & (sizes < 0.1)]),
+                large=percent(hits[sizes >= 0.1]), mass=percent(mass),
                 present=mean(peak[truth == 1]), absent=mean(peak[truth == -1]), pairs=len(hits))

@@ -5,13 +5,12 @@ n images, B of a batch, C categories, N = h*w locations, D dims.
 import dataclasses
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import clip
 import data
@@ -20,8 +19,9 @@ from config import restored
 from support import UserError
 from support.checkpoint import read_checkpoint
 from support.cli import best_device
+from tools import inspection
 from tools.zero_shot import mixed, mixed_scores, zero_shot, zero_shot_score, zero_shot_text
-from trm import TRM
+from trm import TRM, Output
 
 
 def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
@@ -31,34 +31,32 @@ def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
                          autocast_dtype(cfg.amp, device), rank, world)
 
 
-def select_logits(out, score):
-    """Output -> (B, C). The paper infers with the region score; query and mean are measured too."""
-    if score == "region" or out.logits_q is None:
-        return out.logits_r
-    return out.logits_q if score == "query" else (out.logits_r + out.logits_q) / 2
+def logits_of(out):
+    """trm.Output -> {score: logits (B, C)}. The paper has "region"; a baseline has no other."""
+    if out.logits_q is None:
+        return {"region": out.logits_r}
+    return {"region": out.logits_r, "query": out.logits_q,
+            "mean": (out.logits_r + out.logits_q) / 2}
 
 
 def region_map(out, matching):
-    """The map (B, C, N) that a method shows: the mask of Eq. 2, or DualCoOp's positive
-    similarity."""
+    """The map (B, C, N) that a method shows: the mask of Eq. 2, or a similarity map."""
     return out.energy.sigmoid() if matching == "carl" else out.energy
 
 
 @torch.no_grad()
-def score_split(model, g_pos, g_neg, loader, g_zero=None, maps=None):
-    """One pass -> {"region", "query", "mean": (n, C) probabilities; a baseline: "region" alone;
-    "zero-shot" with the texts g_zero (C, D), if given} and {name: (n, C, N)} of maps(out, model),
-    if given. numpy float32."""
+def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
+    """One pass -> {score: (n, C) probabilities}, with "zero-shot" by the texts g_zero (C, D), and
+    {name: (n, C, N)} of maps(out, model), if given. numpy float32."""
     model.eval()
-    scores, kept = {}, {}
+    scores, kept = defaultdict(list), defaultdict(list)
     for _, f, x in loader.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
-        for name in ("region", "query", "mean") if out.logits_q is not None else ("region",):
-            scores.setdefault(name, []).append(select_logits(out, name).sigmoid())
-        if g_zero is not None:
-            scores.setdefault("zero-shot", []).append(zero_shot_score(f, x, g_zero))
+        for name, logit in logits_of(out).items():
+            scores[name].append(logit.sigmoid())
+        scores["zero-shot"].append(zero_shot_score(f, x, g_zero))
         for name, part in maps(out, model).items() if maps else ():
-            kept.setdefault(name, []).append(part.half().cpu())  # many: half the memory
+            kept[name].append(part.half().cpu())  # many: half the memory
     return ({name: torch.cat(parts).float().cpu().numpy() for name, parts in scores.items()},
             {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
@@ -76,26 +74,25 @@ class Lenient(data.Images):
 class Predictor:
     """A trained run that scores images. checkpoint: "best" (chosen on validation), "last", or None:
     best where there is one. places: settings that say where data and weights lie now."""
+    inspect = inspection.inspect
 
     def __init__(self, run, checkpoint=None, device=None, encoder=None, places=None):
         self.run = Path(run)
         kind = checkpoint or ("best" if (self.run / "best.pt").exists() else "last")
-        state = read_checkpoint(self.run / f"{kind}.pt")
-        cfg = restored(json.loads(state["config"]), self.run / f"{kind}.pt")
-        self.cfg = cfg = dataclasses.replace(cfg, **(places or {}))
-        self.names, self.epoch = state["names"], state["epoch"]
-        self.device = torch.device(device) if device else best_device()
+        file = self.run / f"{kind}.pt"
+        state = read_checkpoint(file)
+        cfg = dataclasses.replace(restored(json.loads(state["config"]), file), **(places or {}))
+        self.cfg, self.names, self.epoch = cfg, state["names"], state["epoch"]
+        self.device = torch.device(device or best_device())
         if encoder is None or encoder.sha256 != state["clip_sha256"]:
             encoder = clip.load(cfg.clip, activation=cfg.activation)
         self.clip = encoder.to(self.device)
         if self.clip.sha256 != state["clip_sha256"]:
             raise UserError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {cfg.clip} "
-                            f"is now {self.clip.sha256[:12]}...: give --clip the same weights, or "
-                            "train again")
+                            f"is {self.clip.sha256[:12]}...: give --clip the same weights")
         self.grid = self.clip.grid(cfg.size, cfg.size)  # (h, w)
-        self.g_pos = state["g_pos"].to(self.device)  # (C, D)
-        self.g_neg = state["g_neg"].to(self.device)
-        self.g_zero = state["g_zero"].to(self.device)  # (C, D) of zero-shot CLIP
+        self.g_pos, self.g_neg, self.g_zero = (  # (C, D) each, the last of zero-shot CLIP
+            state[name].to(self.device) for name in ("g_pos", "g_neg", "g_zero"))
         self.scale = state["zero_shot_scale"]  # (3, C) of the mixed score, or None
         if cfg.score == "mixed" and self.scale is None:
             raise UserError(f"{run} had no photos to bring zero-shot to its scale: choose another "
@@ -103,19 +100,19 @@ class Predictor:
         self.threshold = np.asarray(state["threshold"])  # (C,)
         self.rests_on = state["rests_on"]  # (C,) validation positives behind each threshold
         self.model = TRM(*self.g_pos.shape, matching=cfg.matching,
-                         contrastive=False).to(self.device).eval()
+                         contrastive=cfg.uses("mmcl")).to(self.device).eval()
         self.model.load_state_dict({name: value for name, value in state["model"].items()
-                                    if not name.startswith(("prompts.", "heads."))})
+                                    if not name.startswith("prompts.")})
 
     @torch.no_grad()
     def score(self, f, x):
         """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
-        logit = select_logits(out, self.cfg.score)
+        logits = logits_of(out)
         if self.cfg.score == "mixed":
             zero = zero_shot_score(f, x, self.g_zero)
-            return mixed(logit, zero, self.scale.to(logit.device)), out
-        return logit.sigmoid(), out
+            return mixed(logits.get("mean", out.logits_r), zero, self.scale.to(f.device)), out
+        return logits.get(self.cfg.score, out.logits_r).sigmoid(), out
 
     def scores(self, loader, maps=None):
         """All scores and maps of a split as `score_split` gives them, "mixed" among them."""
@@ -132,11 +129,7 @@ class Predictor:
     def predict(self, images, batch=32, workers=0):
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
         of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
-
-        UserError for one that is no image.
-        """
-        if isinstance(images, (str, Path)):
-            raise UserError(f"expected a list of images, got {str(images)!r}: put it in brackets")
+        UserError for one that is no image."""
         return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
 
     def row(self, image, p):
@@ -146,50 +139,37 @@ class Predictor:
         return {"image": name, "scores": {self.names[c]: float(p[c]) for c in ranked},
                 "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
 
-    def iterate(self, images, batch=32, workers=0, unreadable=None, progress=False):
-        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy.
-
-        What cannot be decoded goes into the list `unreadable`; without one it raises UserError.
-        """
-        split = data.Split("images", images, self.names,
-                           np.zeros((len(images), len(self.names)), np.int8))
+    def iterate(self, images, batch=32, workers=0, unreadable=None):
+        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. What cannot
+        be decoded goes into the list `unreadable`; without one it raises UserError."""
+        labels = np.zeros((len(images), len(self.names)), np.int8)
+        split = data.Split("images", images, self.names, labels)
         kind = data.Images if unreadable is None else Lenient
         loader = FeatureLoader(kind(split, self.cfg.size), self.clip, batch, workers,
                                device=self.device, amp=autocast_dtype(self.cfg.amp, self.device),
                                need_global=self.cfg.needs_global)
-        show = progress and sys.stderr.isatty()
-        with tqdm(total=len(images), disable=not show, leave=False, unit="image") as bar:
-            for index, f, x in loader.batches(0, shuffle=False):
-                p, out = self.score(f, x)
-                maps = region_map(out, self.cfg.matching).float().cpu().numpy()
-                for i, *of_image in zip(index.tolist(), p.float().cpu().numpy(), maps):
-                    if i < 0:
-                        unreadable.append(images[-1 - i])
-                    else:
-                        yield i, *of_image
-                bar.update(len(index))
+        for index, f, x in loader.batches(0, shuffle=False):
+            p, out = self.score(f, x)
+            maps = region_map(out, self.cfg.matching).float().cpu().numpy()
+            for i, *of_image in zip(index.tolist(), p.float().cpu().numpy(), maps):
+                if i < 0:
+                    unreadable.append(images[-1 - i])
+                else:
+                    yield i, *of_image
 
     def splits(self):
-        """{"train", "val", "test"}: the data.Split that the run was trained on; None where there is
-        none."""
+        """{"train", "val", "test"}: data.Split or None, as the run was trained on."""
         parts = data.load(self.cfg)
         if parts[0].names != self.names:
-            changed = sorted(set(parts[0].names) ^ set(self.names))
-            raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than "
-                            f"{self.run} was trained on "
-                            f"({', '.join(changed[:5]) or 'in another order'}): put the data back, "
-                            "or train anew")
+            changed = ", ".join(sorted(set(parts[0].names) ^ set(self.names))[:5])
+            raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run}"
+                            f" ({changed or 'in another order'}): put the data back, or train anew")
         begun = json.loads((self.run / "config.json").read_text(encoding="utf-8"))["data"]
         for split in parts:
             if split and begun.get(split.name, {}).get("sha256") != split.info["sha256"]:
                 print(f"note: {split.name} is not what {self.run} was trained with: names, labels "
                       "or images have changed", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))
-
-    def inspect(self, image, labels=None):
-        """All that the method computes on one image, by the paper's names: tools/inspection.py."""
-        from tools.inspection import inspect
-        return inspect(self, image, labels)
 
     def loader(self, split):
         return evaluation_loader(self.cfg, split, self.clip, self.device)
@@ -204,8 +184,7 @@ class ZeroShot(Predictor):
 
     def __init__(self, cfg):
         self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
-        parts = data.complete(self.cfg)
-        self.parts = {name: parts.get(name) for name in ("train", "val", "test")}
+        self.parts = dict.fromkeys(("train", "val", "test")) | data.complete(self.cfg)
         self.names = self.parts["train"].names
         self.threshold = np.full(len(self.names), 0.5)
         self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)
@@ -216,10 +195,10 @@ class ZeroShot(Predictor):
         return self.parts
 
     def score_split(self, loader):
-        score = zero_shot(self.clip, self.g, loader)["both"]  # (n, C)
+        score = zero_shot(self.g, loader.batches(0, shuffle=False))["both"]  # (n, C)
         z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
         return 1 / (1 + np.exp(-2 * (z - 1)))
 
     def score(self, f, x):
         energy = self.g @ F.normalize(f, dim=-1).mT  # (B, C, N)
-        return energy.amax(-1), SimpleNamespace(energy=energy)
+        return energy.amax(-1), Output(energy.amax(-1), energy=energy)

@@ -12,8 +12,6 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -71,20 +69,10 @@ def info_nce(image, text, scale, same):
 
 def score(model, pictures, truth):
     """{"global": mAP, "dense": mAP} without further training, in percent."""
-    def batches(epoch, shuffle):
-        for part in torch.arange(len(pictures)).split(100):
-            x, f = model.encode(normalised(pictures[part]))
-            yield part, f, x
-
     g = zero_shot_text(model, scenes.NAMES, TEMPLATES)  # (C, D)
-    found = zero_shot(model, g, SimpleNamespace(batches=batches))
+    features = (model.encode(normalised(part)) for part in pictures.split(100))
+    found = zero_shot(g, ((None, f, x) for x, f in features))
     return {how: metrics(cosines, truth)["mAP"] for how, cosines in found.items()}
-
-
-def stored(model):
-    """The tensors of the file: matrices in float16, vectors in float32."""
-    return {name: (t.half() if t.ndim > 1 else t).contiguous()
-            for name, t in model.state_dict().items() if "num_batches" not in name}
 
 
 def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tune=1000, amp=True,
@@ -123,14 +111,14 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
             model.logit_scale.data.clamp_(max=math.log(100))
             losses.append(loss.item())
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
-        tensors = stored(model)
+        tensors = {name: (t.half() if t.ndim > 1 else t).contiguous()  # matrices in float16
+                   for name, t in model.state_dict().items() if "num_batches" not in name}
         mAP = score(build(tensors), *held_out)
         about = dict(command=command, seed=seed, canvases=canvases, epochs=f"{epoch} of {epochs}",
                      dimensions=json.dumps(dimensions), captions_sha256=captions_sha256(captions),
                      seconds=round(time.time() - start), zero_shot_tune2014_global=mAP["global"],
                      zero_shot_tune2014_dense=mAP["dense"])
-        metadata = {name: str(value) for name, value in about.items()}
-        write_atomically(Path(out), as_bytes(tensors, metadata))
+        write_atomically(out, as_bytes(tensors, {k: str(v) for k, v in about.items()}))
         print(f"epoch {epoch}: loss {np.mean(losses):.3f}, zero-shot mAP on {tune} scenes of "
               f"tune2014: global {mAP['global']:.1f}, dense {mAP['dense']:.1f}; "
               f"{about['seconds']} s, written to {out}", flush=True)

@@ -32,24 +32,24 @@ def mAPs(line):
 def of_run(run, cfg, state, encoder, splits, timers):
     """Prints what was reached and draws the two pictures. state: support.checkpoint.State, splits
     (train, val, test), timers {phase: seconds}"""
+    history, best = state.history, state.best
     for split in ("val", "test"):
-        if numbers := dict(state.history[-1].get(split, {})):
-            left_out, positives = numbers.pop("left_out"), numbers.pop("positives")
-            del numbers["AP"]
-            told = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
-            print(f"last epoch, {split}: {told}  (of {positives} positives"
-                  + (f", {left_out} categories without one left out)" if left_out else ")"))
+        if numbers := history[-1].get(split):
+            told = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items()
+                             if name not in ("left_out", "positives", "AP"))
+            none = numbers["left_out"]
+            print(f"last epoch, {split}: {told}  (of {numbers['positives']} positives"
+                  + (f", {none} categories without one left out)" if none else ")"))
             if numbers["mAP"] < numbers["mAP_zero-shot"]:
                 print(f"warning: on {split} the run is below CLIP without any training"
                       + ("" if cfg.score == "mixed" else "; --score mixed adds the two"))
-    best = state.best
     if best:
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
-              f"{mAPs(state.history[best['epoch'] - 1])}")
+              f"{mAPs(history[best['epoch'] - 1])}")
     else:
         print("no best epoch: too few known positives to choose it on; eval.py takes the last one")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
-    curves(state.history, run / "curves.png", weights, best and best["epoch"])
+    curves(history, run / "curves.png", weights, best and best["epoch"])
     train_split, val_split, test_split = splits
     shown = test_split or val_split or (train_split if cfg.images == "photos" else None)
     if shown:

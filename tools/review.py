@@ -15,7 +15,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import sys
 import urllib.parse
@@ -34,10 +33,6 @@ from tools.predict import images_in, new
 FORMULA = re.compile(r"'*[=+\-@]")  # a spreadsheet computes such a cell; ' makes it text
 
 
-def guard(cell):
-    return f"'{cell}" if FORMULA.match(str(cell)) else cell
-
-
 def unguard(cell):
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
@@ -46,8 +41,8 @@ def csv_text(header, rows):
     """A CSV that a spreadsheet opens with its umlauts (a mark says UTF-8) and without formulas."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([guard(cell) for cell in header])
-    writer.writerows([guard(cell) for cell in row] for row in rows)
+    for row in (header, *rows):
+        writer.writerow([f"'{cell}" if FORMULA.match(str(cell)) else cell for cell in row])
     return text.getvalue().encode("utf-8-sig", errors="surrogateescape")
 
 
@@ -55,11 +50,11 @@ def write_page(file, title, cells, photos, grid):
     """cells: list of dicts photo, image, category, kind, probability, region (N values 0..255);
     photos {photo: base64 JPEG}; grid (h, w)."""
     cells = sorted(cells, key=lambda cell: cell["category"])  # kinds stay in their order
-    content = {"title": title, "cells": cells, "photos": photos, "grid": grid}
     # answers are kept in the browser under the name of the list
     named = [(cell["image"], cell["category"], cell["kind"]) for cell in cells]
-    key = hashlib.sha256(json.dumps(named).encode())
-    content |= {"key": key.hexdigest()[:16], "save": f"{file.stem}-answers.csv"}
+    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+    content = dict(title=title, cells=cells, photos=photos, grid=grid, key=key,
+                   save=f"{file.stem}-answers.csv")
     text = json.dumps(content).replace("<", "\\u003c")
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
     write_atomically(file, template.replace("{{DATA}}", text))
@@ -67,32 +62,31 @@ def write_page(file, title, cells, photos, grid):
 
 # ---- answers into the sheet
 
-def read_answers(path, names, unlisted):
-    """[(image, category, code)] of a CSV with these columns, or of Label Studio's JSON, in which
-    `names` are the categories that could have been chosen."""
-    if Path(path).suffix.lower() == ".json":
-        return read_label_studio(path, names, unlisted)
-    answers = []
-    for line, cells in rows_of(path):
-        label = cells["label"].lower()
-        if label not in CODES:
-            raise UserError(f"{path}:{line}: a label is 1, 0 or empty, got {label!r}: correct it")
-        answers.append((cells["image"], cells["category"], CODES[label]))
-    return [answer for answer in answers if answer[2] != UNKNOWN]
-
-
 def rows_of(path):
-    """[(line, {"image", "category", "label"})] of suggestions or answers."""
+    """[(line, image, category, label)] of suggestions or answers."""
     header, body = table(path)
     columns = ("image", "category", "label")
     if missing := set(columns) - set(header):
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
     rows = [(line, dict(zip(header, map(unguard, row)))) for line, row in body]
-    return [(line, {name: cells.get(name, "") for name in columns}) for line, cells in rows]
+    return [(line, *(cells.get(name, "") for name in columns)) for line, cells in rows]
+
+
+def read_answers(path):
+    """[(image, category, code)] of a CSV with these columns."""
+    answers = []
+    for line, image, category, label in rows_of(path):
+        code = CODES.get(label.lower())
+        if code is None:
+            raise UserError(f"{path}:{line}: a label is 1, 0 or empty, got {label!r}: correct it")
+        if code != UNKNOWN:
+            answers.append((image, category, code))
+    return answers
 
 
 def read_label_studio(path, names, unlisted):
-    """Its JSON: a task an image, the choices of its annotations. The rest is `unlisted`."""
+    """The same of its JSON: a task an image, the choices of its annotations. The rest of `names`,
+    the categories that could have been chosen, is `unlisted`."""
     if unlisted is None:
         raise UserError(f"{path}: what was not chosen is --unlisted absent or --unlisted unknown?")
     answers = []
@@ -113,18 +107,12 @@ def read_label_studio(path, names, unlisted):
 def split_cells(text, delimiter):
     """text -> rows of [cell as it stands, what follows it]; joined they are the text again."""
     end = re.escape(delimiter)
-    cell = re.compile(rf'("(?:[^"]|"")*"|[^{end}\r\n]*)({end}|\r\n|\n|\r|\Z)')
-    rows, row, at = [], [], 0
-    while at < len(text):
-        found = cell.match(text, at)
-        row.append(list(found.groups()))
-        at = found.end()
-        if found[2] != delimiter:
-            rows.append(row)
-            row = []
-    if row:  # the text ends behind a delimiter: an empty cell without an end of line
-        rows.append(row + [["", ""]])
-    return rows
+    rows = [[]]
+    for cell, after in re.findall(rf'("(?:[^"]|"")*"|[^{end}\r\n]*)({end}|\r\n|\n|\r|\Z)', text):
+        rows[-1].append([cell, after])
+        if after != delimiter:
+            rows.append([])
+    return rows[:-1]
 
 
 def plain(cell):
@@ -133,7 +121,7 @@ def plain(cell):
 
 
 def merge(args):
-    """Fills empty cells of the sheet with the answers. -> exit status"""
+    """Fills empty cells of the sheet with the answers."""
     sheet = Path(args.sheet)
     table(sheet)  # refuses what is no sheet
     skipped, text, delimiter, encoding = sheet_text(sheet)
@@ -141,18 +129,21 @@ def merge(args):
     codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(args.minus_one, CODES)
     column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
     image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
-    answers = read_answers(args.answers, list(column), args.unlisted)
+    if args.answers.lower().endswith(".json"):
+        answers = read_label_studio(args.answers, column, args.unlisted)
+    else:
+        answers = read_answers(args.answers)
 
-    # 1 and 0 are written as this sheet writes them
+    # 1 and 0 are written as this sheet mostly writes them
     used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
-    usual = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
-    word = {code: max((w for w in used if codes.get(w) == code), key=used.get, default=usual[code])
-            for code in usual}
+    word = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
+    word |= {codes[w]: w for w, _ in reversed(used.most_common()) if w in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
         row = image.get(name, [])
         c = column.get(category, len(row))
-        said = codes.get(plain(row[c][0]).lower()) if c < len(row) else None
+        cell = plain(row[c][0]) if c < len(row) else "-"  # which is no label
+        said = codes.get(cell.lower())
         if said is None:
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
@@ -161,22 +152,21 @@ def merge(args):
         elif said == code:
             same += 1
         else:
-            said = plain(row[c][0])
-            conflicts.append(f"{name}, {category}: sheet {said}, answer {word[code]}")
+            conflicts.append(f"{name}, {category}: sheet {cell}, answer {word[code]}")
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{args.answers}: none of its {len(answers)} answers has a cell in {sheet} "
                         f"(first {strangers[0]}): is it the answers' sheet? (-1: --minus-one)")
     if filled:
         kept = next(name for k in itertools.count(1)
-                    if not os.path.lexists(name := sheet.with_name(f"{sheet.name}.{k}.bak")))
+                    if not (name := sheet.with_name(f"{sheet.name}.{k}.bak")).exists())
         write_atomically(kept, sheet.read_bytes())
         text = skipped + "".join(cell + end for row in rows for cell, end in row)
         write_atomically(sheet, text.encode(encoding))
         print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
     print(f"{len(answers)} answers: {filled} new, {same} were there, {len(conflicts)} conflicts, "
           f"{len(strangers)} without a cell")
-    for lines in (conflicts, strangers):
-        print("\n".join("  " + line for line in lines[:50]), end="\n" if lines else "")
+    for line in conflicts[:50] + strangers[:50]:
+        print("  " + line)
 
 
 # ---- other doors
@@ -189,11 +179,11 @@ def new_sheet(args):
     categories = [name.strip() for name in args.categories.split(",") if name.strip()]
     for path in images_in([folder]):
         try:
-            with Image.open(path):
-                name = Path(path).relative_to(folder).as_posix()
+            Image.open(path).close()
         except Exception:  # whatever a decoder raises
             skipped.append(path)
             continue
+        name = Path(path).relative_to(folder).as_posix()
         name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
         rows.append([name, *[""] * len(categories)])
     write_atomically(file, csv_text(["image", *categories], rows))
@@ -205,11 +195,10 @@ def new_sheet(args):
 def export(args):
     """Suggestions -> Label Studio's tasks; what is likely present is chosen beforehand."""
     file = new(args.tasks, "TASKS")
-    rows = [cells for _, cells in rows_of(args.suggestions)]
-    chosen = {cells["image"]: [] for cells in rows}
-    for cells in rows:
-        if CODES.get(cells["label"]) == POSITIVE:
-            chosen[cells["image"]].append(cells["category"])
+    chosen, categories = collections.defaultdict(list), set()
+    for _, image, category, label in rows_of(args.suggestions):
+        chosen[image] += [category] if CODES.get(label) == POSITIVE else []
+        categories.add(category)
     tasks = []
     for image, names in chosen.items():
         result = {"from_name": "category", "to_name": "image", "type": "choices",
@@ -217,8 +206,7 @@ def export(args):
         address = "/data/local-files/?d=" + urllib.parse.quote(image)
         tasks.append({"data": {"image": address}, "predictions": [{"result": [result]}]})
     write_atomically(file, json.dumps(tasks, indent=1))
-    choices = "".join(f"<Choice value={quoteattr(name)}/>"
-                      for name in sorted({cells["category"] for cells in rows}))
+    choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in sorted(categories))
     print(f"{file}: {len(tasks)} tasks. The labelling interface of the project:\n"
           '<View><Image name="image" value="$image"/><Choices name="category" toName="image" '
           f'choice="multiple">{choices}</Choices></View>')
@@ -227,23 +215,20 @@ def export(args):
 def main(argv=None):
     parser = make_parser("tools.review", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    options = {}
-    for work, name, *arguments in ((new_sheet, "new-sheet", "folder"),
-                                   (merge, "merge", "sheet", "answers"),
-                                   (export, "export", "suggestions", "tasks")):
-        options[name] = commands.add_parser(name, help=work.__doc__)
-        options[name].set_defaults(work=work)
-        for argument in arguments:
-            options[name].add_argument(argument)
-    options["new-sheet"].add_argument("--categories", required=True, help="a,b,c")
-    for option in ("--minus-one", "--unlisted"):
-        options["merge"].add_argument(option, choices=("absent", "unknown"),
-                                      help="as train.py has it")
+    known = dict(choices=("absent", "unknown"), help="as train.py has it")
+    for work, arguments in (
+            (new_sheet, {"folder": {}, "--categories": dict(required=True, help="a,b,c")}),
+            (merge, {"sheet": {}, "answers": {}, "--minus-one": known, "--unlisted": known}),
+            (export, {"suggestions": {}, "tasks": {}})):
+        command = commands.add_parser(work.__name__.replace("_", "-"), help=work.__doc__)
+        command.set_defaults(work=work)
+        for name, how in arguments.items():
+            command.add_argument(name, **how)
 
-    def main_work():
+    def run():
         args = parser.parse_args(words(argv))
-        return args.work(args)
-    return run_main(main_work)
+        args.work(args)
+    return run_main(run)
 
 
 if __name__ == "__main__":

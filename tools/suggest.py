@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 import data
 from datasets import augment
@@ -21,7 +19,6 @@ from tools.predictor import region_map
 from tools.review import csv_text, write_page
 
 MOST = 10_000  # rows of a kind in the list
-SHOWN = 200  # cells on the page
 LABELS = {"present": 1, "uncertain": "", "absent": 0}
 
 
@@ -42,68 +39,61 @@ def choose_cells(p, labels, threshold, most=MOST):
     margin = logit(believed) - logit(threshold)[category]
     order = np.argsort(-believed, kind="stable")
     passed = order[margin[order] >= 0]
-    nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, len(passed) // 2)]
-    taken = np.zeros(len(image), bool)
-    taken[nearest] = True
     below = order[::-1][margin[order[::-1]] < 0][:len(passed)]
-    chosen = {"present": passed[~taken[passed]], "uncertain": nearest,
-              "absent": below[~taken[below]]}
+    nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, len(passed) // 2)]
+    chosen = {"present": passed[~np.isin(passed, nearest)], "uncertain": nearest,
+              "absent": below[~np.isin(below, nearest)]}
     return {kind: (image[cells[:most]], category[cells[:most]]) for kind, cells in chosen.items()}
 
 
-def region_maps(predictor, loader, rows):
-    """{row: (C, N) map} of some images of the loader's split, from its cache where it has one."""
-    maps = {}
-    if loader.stored is None:
-        paths = [loader.split.paths[row] for row in rows]
-        return {rows[k]: of_image for k, _, of_image in predictor.iterate(paths)}
-    for row in rows:
-        both = loader.stored[0][row:row + 1].to(predictor.device).float()  # (1, 1+N, D)
-        with torch.no_grad():
-            _, out = predictor.score(both[:, 1:], both[:, 0])
-        maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
+def region_maps(predictor, loaders, rows):
+    """{row: (C, N) map} of some rows of the loaders' images, from the cache where there is one."""
+    maps, first = {}, 0
+    for loader in loaders:
+        here = [row for row in rows if first <= row < first + len(loader)]
+        if loader.stored is None:
+            found = predictor.iterate([loader.split.paths[row - first] for row in here])
+            maps |= {here[k]: of_image for k, _, of_image in found}
+        else:
+            for row in here:
+                both = loader.stored[0][row - first][None].to(predictor.device).float()
+                _, out = predictor.score(both[:, 1:], both[:, 0])  # of (1, 1+N, D)
+                maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
+        first += len(loader)
     return maps
 
 
 def jpeg(photo, side=256):
-    """A photo, a file or a PIL image, as the text of a small JPEG."""
-    image = photo if isinstance(photo, Image.Image) else augment.read(photo)
+    """A photo, as augment.read takes it, as the text of a small JPEG."""
     buffer = io.BytesIO()
-    fit(image.convert("RGB"), side).save(buffer, "JPEG", quality=80)
+    fit(augment.read(photo), side).save(buffer, "JPEG", quality=80)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def suggest(predictor, args):
-    """Writes the list and its page. Rows kept out of a sheet for validation are included.
-
-    predictor: names, threshold (C,), grid, cfg, splits(), loader(split), score_split(loader) and,
-    for the regions, score(f, x) and iterate(paths), as tools.predictor.Predictor has them.
-    """
+    """Writes the list and its page. Rows kept out of a sheet for validation are included."""
     file = new(args.suggest, "--suggest")
     page = new(file.with_name(file.name.removesuffix(".csv") + ".html"), "--suggest")
     splits = predictor.splits()
-    loaders = [predictor.loader(splits[name]) for name in ("train", "val") if splits[name]]
-    parts = [loader.split for loader in loaders]
+    parts = [splits[name] for name in ("train", "val") if splits[name]]
+    loaders = [predictor.loader(part) for part in parts]
     print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
     p = np.concatenate([predictor.score_split(loader) for loader in loaders])  # (n, C)
     labels = np.concatenate([part.labels for part in parts])
+    truth = np.concatenate([part.truth for part in parts])
     chosen = choose_cells(p, labels, predictor.threshold)
 
     # images are named as the sheet does, or below the root
     root = predictor.cfg.root or data.SCENES
+    paths = [path for part in parts for path in part.paths]
     listed = [name for part in parts
               for name in part.listed or [os.path.relpath(path, root) for path in part.paths]]
-    most = SHOWN if args.pictures is None else args.pictures
+    most = 200 if args.pictures is None else args.pictures  # cells on the page
     shares = {"present": most // 2, "uncertain": most // 4, "absent": most // 4}
     shown = [(kind, int(i), int(c)) for kind, cells in chosen.items()
              for i, c in zip(*(index[:shares[kind]] for index in cells))]
-    maps, photos, first = {}, {}, 0
-    for loader in loaders:
-        last = first + len(loader.split.paths)
-        here = sorted({i - first for _, i, _ in shown if first <= i < last})
-        maps |= {first + i: found for i, found in region_maps(predictor, loader, here).items()}
-        photos |= {first + i: jpeg(loader.split.paths[i]) for i in here}
-        first = last
+    photos = {i: jpeg(paths[i]) for i in sorted({i for _, i, _ in shown})}
+    maps = region_maps(predictor, loaders, list(photos))
     cells = []
     for kind, i, c in shown:
         region = maps[i][c].clip(0) / max(maps[i][c].max(), 1e-6)  # scaled by its peak
@@ -115,10 +105,9 @@ def suggest(predictor, args):
     write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
     write_page(page, Path(predictor.cfg.data).name, cells, photos, predictor.grid)
 
-    counts = ", ".join(f"{len(cells[0])} {kind}" for kind, cells in chosen.items())
+    counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
           f"{len(shown)} of them to look at in {page}")
-    truth = np.concatenate([part.truth for part in parts])
     for kind, code in (("present", data.POSITIVE), ("absent", data.NEGATIVE)):
         known = truth[chosen[kind]]
         known = known[known != data.UNKNOWN]

@@ -11,28 +11,28 @@ TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}",
 
 @torch.no_grad()
 def zero_shot_text(encoder, prompts, templates=TEMPLATES):
-    """(C, D) unit mean of the text features of all templates: what CLIP knows without training."""
-    g = sum(F.normalize(encoder.encode_text(encoder.tokenize([t.format(p) for p in prompts])),
-                        dim=-1)
-            for t in templates)
+    """(C, D) unit mean of the text features of all templates."""
+    tokens = [encoder.tokenize([t.format(p) for p in prompts]) for t in templates]
+    g = sum(F.normalize(encoder.encode_text(of_template), dim=-1) for of_template in tokens)
     return F.normalize(g, dim=-1)
 
 
 def zero_shot_score(f, x, g):
-    """What CLIP says untrained: the cosine of the whole image plus that of its best location.
+    """The cosine of the whole image plus that of its best location.
     f (B, N, D), x (B, D), g (C, D) unit -> (B, C)"""
     return F.normalize(x, dim=-1) @ g.T + (F.normalize(f, dim=-1) @ g.T).amax(1)
 
 
 @torch.no_grad()
-def zero_shot(encoder, g, loader):
-    """{"global", "dense", "both": (n, C)}: cosines to g (C, D), of the best location; their sum."""
-    found = {"global": [], "dense": [], "both": []}
-    for _, f, x in loader.batches(0, shuffle=False):
-        found["global"].append(F.normalize(x, dim=-1) @ g.T)
-        found["both"].append(zero_shot_score(f, x, g))
-        found["dense"].append(found["both"][-1] - found["global"][-1])
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+def zero_shot(g, batches):
+    """{"global", "dense", "both": (n, C)}: cosines to g (C, D), of the best location; their sum.
+    batches: (index, f, x) of a loader."""
+    whole, both = [], []
+    for _, f, x in batches:
+        whole.append(F.normalize(x, dim=-1) @ g.T)
+        both.append(zero_shot_score(f, x, g))
+    whole, both = (torch.cat(parts).cpu().numpy() for parts in (whole, both))
+    return {"global": whole, "dense": both - whole, "both": both}
 
 
 def zero_shot_scale(scores, positives):
@@ -47,8 +47,8 @@ def zero_shot_scale(scores, positives):
 
 
 def mixed(logit, zero, scale):
-    """The mixed score, ours and not the paper's: the weighted mean of the run's logit and the
-    zero-shot score on its scale. logit, zero (n, C), scale (3, C) -> probabilities (n, C)."""
+    """The weighted mean of the run's logit and the zero-shot score on its scale.
+    logit, zero (n, C), scale (3, C) -> probabilities (n, C)"""
     slope, offset, weight = scale
     return ((1 - weight) * logit + weight * (slope * zero + offset)).sigmoid()
 
