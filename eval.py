@@ -139,9 +139,11 @@ class PseudoCount:
 
 @torch.no_grad()
 def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
-    """positives (C,): known ones of training -> {split: metrics of `score`, and mAP of each score},
-    {split: probabilities (n, C) of `score`}, and zero_shot_scale on the first split, never test."""
-    numbers, chosen, scale = {}, {}, None
+    """positives (C,): known ones of training -> {split: metrics of `score`, mAP of each score}, and
+    what inference takes from the splits but test: zero_shot_scale, threshold (C,) and rests_on
+    (C,), the positives of validation behind each threshold."""
+    numbers, scale = {}, None
+    threshold, rests_on = np.full(len(g_pos), 0.5), np.zeros(len(g_pos), int)
     for name, loader in loaders.items():
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         scores = gather_scores(scores, len(loader), loader.batch)
@@ -150,13 +152,15 @@ def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
         if scale is not None:
             scores["mixed"] = mixed_scores(scores, scale)
         if name != "train":
-            truth = loader.split.truth
-            chosen[name] = scores.get(score, scores["region"])
-            AP = precision_per_category(chosen[name], truth).tolist()
-            numbers[name] = metrics(chosen[name], truth)
+            truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
+            AP = precision_per_category(chosen, truth).tolist()
+            numbers[name] = metrics(chosen, truth)
             numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
-    return numbers, chosen, scale
+        if name == "val":
+            threshold, rests_on = best_thresholds(chosen, truth), (truth == 1).sum(0)
+    return numbers, dict(threshold=threshold.tolist(), rests_on=rests_on.tolist(),
+                         zero_shot_scale=scale)
 
 
 # ---- command line

@@ -20,7 +20,6 @@ import json
 import os
 import time
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -29,7 +28,7 @@ import data
 import kernels
 import losses
 from clip.features import autocast_dtype
-from eval import PseudoCount, best_thresholds, evaluate
+from eval import PseudoCount, evaluate
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
@@ -175,7 +174,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         raise UserError(f"--batch {cfg.batch} does not divide among {world} processes")
     kernels.use(cfg.kernels)
     run = resume or new_run(cfg)
-    splits = train_split, val_split, test_split = splits or load_data(cfg)
+    splits = splits or load_data(cfg)
+    train_split = splits[0]
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
 
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
@@ -187,10 +187,9 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         if not resume:
             load_carl(model, cfg.carl_from, train_split, encoder)
     memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
-    timers, start = dict(features=0.0, training=0.0, evaluation=0.0), time.perf_counter()
+    start = time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
     loaders = evaluation_loaders(cfg, splits, encoder, device, rank, world)
-    timers["features"] = time.perf_counter() - start
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -211,34 +210,25 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
 
     while state.epoch < cfg.epochs:
         line = train_one_epoch(state, encoder, loader, cfg, rank)
-        timers["training"] += line["seconds"]
         state.epoch += 1
         with torch.no_grad():
             g_pos, g_neg = model.prompts(encoder)
-        threshold, scale, improved = np.full(len(g_pos), 0.5), None, False
-        rests_on = np.zeros(len(g_pos), int)  # positives behind each threshold
-        if state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs:
-            start = time.perf_counter()
-            numbers, scores, scale = evaluate(model, g_pos, g_neg, g_zero, positives, loaders,
-                                              cfg.score)
-            timers["evaluation"] += time.perf_counter() - start
-            line |= numbers
-            improved = is_best(state, numbers)
-            if "val" in scores:
-                threshold = best_thresholds(scores["val"], val_split.truth)
-                rests_on = (val_split.truth == 1).sum(0)
+        due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
+        numbers, found = evaluate(model, g_pos, g_neg, g_zero, positives, loaders if due else {},
+                                  cfg.score)
+        line |= numbers
         state.history.append(line)
+        improved = is_best(state, numbers)
         if rank == 0:
-            save(run, state, dict(
-                config=json.dumps(dataclasses.asdict(cfg)), names=list(train_split.names),
+            save(run, state, found | dict(
+                config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
                 clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(),
-                g_neg=g_neg.cpu(), threshold=threshold.tolist(), rests_on=rests_on.tolist(),
-                g_zero=g_zero.cpu(), zero_shot_scale=scale, epoch=state.epoch), improved)
+                g_neg=g_neg.cpu(), g_zero=g_zero.cpu(), epoch=state.epoch), improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
     if rank == 0:
-        report.of_run(run, cfg, state, encoder, splits, timers)
+        report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
         held.release()
     return state.history
 

@@ -208,7 +208,7 @@ def test_localisation_without_a_single_box():
 
 
 @pytest.mark.parametrize("mark", range(1, 9))
-def test_boxes_turn_with_their_image(tmp_path, mark):
+def test_boxes_turn_with_their_image(tmp_path, mark, capsys):
     """A list that gives the size as stored gives its boxes in that frame too: they follow the
     pixels. A painted rectangle shows where they have to be."""
     pixels = np.zeros((20, 40, 3), np.uint8)  # 40 wide
@@ -230,3 +230,6 @@ def test_boxes_turn_with_their_image(tmp_path, mark):
     if mark > 4:  # a quarter turn: the size tells in which frame the boxes are
         assert np.allclose(boxes_of(stored, (40, 20)), want, atol=1e-6)
     assert np.allclose(boxes_of(np.array([want]), (w, h)), want)
+    assert not capsys.readouterr().err
+    boxes_of(stored, (30, 30))
+    assert "1 images have another size than their list says" in capsys.readouterr().err

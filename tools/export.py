@@ -43,6 +43,7 @@ def export(run, file):
     new(file, "a file")
     warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
     predictor = Predictor(run, device="cpu")
+    predictor.model.heads = None  # training's alone
     size, encoder = predictor.cfg.size, predictor.clip
     module = Exported(predictor).eval().requires_grad_(False)
     batch = {"images": {0: torch.export.Dim("batch", max=1024)}}

@@ -2,6 +2,8 @@
 
 n images, C categories, N = h*w locations.
 """
+import sys
+
 import numpy as np
 from PIL import Image
 
@@ -17,14 +19,20 @@ QUARTER = {Image.TRANSPOSE: lambda x0, y0, x1, y1: (y0, x0, y1, x1),
 def upright_boxes(split):
     """The boxes of a split, n arrays (k, 5), in the frame of its upright pixels: where the list
     gives an image's size as stored, before its orientation mark turns it, its boxes turn too."""
-    found = []
+    found, odd = [], []
     for path, boxes, size in zip(split.paths, split.boxes, split.sizes):
         if len(boxes):
             with Image.open(path) as image:
                 turn, stored = augment.turn_of(image), image.size
-            if turn in QUARTER and size == stored != stored[::-1]:
+            upright = stored[::-1] if turn in QUARTER else stored
+            if size == stored != upright:
                 boxes = np.stack([boxes[:, 0], *QUARTER[turn](*boxes[:, 1:].T)], 1)
+            elif size != upright:
+                odd.append(path)
         found.append(boxes)
+    if odd:
+        print(f"note: {len(odd)} images have another size than their list says, first {odd[0]}: "
+              "their boxes may be wrong", file=sys.stderr)
     return found
 
 

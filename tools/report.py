@@ -29,9 +29,9 @@ def mAPs(line):
                      if split in line)
 
 
-def of_run(run, cfg, state, encoder, splits, timers):
+def of_run(run, cfg, state, encoder, splits, seconds):
     """Prints what was reached and draws the two pictures. state: support.checkpoint.State, splits
-    (train, val, test), timers {phase: seconds}"""
+    (train, val, test)"""
     history, best = state.history, state.best
     for split in ("val", "test"):
         if numbers := history[-1].get(split):
@@ -55,7 +55,8 @@ def of_run(run, cfg, state, encoder, splits, timers):
     if shown:
         predictor = Predictor(run, "last", state.memory.bank.device, encoder)
         save_regions(predictor, shown, run / "regions.png")
-    print("seconds: " + "  ".join(f"{name} {value:.0f}" for name, value in timers.items()))
+    training = sum(line["seconds"] for line in state.history)
+    print(f"{seconds:.0f} s with features and evaluation; its epochs took {training:.0f} s")
     if torch.cuda.is_available():
         print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most")
     print(f"wrote {run}/: {' '.join(name for name in FILES[1:] if (run / name).exists())}")
