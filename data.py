@@ -314,7 +314,8 @@ class Images(Dataset):
             raise UserError(f"{error.filename}: {error.strerror}: put the image back") from None
         code = hashlib.sha256(Path(augment.__file__).read_bytes()).hexdigest()
         seed = self.seed if self.augment != "none" else 0
-        transform = (self.size, self.augment, self.smallest_crop, seed, self.mean, self.std, code)
+        transform = (self.size, self.augment, self.smallest_crop, seed, self.mean, self.std,
+                     augment.POLICIES, code)
         return repr((files, transform)).encode()
 
 
