@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError(f"{error}; if another package is called 'datasets', put the folder of this "
                       "project first: sys.path.insert(0, folder)") from error
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
-                           read_lines, require_unique, twins)
+                           read_lines, require_unique, signed, twins)
 from datasets.csv_sheet import is_sheet
 from support import UserError
 
@@ -147,8 +147,8 @@ def splc_lists(cfg, parts):
         names, observed = positive_list(paths[0], 81, single=True)
         test_names, test = positive_list(paths[1], 81)
         train = nuswide.photos(cfg.root, names, observed, paths[0])
-        test = np.where(test == POSITIVE, test, NEGATIVE)
-        return train, observed, nuswide.photos(cfg.root, test_names, test, paths[1])
+        test = nuswide.photos(cfg.root, test_names, signed(test == POSITIVE), paths[1])
+        return train, observed, test
     names, observed = positive_list(paths[0], len(parts["train"].names), single=True)
     row = {Path(file).name: i for i, file in enumerate(parts["train"].paths)}
     absent = [name for name in names if Path(name).name not in row]

@@ -6,30 +6,26 @@ all peers.
 import numpy as np
 
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, read_bytes, read_lines,
-                           require_files, require_unique, safe_join)
+                           require_files, require_unique)
 from support import UserError
 
-FOLDERS = ("CUB_200_2011/CUB_200_2011/", "CUB_200_2011/", "")
+FOLDERS = ("CUB_200_2011/CUB_200_2011", "CUB_200_2011", "")
 
 
 def load(root, cfg):
-    index = find(root, *(f"{folder}images.txt" for folder in FOLDERS), what="CUB's images.txt")
+    index = find(root, "images.txt", folders=FOLDERS, what="CUB's images.txt")
     base = index.parent
-    places = [f"{folder}{file}" for folder in FOLDERS
-              for file in ("attributes.txt", "attributes/attributes.txt")]
-    attributes = find(root, *places, "../attributes.txt", what="attributes.txt (the 312 names)")
-    images, names = numbered(index), numbered(attributes)
-    require_unique(names, attributes)
+    attributes = find(root, "attributes.txt", "attributes/attributes.txt",
+                      folders=(*FOLDERS, ".."), what="attributes.txt (the 312 names)")
+    images, names = numbered(index), require_unique(numbered(attributes), attributes)
     sides = numbered(base / "train_test_split.txt")
     if len(sides) != len(images) or set(sides) - {"0", "1"}:
         raise UserError(f"{base / 'train_test_split.txt'}: expected 0 or 1 for all {len(images)} "
                         f"images, got {len(sides)} lines of {sorted(set(sides))[:5]}")
     labels = image_labels(base / "attributes/image_attribute_labels.txt", len(images), len(names))
-    paths = require_files([safe_join(base / "images", name, index) for name in images], index)
-    whole = Split("cub", paths, names, labels)
-    train = np.array(sides) == "1"
-    return {"train": whole.subset(np.flatnonzero(train)),
-            "test": whole.subset(np.flatnonzero(~train))}
+    whole = Split("cub", require_files(images, [base / "images"], index), names, labels)
+    return {"train": whole.subset(np.flatnonzero(np.array(sides) == "1")),
+            "test": whole.subset(np.flatnonzero(np.array(sides) == "0"))}
 
 
 def numbered(path):
@@ -52,9 +48,8 @@ def image_labels(path, N, C):
                 raise ValueError
             labels[row, column] = code[value]
         except (ValueError, KeyError, IndexError):
-            if line.strip():
-                raise UserError(f"{path}:{number}: expected 'image attribute 0|1 ...', each pair "
-                                f"once, got {line[:80]!r}") from None
+            raise UserError(f"{path}:{number}: expected 'image attribute 0|1 ...', each pair once, "
+                            f"got {line[:80]!r}") from None
     if (labels == UNKNOWN).any():
         raise UserError(f"{path}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line")
     return labels

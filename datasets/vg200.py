@@ -11,45 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, Split, find, locate, read_json, read_lines,
-                           require_files, safe_join)
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, read_lines, require_files
 from support import UserError
 
-FOLDERS = ("", "VG/", "annotations/")
+FOLDERS = ("", "VG", "annotations")
 
 
 def load(root, cfg):
-    try:
-        names = cfg.names or find(root, *(f"{f}vg_category_200.txt" for f in FOLDERS),
-                                  what="the category names")
-    except UserError:
-        raise UserError(f"{root}: VG-200's category names are not part of the public files: pass "
-                        "--names FILE, one a line (python data.py vg200 --root DIR --objects "
-                        "objects.json finds them in Visual Genome's objects.json)") from None
-    names = read_lines(names, 200)
+    names = read_lines(cfg.names or find(
+        root, "vg_category_200.txt", folders=FOLDERS,
+        what="the names, which are not part of the public files (pass --names FILE, one a line; "
+             "python data.py vg200 --root DIR --objects objects.json finds them)"), 200)
     return {part: split(root, part, names) for part in ("train", "test")}
 
 
 def split(root, part, names):
     path, images, labels = listed(root, part)
-    folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
-    folders = [folder for folder in folders if folder.is_dir()]
-    if not folders:
-        raise UserError(f"{root}: expected Visual Genome's image folders VG_100K, VG_100K_2")
-    files = [safe_join(folders[0], name, path) for name in images]
-    for folder in folders[1:]:
-        for i, found in enumerate(locate(files)):
-            if found is None:
-                files[i] = safe_join(folder, images[i], path)
-    return Split(f"vg200/{part}", require_files(files, path), list(names), labels)
+    folders = [Path(root, h, k) for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
+    return Split(f"vg200/{part}", require_files(images, folders, path), names, labels)
 
 
 def listed(root, part):
     """The list file, its N image names, (N, 200) labels. A JSON of 500 categories is cut at 200."""
-    path = find(root, *(f"{f}{part}_list_500.txt" for f in FOLDERS), what=f"the {part} list")
-    index = find(root,
-                 *(f"{f}vg_category_{n}_labels_index.json" for n in (200, 500) for f in FOLDERS),
-                 what="the label JSON")
+    path = find(root, f"{part}_list_500.txt", folders=FOLDERS, what=f"the {part} list")
+    index = find(root, *(f"vg_category_{count}_labels_index.json" for count in (200, 500)),
+                 folders=FOLDERS, what="the label JSON")
     images, count = read_lines(path), int(index.name.split("_")[2])
     labels = np.full((len(images), 200), NEGATIVE, np.int8)
     known = read_json(index)

@@ -1,15 +1,11 @@
 """PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main.
 http://host.robots.ox.ac.uk/pascal/VOC
 
-The labels come from Main/<class>_<split>.txt, or else from the XML files. N images, C = 20
-categories.
+N images, C = 20 categories.
 """
-import xml.etree.ElementTree as ElementTree
-
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files,
-                           safe_join)
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_lines, require_files
 from support import UserError
 
 VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -29,21 +25,17 @@ def load(root, cfg):
 
 
 def split(root, year, part, difficult=NEGATIVE):
-    jpegs = find(root, f"VOCdevkit/VOC{year}/JPEGImages", f"VOC{year}/JPEGImages", "JPEGImages",
+    jpegs = find(root, "JPEGImages", folders=(f"VOCdevkit/VOC{year}", f"VOC{year}", ""),
                  what=f"VOC{year}")
     main = jpegs.parent / "ImageSets" / "Main"
     listing = main / f"{part}.txt"
     ids = [line.split()[0] for line in read_lines(listing)]
-    files = require_files([safe_join(jpegs, f"{name}.jpg", listing) for name in ids], listing)
-    if (main / f"dog_{part}.txt").exists():
-        columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
-        labels = np.stack(columns, 1)
-    else:
-        labels = np.stack([annotation(jpegs.parent / "Annotations" / f"{name}.xml", difficult)
-                           for name in ids])
+    files = require_files([f"{name}.jpg" for name in ids], [jpegs], listing)
+    columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
+    labels = np.stack(columns, 1)
     unused = ~(labels == POSITIVE).any(1)  # the few whose objects are all difficult
     return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
-                 dropped={"without a positive": int(unused.sum())} if unused.any() else {})
+                 dropped={"without a positive": int(unused.sum())})
 
 
 def class_list(path, ids, difficult):
@@ -61,18 +53,3 @@ def class_list(path, ids, difficult):
     if left:
         raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line")
     return column
-
-
-def annotation(path, difficult):
-    """One XML -> (20,) int8."""
-    labels = np.full(len(VOC), NEGATIVE, np.int8)
-    try:
-        tree = ElementTree.fromstring(read_bytes(path))
-        if tree.tag != "annotation":
-            raise ValueError(f"it is <{tree.tag}>")
-        for thing in tree.iter("object"):
-            if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
-                labels[VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
-    except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:
-        raise UserError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
-    return labels
