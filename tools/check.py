@@ -7,7 +7,7 @@ import numpy as np
 import data
 from config import Config
 from datasets import augment, vg200
-from datasets.base import twins
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, twins
 from support import UserError
 from support.cli import make_parser, run_main, words
 
@@ -25,10 +25,9 @@ def check(cfg, decode=True):
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
         for category, column in zip(split.names, split.labels.T):
-            counts = [(column == code).sum()
-                      for code in (data.POSITIVE, data.NEGATIVE, data.UNKNOWN)]
-            print(f"{category[:31]:32}" + "".join(f"{count:9}" for count in counts))
-        there = (split.labels == data.POSITIVE).any(0)  # (C,)
+            print(f"{category[:31]:32}" + "".join(f"{(column == code).sum():9}"
+                                                  for code in (POSITIVE, NEGATIVE, UNKNOWN)))
+        there = (split.labels == POSITIVE).any(0)  # (C,)
         never = [repr(split.names[c]) for c in np.flatnonzero(~there)]
         if never and name == "train":
             more = f" and {len(never) - 5} more" if len(never) > 5 else ""
@@ -36,7 +35,8 @@ def check(cfg, decode=True):
         problems += same_pictures(split)
         if decode:
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
-                found = pool.map(unreadable, split.paths, split.where or [""] * len(split.paths))
+                where = split.where or [cfg.data] * len(split.paths)
+                found = pool.map(unreadable, split.paths, where)
                 problems += [line for line in found if line]
     return problems
 
@@ -46,10 +46,9 @@ def same_pictures(split):
     problems = []
     for i, first in enumerate(twins(split.paths)):
         if first != i:
-            both = split.labels[first] * split.labels[i]
-            told = "and their labels disagree: " if (both < 0).any() else ""
-            both = f"{split.paths[i]}, {split.paths[first]}"
-            problems.append(f"{both}: the same picture, {told}keep one")
+            differ = (split.labels[first] * split.labels[i] < 0).any()
+            problems.append(f"{split.paths[i]}, {split.paths[first]}: the same picture, "
+                            f"{'and their labels disagree: ' if differ else ''}keep one")
     return problems
 
 
@@ -57,7 +56,7 @@ def unreadable(path, where):
     try:
         augment.read(path)
     except Exception as error:  # whatever a broken file makes a decoder raise
-        return f"{where + ': ' if where else ''}{path}: not a readable image ({error})"
+        return f"{where}: {path}: not a readable image ({error})"
 
 
 def main(argv=None):
@@ -78,8 +77,7 @@ def main(argv=None):
                 raise UserError("--objects needs vg200 and --root, the folder of Visual Genome")
             return print("\n".join(vg200.match_names(args["root"], objects)))
         problems = check(Config(**args), decode)
-        for line in problems:
-            # a cell of a sheet may hold line breaks
+        for line in problems:  # a cell of a sheet may hold line breaks
             print("error: " + " ".join(line.split()), file=sys.stderr)
         if problems:
             return 2
