@@ -3,10 +3,12 @@
 CUB_200_2011/ with attributes.txt beside or in it; is_present is the label, certainty is ignored by
 all peers.
 """
+import io
+
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, read_bytes, read_lines,
-                           require_files, require_unique)
+from datasets.base import (Split, find, read_bytes, read_lines, require_files, require_unique,
+                           signed)
 from support import UserError
 
 FOLDERS = ("CUB_200_2011/CUB_200_2011", "CUB_200_2011", "")
@@ -38,18 +40,12 @@ def numbered(path):
 
 def image_labels(path, N, C):
     """Lines 'image attribute 0|1 ...', some with stray fields after these -> (N, C) int8."""
-    labels = np.full((N, C), UNKNOWN, np.int8)
-    code = {b"0": NEGATIVE, b"1": POSITIVE}
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        try:
-            image, attribute, value = line.split(None, 3)[:3]
-            row, column = int(image) - 1, int(attribute) - 1
-            if min(row, column) < 0 or labels[row, column] != UNKNOWN:
-                raise ValueError
-            labels[row, column] = code[value]
-        except (ValueError, KeyError, IndexError):
-            raise UserError(f"{path}:{number}: expected 'image attribute 0|1 ...', each pair once, "
-                            f"got {line[:80]!r}") from None
-    if (labels == UNKNOWN).any():
-        raise UserError(f"{path}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line")
-    return labels
+    try:
+        table = np.loadtxt(io.BytesIO(read_bytes(path)), int, usecols=(0, 1, 2), ndmin=2)
+    except ValueError as error:
+        raise UserError(f"{path}: expected lines 'image attribute 0|1 ...': {error}") from None
+    cells = np.indices((N, C)).reshape(2, -1).T + 1  # (N C, 2): 1 1, 1 2, ...
+    if not np.array_equal(table[:, :2], cells) or not np.isin(table[:, 2], (0, 1)).all():
+        raise UserError(f"{path}: expected 'image attribute 0|1 ...' for each of {N} images and, in "
+                        f"their order, {C} attributes, got {len(table)} lines")
+    return signed(table[:, 2] == 1).reshape(N, C)

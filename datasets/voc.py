@@ -3,6 +3,8 @@ http://host.robots.ox.ac.uk/pascal/VOC
 
 N images, C = 20 categories.
 """
+from itertools import zip_longest
+
 import numpy as np
 
 from datasets.base import NEGATIVE, POSITIVE, Split, find, read_lines, require_files
@@ -31,25 +33,18 @@ def split(root, year, part, difficult=NEGATIVE):
     listing = main / f"{part}.txt"
     ids = [line.split()[0] for line in read_lines(listing)]
     files = require_files([f"{name}.jpg" for name in ids], [jpegs], listing)
-    columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
-    labels = np.stack(columns, 1)
+    labels = np.stack([class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC], 1)
     unused = ~(labels == POSITIVE).any(1)  # the few whose objects are all difficult
     return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
                  dropped={"without a positive": int(unused.sum())})
 
 
 def class_list(path, ids, difficult):
-    """<class>_<split>.txt, lines 'id 1', 'id 0' (difficult only) or 'id -1' -> (N,) int8."""
+    """<class>_<split>.txt, in the list's order 'id 1', 'id 0' (difficult only) or 'id -1' -> (N,)
+    int8."""
     code = {"1": POSITIVE, "0": difficult, "-1": NEGATIVE}
-    left = {key: i for i, key in enumerate(ids)}
-    column = np.zeros(len(ids), np.int8)
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            key, value = line.split()
-            column[left.pop(key)] = code[value]
-        except (ValueError, KeyError):
-            raise UserError(f"{path}:{number}: expected an id of the split's list, once, and 1, 0 "
-                            f"or -1, got {line[:80]!r}") from None
-    if left:
-        raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line")
-    return column
+    lines = [line.split() for line in read_lines(path)]
+    for number, (line, key) in enumerate(zip_longest(lines, ids), 1):
+        if line not in [[key, value] for value in code]:
+            raise UserError(f"{path}:{number}: expected {key!r} and 1, 0 or -1, got {line}")
+    return np.array([code[value] for _, value in lines], np.int8)

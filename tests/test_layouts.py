@@ -203,9 +203,9 @@ def test_voc(tmp_path):
     dog.write_bytes(keep.replace(b"000001 -1", b"000001 2"))
     refused("dog_trainval.txt:2: expected", "voc2007", tmp_path)
     dog.write_bytes(b"\r\n".join(keep.split(b"\r\n")[:5]))
-    refused("5 of the 10 listed images", "voc2007", tmp_path)
+    refused("dog_trainval.txt:6: expected '000005'", "voc2007", tmp_path)
     dog.write_bytes(keep.replace(b"000003", b"999999"))
-    refused("dog_trainval.txt:4: expected an id", "voc2007", tmp_path)
+    refused("dog_trainval.txt:4: expected '000003'", "voc2007", tmp_path)
     dog.write_bytes(keep[:40] + b"\xff\xfe\r\n")
     refused(r"dog_trainval.txt:4: not UTF-8", "voc2007", tmp_path)
     dog.write_bytes(keep)
@@ -236,7 +236,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
             f"{MAIN}/dog_trainval.txt",
             b"000003",
             b"000002",
-            "dog_trainval.txt:4: expected an id",
+            "dog_trainval.txt:4: expected '000003'",
         ),
         ("voc2007", f"{MAIN}/trainval.txt", b"000003", b"000002", f"000002.jpg {TWICE}"),
         ("voc2007", f"{MAIN}/trainval.txt", None, b"", f"trainval.txt: {EMPTY}"),
@@ -245,7 +245,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
             ATTRIBUTES,
             b"1 3 0 3 3.5\n",
             b"1 3 0 3 3.5\n1 3 1 3 3.5\n",
-            "labels.txt:4: expected",
+            "labels.txt: expected",
         ),
         (
             "cub",
@@ -453,11 +453,11 @@ def test_cub(tmp_path):
     path = tmp_path / "CUB_200_2011/attributes/image_attribute_labels.txt"
     keep = path.read_bytes()
     path.write_bytes(keep.replace(b"1 3 0", b"1 3 2", 1))
-    refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
+    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep[: len(keep) // 2])
-    refused("cells have no line", "cub", tmp_path)
+    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep.replace(b"\n1 3 ", b"\n0 3 ", 1))
-    refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
+    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep)
     replace(tmp_path / "CUB_200_2011/images.txt", b"3 ", b"33 ")
     refused("ids 1, 2, 3", "cub", tmp_path)
