@@ -18,11 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from clip.model import MEAN, STD
-try:
-    from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
-except ImportError as error:
-    raise ImportError(f"{error}; if another package is called 'datasets', put the folder of this "
-                      "project first: sys.path.insert(0, folder)") from error
+from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
                            read_lines, require_unique, signed, twins)
 from datasets.csv_sheet import is_sheet
@@ -161,16 +157,11 @@ def splc_lists(cfg, parts):
 
 
 def load(cfg):
-    """(train, val or None, test or None) Splits; cfg has the data settings of config.Config:
+    """A config.Config -> (train, val or None, test or None) Splits.
 
-    ratio             share of the training labels that is seen, in (0, 1]
-    single_positive   None, "largeloss" (Cole's sampler; 80/20 split, clean validation labels) or
-                      "splc" (`lists`)
-    seed              of the mask; 0 gives the published ones (Cole's starts at 1200 + seed)
-    train_images      keep the first n training images; the mask is drawn for all of them before
-    mask              file with a mask of your own instead of ratio (see read_mask)
-    val               share of the training images held out, with all their labels, or a second
-                      sheet; None: 0.2 for sheets and "largeloss", scenes' own, otherwise none
+    seed 0 gives the published masks; Cole's sampler starts at 1200 + seed. The mask is drawn for
+    all training images, before train_images cuts them. Where cfg.val is None a fifth is held out
+    for sheets and "largeloss", scenes have their own split, the others none; val keeps all labels.
     """
     if (cfg.single_positive is not None) + (cfg.mask is not None) + (cfg.ratio != 1) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
@@ -211,10 +202,9 @@ def load(cfg):
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
     test = parts.get("test")
     splits = {"train": train, "val": held and held.used(), "test": test and test.used()}
-    label = Path(cfg.data).stem if sheet else cfg.data
     for name, split in splits.items():
         if split:
-            split.name, split.prompts = f"{label}/{name}", prompts
+            split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
     return tuple(splits.values())
 
 

@@ -36,29 +36,25 @@ def is_sheet(data):
 
 
 def load(root, cfg):
-    """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first,
-    other images."""
-    parts = {"train": read(cfg.data, root, cfg)}
+    """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first one,
+    in its order, and other images."""
+    train = read(cfg.data, root, cfg)
+    parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
         if is_sheet(path):
-            parts[part] = aligned(read(path, root, cfg), parts, path)
+            split = read(path, root, cfg)
+            if sorted(split.names) != sorted(train.names):
+                raise UserError(f"{path}: its classes differ from those of the training sheet: "
+                                f"{sorted(set(split.names) ^ set(train.names))}; use the same")
+            for name, other in parts.items():
+                if both := set(split.paths) & set(other.paths):
+                    raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, "
+                                    f"first {min(both)}; keep them apart")
+            order = [split.names.index(name) for name in train.names]
+            split.labels = split.truth = split.labels[:, order]
+            split.names, split.prompts = train.names, train.prompts
+            parts[part] = split
     return parts
-
-
-def aligned(split, parts, path):
-    """A second sheet with its columns in the order of the first one; it shares no image with the
-    others."""
-    names = parts["train"].names
-    if sorted(split.names) != sorted(names):
-        raise UserError(f"{path}: its classes differ from those of the training sheet: "
-                        f"{sorted(set(split.names) ^ set(names))}; use the same columns")
-    for name, other in parts.items():
-        if both := set(split.paths) & set(other.paths):
-            raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, first "
-                            f"{min(both)}; keep them apart")
-    split.labels = split.truth = split.labels[:, [split.names.index(name) for name in names]]
-    split.names, split.prompts = names, parts["train"].prompts
-    return split
 
 
 def sheet_text(path):
@@ -122,11 +118,15 @@ def read(path, root, cfg):
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
-    problems += doubtful_names(path, names)
+    problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
+                 "one of its own, capitals aside"
+                 for name, count in Counter(map(str.lower, names)).items() if count > 1 or not name]
     files = image_files(path, root, body, problems)
     if problems:
-        more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
-        error = UserError(problems[0] + more * (len(problems) > 1))
+        told = problems[0]
+        if len(problems) > 1:
+            told += f" (and {len(problems) - 1} more; python data.py {path} lists them)"
+        error = UserError(told)
         error.problems = problems
         raise error
     return Split(os.path.splitext(os.path.basename(path))[0], files, names,
@@ -188,12 +188,3 @@ def lists(path, body, column, unlisted):
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     print(f"{path}: one column of lists, {len(names)} categories")
     return [[POSITIVE if name in row else rest for name in names] for row in rows], names
-
-
-def doubtful_names(path, names):
-    problems = [f"{path}:1: the class {name!r} is there twice, capitals aside: rename, merge or "
-                "--ignore one" for name, count in Counter(map(str.lower, names)).items()
-                if count > 1]
-    if "" in names:
-        problems.append(f"{path}:1: a column has cells, but no class name: give it one")
-    return problems

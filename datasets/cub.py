@@ -46,6 +46,6 @@ def image_labels(path, N, C):
         raise UserError(f"{path}: expected lines 'image attribute 0|1 ...': {error}") from None
     cells = np.indices((N, C)).reshape(2, -1).T + 1  # (N C, 2): 1 1, 1 2, ...
     if not np.array_equal(table[:, :2], cells) or not np.isin(table[:, 2], (0, 1)).all():
-        raise UserError(f"{path}: expected 'image attribute 0|1 ...' for each of {N} images and, in "
-                        f"their order, {C} attributes, got {len(table)} lines")
+        raise UserError(f"{path}: expected 'image attribute 0|1 ...' for {N} images x {C} "
+                        f"attributes in their order, got {len(table)} lines")
     return signed(table[:, 2] == 1).reshape(N, C)

@@ -7,10 +7,7 @@ What makes the scenes hard enough to matter: small things, rotation, occlusion, 
 backgrounds, things that keep each other company, and distractors: unlabelled look-alikes (a tent is
 not a house, a ring is not a clock). What there is to draw stands in scenes.ini. Every image has its
 own seed (seed, split, index): splits share no scene, and the number of workers changes no byte.
-
-What is labelled: box and area are those of the pixels that are visible in the end; an object of
-which less than VISIBLE of the drawn pixels, or fewer than MIN_AREA pixels, remain is not labelled.
-Captions name only labelled objects.
+Labels, boxes and captions are about what is visible in the end.
 """
 import contextlib
 import json
@@ -20,10 +17,10 @@ import random
 import shutil
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,11 +34,13 @@ from support.cli import end_with_parent, make_parser, run_main, words
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
 # val2014 is the held-out test, as for COCO; tune2014 is for tuning
 SPLITS = ("train2014", "tune2014", "val2014")
-VISIBLE = 0.4  # share of an object's pixels that must stay visible
+VISIBLE = 0.4  # share of an object's pixels that must stay visible for it to be labelled
 MIN_AREA = 60  # and how many
 RADIUS = (14, 46)  # half the extent of an object in pixels, whatever the size of the canvas
 OBJECTS = (1, 8)  # labelled objects of a scene, least and most
 CROWD = 0.9  # least distance of centres, in radii of the larger object: less is more occlusion
+# a labelled object: index into KINDS; x, y, w, h of its visible pixels; their number
+Box = namedtuple("Box", "kind x y w h area")
 PLACES = sections("place")
 SHORT, LONG = (INI["captions"][length].split("\n") for length in ("short", "long"))
 
@@ -50,16 +49,6 @@ def load(root, cfg):
     """The three splits as `write` drew them."""
     return {part: coco.split(root, folder)
             for part, folder in zip(("train", "val", "test"), SPLITS)}
-
-
-class Box(NamedTuple):
-    """A labelled object: index into KINDS; x, y, w, h of its visible pixels; their number."""
-    kind: int
-    x: int
-    y: int
-    w: int
-    h: int
-    area: int
 
 
 @lru_cache(None)
@@ -153,8 +142,8 @@ def scene(rng, size=256, objects=OBJECTS):
     for k, colour, radius, number, full in drawn:
         ys, xs = np.nonzero(numbers == number)
         if len(ys) >= max(MIN_AREA, VISIBLE * full):
-            boxes.append(Box(k, int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1,
-                             int(np.ptp(ys)) + 1, len(ys)))
+            x, y, right, bottom = (int(v) for v in (xs.min(), ys.min(), xs.max(), ys.max()))
+            boxes.append(Box(k, x, y, right - x + 1, bottom - y + 1, len(ys)))
             told.append((k, colour, radius, xs.mean() / size, ys.mean() / size))
     if not boxes:  # all lost to their neighbours: rare; the next numbers of r give another scene
         return scene(r, size, objects)
@@ -234,7 +223,7 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
                         "delete it or name another root")
     for left in root.parent.glob(f"{root.name}.*.part"):
         if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     try:
         (part / "annotations").mkdir(parents=True)

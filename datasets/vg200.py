@@ -52,10 +52,9 @@ def match_names(root, objects):
     """200 object names: for each index the one whose set of images is most like the index's
     (intersection over union). objects: Visual Genome's objects.json, with object_alias.txt beside
     it or not. Look them over."""
-    parts = [listed(root, part) for part in ("train", "test")]
-    row = {name: i for i, name in enumerate(parts[0][1] + parts[1][1])}
-    labels = np.concatenate([labels for _, _, labels in parts])  # (N, 200)
-    positive = (labels == POSITIVE).astype(np.float32)
+    (_, train, known), (_, test, other) = listed(root, "train"), listed(root, "test")
+    row = {name: i for i, name in enumerate(train + test)}
+    positive = (np.concatenate([known, other]) == POSITIVE).astype(np.float32)  # (N, 200)
     aliases = Path(objects).with_name("object_alias.txt")
     groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
     alias = {word: words[0] for words in groups for word in words}

@@ -511,22 +511,6 @@ def test_scenes_roots_that_are_refused_before_drawing(tmp_path, monkeypatch, cas
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loop"]
 
 
-def test_another_package_called_datasets_is_told(tmp_path):
-    import subprocess
-    import sys
-
-    (tmp_path / "site/datasets").mkdir(parents=True)
-    (tmp_path / "site/datasets/__init__.py").write_text("")
-    code = (
-        "import sys; sys.path[:0] = ['site']; "
-        f"sys.path.append({str(Path(__file__).resolve().parents[1])!r}); import data"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode and "sys.path.insert(0, folder)" in run.stderr
-
-
 @pytest.mark.parametrize("first", (True, False))
 def test_other_packages_called_datasets_and_clip_work_beside_ours(tmp_path, first):
     """Hugging Face's datasets and OpenAI's clip, imported before or after our Predictor."""

@@ -26,10 +26,10 @@ SHEETS = {
         ":4: ./0.jpg is already on line 2",
     ),
     "class twice": ("image,dog,dog\n0.jpg,1,0\n", ":1: the class 'dog' is there twice"),
-    "capitals": ("image,dog,Dog\n0.jpg,1,0\n", "'dog' is there twice, capitals aside"),
+    "capitals": ("image,dog,Dog\n0.jpg,1,0\n", ":1: the class 'dog' is there twice"),
     "class without a name": (
         "image,dog,,cat\n0.jpg,1,0,0\n",
-        ":1: a column has cells, but no class name",
+        ":1: the class '' is there twice, or has no name",
     ),
     "no positive": (
         HEAD + "0.jpg,0,\n1.jpg,,0\n",
