@@ -10,6 +10,7 @@ into tensors. N images, C categories.
 import hashlib
 import os
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -167,8 +168,12 @@ def load(cfg):
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
         raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
-    share, sheet = share_of(cfg), is_sheet(cfg.data)
-    largeloss = cfg.single_positive == "largeloss"
+    sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
+    share = None
+    if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
+        if not re.fullmatch(r"0|0?\.\d+", cfg.val):
+            raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {cfg.val}")
+        share = float(cfg.val)
     parts = complete(cfg)
     train = parts.get("train")
     if cfg.single_positive == "splc":
@@ -184,11 +189,10 @@ def load(cfg):
 
     prompts = prompts_for(cfg, train)
     rows, held = np.arange(len(labels)), parts.get("val")
-    if share is None and held is None:
-        share = 0.2 if largeloss or sheet else 0.0
+    if share is None and held is None and (largeloss or sheet):
+        share = 0.2
     if share is not None:
-        rows, held_rows = (hold_out_by_name(train, share) if sheet
-                           else hold_out(len(labels), share))
+        rows, held_rows = hold_out_by_name(train, share) if sheet else hold_out(len(rows), share)
         held_rows = held_rows[~train.unused[held_rows]]
         held = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not held:
@@ -206,19 +210,6 @@ def load(cfg):
         if split:
             split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
     return tuple(splits.values())
-
-
-def share_of(cfg):
-    """The share of the training rows that --val asks to hold out; None where it asks for none."""
-    if cfg.val is None or is_sheet(cfg.data) and is_sheet(cfg.val):
-        return None
-    try:
-        share = float(cfg.val)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {cfg.val}")
-    return share
 
 
 def prompts_for(cfg, split):

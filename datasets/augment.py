@@ -1,8 +1,6 @@
 """From image files to tensors: decoding, the test transform, and the training augmentation of
 TaI-DPT, which the paper follows (section 4.1): a random crop or cutout, one of 117 colour and shape
-policies, mirroring, CLIP's normalisation.
-
-PIL and numpy only. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
+policies, mirroring. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
 """
 import io
 import math
@@ -26,10 +24,9 @@ warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, many pixels: th
 def read(source):
     """An image as upright RGB, uint8. source: file name, bytes, file object, PIL image, array.
 
-    Where formats leave a choice: 16-bit grey is scaled to 8 bits (PIL would cut it off at 255);
-    transparency is laid over white; of an animation the first frame counts; the camera's
-    orientation mark is applied, if it can be read; the format is told from the content, not the
-    name. Decoding is full: JPEG's draft mode moves pixels and gains nothing (tests/bench_data.py).
+    16-bit grey is scaled to 8 bits (PIL would cut it off at 255); transparency is laid over white;
+    of an animation the first frame counts; the camera's orientation mark is applied; the content
+    tells the format, not the name. JPEG's draft mode moves pixels and gains nothing.
     """
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
@@ -56,16 +53,11 @@ def turn_of(image):
 
 def upright(image):
     turn = turn_of(image)
-    key = image.info.get("transparency")  # a colour that is transparent
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64) // 257
         image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
-        if key is not None:
-            image.info["transparency"] = key // 257
-    elif isinstance(key, tuple) and max(key) > 255:  # of 16 bits, as its pixels were
-        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -10,8 +10,7 @@ from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, require_f
 from support import UserError
 
 NEEDS = {"images": "a file_name and an id of its own",
-         "annotations": "a listed image_id and category_id, and a bbox, if any, of 4 numbers "
-                        "within the image"}
+         "annotations": "a listed image_id and category_id; a bbox, if any, within the image"}
 
 
 def load(root, cfg):
@@ -57,8 +56,7 @@ def split(root, folder, by_id=False, keep_unannotated=False):
                     raise ValueError  # nonsense; some real ones leave the image by a little
                 boxes[r].append((c, *box))
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-        raise UserError(f"{path}: {what}[{i}] needs {NEEDS[what]}; it is "
-                        f"{str(record)[:120]}") from None
+        raise UserError(f"{path}: {what}[{i}] needs {NEEDS[what]}: {str(record)[:120]}") from None
 
     unused = ~(labels == POSITIVE).any(1) & (not keep_unannotated)
     found = Split(f"coco/{folder}", require_files(files, [images], path), names, labels,

@@ -109,8 +109,7 @@ def scene(rng, size=256, objects=OBJECTS):
     wanted = choose(r, r.randint(*objects))
     home = [place for place in PLACES if NAMES[wanted[0]] in PLACES[place]["home"].split()]
     place = home[0] if r.random() < 0.6 else r.choice(list(PLACES))
-    picture = Image.fromarray(background(r, size, place)).resize((2 * size, 2 * size),
-                                                                 Image.NEAREST)
+    picture = Image.fromarray(background(r, size, place).repeat(2, 0).repeat(2, 1))
     mask = Image.new("L", (size, size))
     pens, placed, drawn = (ImageDraw.Draw(picture), ImageDraw.Draw(mask)), [], []
     # None: a distractor

@@ -1,8 +1,8 @@
 """Draws the things that scenes are made of. scenes.ini lists them, and explains its language."""
 import configparser
 import math
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 INI = configparser.ConfigParser(interpolation=None)
 INI.read(Path(__file__).with_name("scenes.ini"), encoding="utf-8")
@@ -11,16 +11,9 @@ PAINT = COLOURS | {name: tuple(map(int, rgb.split())) for name, rgb in INI["pain
 CIRCLE = [(math.cos(k * math.pi / 12), math.sin(k * math.pi / 12)) for k in range(24)]
 
 
-class Kind(NamedTuple):
-    """A category, or a look-alike; scenes.ini says what the fields mean."""
-    name: str
-    art: str
-    colours: str = " ".join(COLOURS)
-    other: str = "white"
-    place: str = "any"
-    turn: str = "3"
-    company: str = ""
-    plural: str = ""
+# a category, or a look-alike; scenes.ini says what the fields mean
+Kind = namedtuple("Kind", "name art colours other place turn company plural",
+                  defaults=(" ".join(COLOURS), "white", "any", "3", "", ""))
 
 
 def sections(title):

@@ -20,10 +20,10 @@ def load(root, cfg):
     An object seen only as "difficult" is NEGATIVE, but POSITIVE in the lists of the SPLC setup.
     """
     year = int(cfg.data[3:])
-    train, test = ("trainval", "test") if year == 2007 else ("train", "val")
+    lists = ("trainval", "test") if year == 2007 else ("train", "val")
     difficult = POSITIVE if cfg.single_positive == "splc" else NEGATIVE
-    return {"train": split(root, year, train, difficult),
-            "test": split(root, year, test, difficult)}
+    train, test = (split(root, year, part, difficult) for part in lists)
+    return {"train": train, "test": test}
 
 
 def split(root, year, part, difficult=NEGATIVE):
