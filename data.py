@@ -136,7 +136,7 @@ def splc_lists(cfg, parts):
     if folder.is_file():
         folder, lists[0] = folder.parent, folder.name
     lists = [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
-                  what=f"the list {name} (give its folder as --lists)") for name in lists]
+                  hint=": give its folder as --lists") for name in lists]
     # the complete training labels are not published: the truth is what the list tells
     if cfg.data == "nuswide":
         names, observed = positive_list(lists[0], 81, single=True)

@@ -75,7 +75,7 @@ def signed(present):
 
 # ---- files
 
-def find(root, *names, folders=("",), what):
+def find(root, *names, folders=("",), hint=""):
     """The first of `names` that is in one of `folders` (paths below root)."""
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; expected the data set there (--root)")
@@ -83,7 +83,7 @@ def find(root, *names, folders=("",), what):
     for place in places:
         if os.path.exists(os.path.join(root, place)):
             return Path(root, place)
-    raise UserError(f"{root}: {what} not found (looked for {', '.join(places)})")
+    raise UserError(f"{root}: {names[0]} not found{hint} (looked for {', '.join(places)})")
 
 
 def read_bytes(path):

@@ -23,8 +23,8 @@ def load(root, cfg):
 def split(root, folder, by_id=False, keep_unannotated=False):
     """One split in the JSON's order, images without any annotation unused: masks are drawn for them
     too. by_id: only annotated images, ordered by their id as a string (LargeLoss's order)."""
-    path = find(root, f"annotations/instances_{folder}.json", what=f"the annotations of {folder}")
-    images = find(root, folder, folders=("", "images"), what=f"the image folder {folder}")
+    path = find(root, f"annotations/instances_{folder}.json")
+    images = find(root, folder, folders=("", "images"))
     content = read_json(path, object_hook=without_polygons)
     try:
         categories = sorted((c["id"], str(c["name"]).strip()) for c in content["categories"])

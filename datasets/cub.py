@@ -15,10 +15,9 @@ FOLDERS = ("CUB_200_2011/CUB_200_2011", "CUB_200_2011", "")
 
 
 def load(root, cfg):
-    index = find(root, "images.txt", folders=FOLDERS, what="CUB's images.txt")
+    index = find(root, "images.txt", folders=FOLDERS)
     base = index.parent
-    attributes = find(root, "attributes.txt", "attributes/attributes.txt",
-                      folders=(*FOLDERS, ".."), what="attributes.txt (the 312 names)")
+    attributes = find(root, "attributes.txt", "attributes/attributes.txt", folders=(*FOLDERS, ".."))
     images, names = numbered(index), require_unique(numbered(attributes), attributes)
     sides = numbered(base / "train_test_split.txt")
     if len(sides) != len(images) or set(sides) - {"0", "1"}:

@@ -26,8 +26,7 @@ def load(root, cfg):
 
 
 def concepts(root):
-    return read_lines(find(root, "Concepts81.txt", folders=("ConceptsList", "", "ImageList"),
-                           what="the concepts"), 81)
+    return read_lines(find(root, "Concepts81.txt", folders=("ConceptsList", "", "ImageList")), 81)
 
 
 def photos(root, names, labels, where):
@@ -52,10 +51,10 @@ def photos(root, names, labels, where):
 
 def official(root, part):
     """ImageList/<part>Imagelist.txt, and a file of 0/1 a concept."""
-    path = find(root, f"{part}Imagelist.txt", folders=("ImageList", ""), what=f"the {part} list")
+    path = find(root, f"{part}Imagelist.txt", folders=("ImageList", ""))
     images = read_lines(path)
-    files = [find(root, f"TrainTestLabels/Labels_{name}_{part}.txt", folders=("Groundtruth", ""),
-                  what=f"label {name}") for name in concepts(root)]
+    files = [find(root, f"TrainTestLabels/Labels_{name}_{part}.txt", folders=("Groundtruth", ""))
+             for name in concepts(root)]
     labels = signed(np.stack([zeros_and_ones(file, len(images)) for file in files], 1))
     return photos(root, images, labels, path)
 
@@ -70,8 +69,8 @@ def zeros_and_ones(path, count):
 
 def arrays(root, part):
     """formatted_<part>_images.npy and _labels.npy, as the LargeLoss setup publishes them."""
-    images, labels = (find(root, f"formatted_{part}_{kind}.npy", folders=("", "Flickr"),
-                           what=f"the {part} {kind}") for kind in ("images", "labels"))
+    images, labels = (find(root, f"formatted_{part}_{kind}.npy", folders=("", "Flickr"))
+                      for kind in ("images", "labels"))
     names = [str(name) for name in read_array(images).ravel()]
     found = read_array(labels)
     if found.shape != (len(names), 81) or not np.isin(found, (0, 1)).all():

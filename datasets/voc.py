@@ -27,8 +27,7 @@ def load(root, cfg):
 
 
 def split(root, year, part, difficult=NEGATIVE):
-    jpegs = find(root, "JPEGImages", folders=(f"VOCdevkit/VOC{year}", f"VOC{year}", ""),
-                 what=f"VOC{year}")
+    jpegs = find(root, "JPEGImages", folders=(f"VOCdevkit/VOC{year}", f"VOC{year}", ""))
     main = jpegs.parent / "ImageSets" / "Main"
     listing = main / f"{part}.txt"
     ids = [line.split()[0] for line in read_lines(listing)]
