@@ -149,18 +149,15 @@ def safe_join(folder, name, where):
     return path
 
 
-def locate(names, folders, where):
-    """The file of each name in the first of `folders` that holds it, None where none does."""
-    def first(name):
-        paths = (safe_join(folder, name, where) for folder in folders)
-        return next(filter(os.path.isfile, paths), None)
-
-    return [first(name) for name in names]
+def locate(name, folders, where):
+    """The file of this name in the first of `folders` that holds it, else None."""
+    paths = (safe_join(folder, name, where) for folder in folders)
+    return next(filter(os.path.isfile, paths), None)
 
 
 def require_files(names, folders, where):
     """The files of the names: every image is there, and listed once."""
-    paths = locate(names, folders, where)
+    paths = [locate(name, folders, where) for name in names]
     missing = [name for name, path in zip(names, paths) if path is None]
     if missing:
         raise UserError(f"{where}: {len(missing)} of {len(names)} images are missing, first "
@@ -176,8 +173,7 @@ def require_unique(entries, where):
 
 
 def twins(paths):
-    """For each file the index of the first one with the same bytes; only files of equal size are
-    read."""
+    """For each file the index of the first one with the same bytes; reads files of equal size."""
     sizes = [os.path.getsize(path) for path in paths]
     count, seen = Counter(sizes), {}
     return [seen.setdefault(hashlib.sha256(read_bytes(path)).digest() if count[size] > 1 else i, i)

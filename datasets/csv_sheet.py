@@ -5,11 +5,10 @@ empty unknown.
     #prompt,dog,cat,small red car          (optional second row: the names to use in prompts)
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
-Sheets full of unknowns are the point. Other forms are understood and told: 1.0, true, yes, x; 0.0,
-false, no; ?, NA, nan; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no category
-(--ignore, or found); one column of lists such as `dog|cat` (--unlisted says what the others are).
-What could mean two things is refused with the option that settles it; `python data.py SHEET.csv`
-prints every problem with its line.
+Sheets full of unknowns are the point. Other forms are understood: the WORDS below; commas,
+semicolons or tabs; UTF-8 or UTF-16; columns that are no category (--ignore, or found); one column
+of lists such as `dog|cat` (--unlisted says what the others are). What could mean two things is
+refused with the option that settles it; `python data.py SHEET.csv` prints every problem.
 """
 import csv
 import io
@@ -58,8 +57,7 @@ def load(root, cfg):
 
 
 def sheet_text(path):
-    """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding) of a text file
-    with commas, semicolons or tabs, UTF-8 or UTF-16."""
+    """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding)."""
     text, encoding = read_text(path)
     first, end, rest = text.partition("\n")
     if first.strip().lower().startswith("sep="):

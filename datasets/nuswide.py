@@ -4,7 +4,7 @@ https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.ht
 Its photos vanish from Flickr: missing ones are left out, counted and told, never replaced.
 N images, C = 81 categories.
 """
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
@@ -35,16 +35,13 @@ def photos(root, names, labels, where):
     Looked for below Flickr/ or images/ as the list writes them, or all in one flat folder.
     """
     folders = [Path(root) / folder for folder in FOLDERS]
-    paths = locate(names, folders, where)
-    for i, path in enumerate(paths):
-        if path is None:
-            flat = names[i].replace("\\", "/").split("/")[-1]
-            paths[i], = locate([flat], folders, where)
-    require_unique([path for path in paths if path], where)
+    paths = [locate(name, folders, where) or locate(PureWindowsPath(name).name, folders, where)
+             for name in names]
+    require_unique(filter(None, paths), where)
     unused = np.array([path is None for path in paths])
     if unused.all():
-        raise UserError(f"{where}: none of its {len(names)} photos is in {root}/Flickr or "
-                        f"{root}/images, e.g. {names[0]}")
+        raise UserError(f"{where}: none of its {len(names)} photos is in {folders[0]} or "
+                        f"{folders[1]}, e.g. {names[0]}")
     return Split("nuswide", [path or name for path, name in zip(paths, names)], concepts(root),
                  labels, unused=unused, dropped={"photo missing": int(unused.sum())})
 

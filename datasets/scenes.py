@@ -84,8 +84,7 @@ def background(r, size, place):
 
 
 def choose(r, count):
-    """`count` indices into KINDS: one of ten repeats what is there, six keep it company, three come
-    by chance."""
+    """`count` indices into KINDS: of ten one repeats what is there, six keep it company."""
     chosen = [r.randrange(len(KINDS))]
     while len(chosen) < count:
         friend = r.choice(chosen)
@@ -150,8 +149,7 @@ def scene(rng, size=256, objects=OBJECTS):
 
 
 def captions(r, told, home):
-    """Five captions for (kind, colour, radius, x, y) of the labelled objects: short first, then
-    fuller."""
+    """Five captions for (kind, colour, radius, x, y) of the labelled objects, fuller and fuller."""
     def phrase(k, colour, radius, x, y, detail):
         same = sum(k == other[0] for other in told)
         if same > 1 and r.random() < 0.7:
@@ -176,8 +174,7 @@ def captions(r, told, home):
 
 
 def seed_of(seed, split, index):
-    """The seed of one image. It holds the split's name ("pretrain" is another), so no two splits
-    share a scene."""
+    """It holds the split's name ("pretrain" is another): no two splits share a scene."""
     return f"{seed}/{split}/{index}"
 
 
@@ -191,24 +188,21 @@ def draw(split, size, objects, seed, folder, index):
 
 
 def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=None):
-    """Yields, in order, what `draw` gives for scenes 0..count-1, from `workers` processes (None:
-    all cores)."""
+    """Yields, in order, what `draw` gives for scenes 0..count-1. workers: None takes all cores."""
     pool = ProcessPoolExecutor(min(workers or os.cpu_count(), 61), initializer=end_with_parent)
     try:
-        drawn = pool.map(partial(draw, split, size, objects, seed, folder), range(count),
-                         chunksize=50)
+        one = partial(draw, split, size, objects, seed, folder)
+        drawn = pool.map(one, range(count), chunksize=50)
         yield from tqdm(drawn, f"drawing {split}", count, unit="image")
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
-    """Draws train2014 (`train` images), tune2014 (`val`) and val2014 (`test`) under `root` in
-    COCO's layout.
+    """Draws train2014 (`train` images), tune2014 (`val`) and val2014 (`test`) under `root`.
 
-    A root that holds these very scenes is left as it is; UserError for one that holds anything
-    else. All is written beside `root`, links followed, and renamed at the end: a root is complete
-    or absent.
+    A root that holds these very scenes is left as it is, one that holds anything else is refused.
+    All is written beside it, links followed, and renamed at the end: it is complete or absent.
     """
     root = Path(os.path.realpath(root))
     counts = dict(zip(SPLITS, (train, val, test)))
@@ -242,12 +236,11 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
 
 
 def annotate(folder, split, drawn, size):
-    """Writes instances_<split>.json and captions_<split>.json, with COCO's fields; `drawn` gives
-    (_, boxes, captions)."""
+    """instances_<split>.json and captions_<split>.json of what `draw` gave, with COCO's fields."""
     images, instances, texts = [], [], []
     for i, (_, boxes, found) in enumerate(drawn, 1):
-        images.append({"id": i, "file_name": f"COCO_{split}_{i:012d}.jpg", "width": size,
-                       "height": size})
+        name = f"COCO_{split}_{i:012d}.jpg"
+        images.append({"id": i, "file_name": name, "width": size, "height": size})
         instances += [{"image_id": i, "category_id": IDS[b.kind], "bbox": b[1:5], "area": b.area,
                        "iscrowd": 0} for b in boxes]
         texts += [{"image_id": i, "caption": text} for text in found]

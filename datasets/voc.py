@@ -1,7 +1,5 @@
-"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main.
+"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main. N images, C = 20 categories.
 http://host.robots.ox.ac.uk/pascal/VOC
-
-N images, C = 20 categories.
 """
 from itertools import zip_longest
 
@@ -39,8 +37,7 @@ def split(root, year, part, difficult=NEGATIVE):
 
 
 def class_list(path, ids, difficult):
-    """<class>_<split>.txt, in the list's order 'id 1', 'id 0' (difficult only) or 'id -1' -> (N,)
-    int8."""
+    """Lines 'id 1', 'id 0' (difficult only) or 'id -1' in the list's order -> (N,) int8."""
     code = {"1": POSITIVE, "0": difficult, "-1": NEGATIVE}
     lines = [line.split() for line in read_lines(path)]
     for number, (line, key) in enumerate(zip_longest(lines, ids), 1):
