@@ -96,8 +96,7 @@ def read_mask(path, split):
         try:
             array = np.array(rows, float)
         except ValueError as error:
-            raise UserError(f"{path}: not a mask file (.npy, .npz, or a line of numbers an image): "
-                            f"{error}") from None
+            raise UserError(f"{path}: not a mask file, .npy, .npz or text ({error})") from None
     if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
         raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
                         f"{array.shape} of type {array.dtype}")
@@ -122,8 +121,7 @@ def complete(cfg):
     if cfg.data == "scenes" and cfg.root is None:
         scenes.write(SCENES)  # leaves them alone when they are there
     elif cfg.root is None:
-        raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: where it comes "
-                        "from, its size and its folders)")
+        raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: its folders)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
@@ -153,7 +151,6 @@ def splc_lists(cfg, parts):
     require_unique(train.paths, lists[0])
     for i, c in np.argwhere(observed & (train.labels != POSITIVE)):
         raise UserError(f"{lists[0]}:{i + 1}: {names[i]}'s annotation denies {train.names[c]!r}")
-    train.unused[:] = False  # what the list holds counts
     return train, observed, parts["test"]
 
 
@@ -196,8 +193,7 @@ def load(cfg):
         held_rows = held_rows[~train.unused[held_rows]]
         held = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not held:
-            raise UserError(f"--val {share} of {len(labels)} training images holds none out: raise "
-                            "it, or give 0")
+            raise UserError(f"--val {share} of {len(labels)} training images holds none out")
     rows = rows[~train.unused[rows]][:cfg.train_images]
     mask_sha256 = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
     train = replace(train, labels=labels, mask_sha256=mask_sha256).subset(rows)

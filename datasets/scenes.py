@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import sys
-import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -214,9 +213,6 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             return
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found[:200]}: "
                         "delete it or name another root")
-    for left in root.parent.glob(f"{root.name}.*.part"):
-        if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     try:
         (part / "annotations").mkdir(parents=True)
@@ -226,11 +222,8 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
                                              folder=part / split)) as drawn:
                 annotate(part / "annotations", split, drawn, size)
         (part / "scenes.json").write_text(marker)
-        try:
+        if not note.exists():  # else another process was faster
             part.rename(root)
-        except OSError:  # another process was faster: as good, if it drew the same
-            if not note.is_file() or note.read_text() != marker:
-                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
