@@ -113,9 +113,8 @@ def read_lines(path, names=None):
     lines = [line.strip() for line in read_text(path)[0].splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: the file is empty: complete the download")
-    if names and not len(set(lines)) == len(lines) == names:
-        raise UserError(f"{path}: expected {names} distinct names, one a line; got {len(lines)}, "
-                        f"{len(set(lines))} distinct")
+    if names and len(require_unique(lines, path)) != names:
+        raise UserError(f"{path}: expected {names} names, one a line; got {len(lines)}")
     return lines
 
 

@@ -15,12 +15,12 @@ NEEDS = {"images": "a file_name and an id of its own",
 
 def load(root, cfg):
     """train2014 and val2014, which is the test set of this field."""
-    largeloss = cfg.single_positive == "largeloss"
-    return {"train": split(root, "train2014", largeloss, cfg.keep_unannotated),
-            "test": split(root, "val2014", keep_unannotated=cfg.keep_unannotated)}
+    largeloss, keep = cfg.single_positive == "largeloss", cfg.keep_unannotated
+    return {"train": split(root, "train2014", keep, largeloss),
+            "test": split(root, "val2014", keep)}
 
 
-def split(root, folder, by_id=False, keep_unannotated=False):
+def split(root, folder, keep_unannotated=False, by_id=False):
     """One split in the JSON's order, images without any annotation unused: masks are drawn for them
     too. by_id: only annotated images, ordered by their id as a string (LargeLoss's order)."""
     path = find(root, f"annotations/instances_{folder}.json")
