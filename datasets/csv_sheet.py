@@ -162,6 +162,8 @@ def image_files(path, root, body, problems):
     for line, row in body:
         where, name = f"{path}:{line}", row[0]
         try:
+            if not name:
+                raise UserError(f"{where}: no image name in the first column")
             file = os.path.realpath(name if os.path.isabs(name) else safe_join(root, name, where))
         except UserError as error:
             problems.append(str(error))

@@ -38,7 +38,7 @@ SHEETS = {
     "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg; --root"),
     "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*sub; --root"),
     "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
-    "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: the file name ''"),
+    "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image name"),
     "short prompt row": (
         HEAD + "#prompt,a dog\n0.jpg,1,0\n",
         ":2: the row of prompt names needs 2",
