@@ -165,15 +165,14 @@ def image_files(path, root, body, problems):
             if not name:
                 raise UserError(f"{where}: no image name in the first column")
             file = os.path.realpath(name if os.path.isabs(name) else safe_join(root, name, where))
+            if file in first:
+                raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
+                                "rows (README, docs/data.md: long)")
+            if not os.path.isfile(file):
+                raise UserError(f"{where}: no image {file}; --root says where image names start")
+            first[file] = line
         except UserError as error:
             problems.append(str(error))
-            continue
-        if file in first:
-            problems.append(f"{where}: {name} is already on line {first[file]}; merge the two rows "
-                            "(README, docs/data.md: long)")
-        elif not os.path.isfile(file):
-            problems.append(f"{where}: no image {file}; --root says where image names start")
-        first.setdefault(file, line)
     return list(first)
 
 
