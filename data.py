@@ -10,20 +10,18 @@ into tensors. N images, C categories.
 import hashlib
 import os
 import random
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from clip.model import MEAN, STD
-try:
-    from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
-except ImportError as error:
-    raise ImportError(f"{error}; if another package is called 'datasets', put the folder of this "
-                      "project first: sys.path.insert(0, folder)") from error
+from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
-                           read_lines, require_unique, twins)
+                           read_lines, require_unique, signed, twins)
 from datasets.csv_sheet import is_sheet
 from support import UserError
 
@@ -31,17 +29,16 @@ LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc20
            "vg200": vg200.load, "nuswide": nuswide.load, "cub": cub.load}
 SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
 
-# How a class is called in a prompt: "peers" (TaI-DPT, DualCoOp; the default), "official", or
-# "words" (VOC's joined names split). Names that no table mentions stay as they are; CUB's follow
-# SCPNet's rule (cub_prompt).
+# How a class is called in a prompt, where that is not its name: --prompt-names "peers" (TaI-DPT,
+# DualCoOp; the default) or "words" (VOC's joined names split).
 VOC_WORDS = {"diningtable": "dining table", "pottedplant": "potted plant",
              "tvmonitor": "tv monitor"}
 PROMPTS = {("coco", "peers"): {"motorcycle": "motor bike", "airplane": "aeroplane"},
            ("voc2007", "words"): VOC_WORDS, ("voc2012", "words"): VOC_WORDS}
 
 # The SPLC setup's published lists, below --lists or --root; the second is a test list.
-LISTS = {"coco": ("coco_train_singlelabel.txt",), "voc2012": ("voc_train.txt",),
-         "cub": ("cub_train.txt",), "nuswide": ("nus_train_singlelabel.txt", "nus_val.txt")}
+LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
+         "cub": ["cub_train.txt"], "nuswide": ["nus_train_singlelabel.txt", "nus_val.txt"]}
 
 
 # ---- which labels are seen
@@ -95,12 +92,11 @@ def read_mask(path, split):
     if Path(path).suffix in (".npy", ".npz"):
         array = read_array(path)
     else:
+        rows = [line.replace(",", " ").split() for line in read_lines(path)]
         try:
-            array = np.array([line.replace(",", " ").split()
-                              for line in read_lines(path)]).astype(int)
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"{path}: not a mask file (.npy, .npz, or one line of "
-                            f"{split.labels.shape[1]} numbers a row): {error}") from None
+            array = np.array(rows, float)
+        except ValueError as error:
+            raise UserError(f"{path}: not a mask file, .npy, .npz or text ({error})") from None
     if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
         raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
                         f"{array.shape} of type {array.dtype}")
@@ -125,8 +121,7 @@ def complete(cfg):
     if cfg.data == "scenes" and cfg.root is None:
         scenes.write(SCENES)  # leaves them alone when they are there
     elif cfg.root is None:
-        raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: where it comes "
-                        "from, its size and its folders)")
+        raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: its folders)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
@@ -135,105 +130,82 @@ def complete(cfg):
 
 def splc_lists(cfg, parts):
     """SPLC's lists name the training images and their positive -> train, its labels, test."""
-    where = Path(cfg.lists or cfg.root)
-    given = where.is_file()
-    folder = where.parent if given else where
-    paths = [where if given and i == 0 else
-             find(folder, name, f"annotations/{name}", f"scpnet_{name}",
-                  what=f"the list {name} (give its folder as --lists)")
-             for i, name in enumerate(LISTS[cfg.data])]
+    folder, lists = Path(cfg.lists or cfg.root), list(LISTS[cfg.data])
+    if folder.is_file():
+        folder, lists[0] = folder.parent, folder.name
+    lists = [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
+                  hint=": give its folder as --lists") for name in lists]
     # the complete training labels are not published: the truth is what the list tells
     if cfg.data == "nuswide":
-        names, observed = positive_list(paths[0], 81, single=True)
-        test_names, test = positive_list(paths[1], 81)
-        train = nuswide.photos(cfg.root, names, observed, paths[0])
-        test = np.where(test == POSITIVE, test, NEGATIVE)
-        return train, observed, nuswide.photos(cfg.root, test_names, test, paths[1])
-    names, observed = positive_list(paths[0], len(parts["train"].names), single=True)
+        names, observed = positive_list(lists[0], 81, single=True)
+        train = nuswide.photos(cfg.root, names, observed, lists[0])
+        names, test = positive_list(lists[1], 81)
+        return train, observed, nuswide.photos(cfg.root, names, signed(test == POSITIVE), lists[1])
+    names, observed = positive_list(lists[0], len(parts["train"].names), single=True)
     row = {Path(file).name: i for i, file in enumerate(parts["train"].paths)}
     absent = [name for name in names if Path(name).name not in row]
     if absent:
-        raise UserError(f"{paths[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
+        raise UserError(f"{lists[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
                         f"set, first {absent[0]}")
     train = parts["train"].subset([row[Path(name).name] for name in names])
-    require_unique(train.paths, paths[0])
-    if (observed & (train.labels != POSITIVE)).any():
-        i, c = np.argwhere(observed & (train.labels != POSITIVE))[0]
-        raise UserError(f"{paths[0]}:{i + 1}: {names[i]}'s annotation denies {train.names[c]!r}")
-    train.unused[:] = False  # what the list holds counts
+    require_unique(train.paths, lists[0])
+    for i, c in np.argwhere(observed & (train.labels != POSITIVE)):
+        raise UserError(f"{lists[0]}:{i + 1}: {names[i]}'s annotation denies {train.names[c]!r}")
     return train, observed, parts["test"]
 
 
 def load(cfg):
-    """(train, val or None, test or None) Splits; cfg has the data settings of config.Config:
+    """A config.Config -> (train, val or None, test or None) Splits.
 
-    ratio             share of the training labels that is seen, in (0, 1]
-    single_positive   None, "largeloss" (Cole's sampler; 80/20 split, clean validation labels) or
-                      "splc" (`lists`)
-    seed              of the mask; 0 gives the published ones (Cole's starts at 1200 + seed)
-    train_images      keep the first n training images; the mask is drawn for all of them before
-    mask              file with a mask of your own instead of ratio (see read_mask)
-    val               share of the training images held out, with all their labels, or a second
-                      sheet; None: 0.2 for sheets and "largeloss", scenes' own, otherwise none
+    seed 0 gives the published masks; Cole's sampler starts at 1200 + seed. The mask is drawn for
+    all training images, before train_images cuts them. Where cfg.val is None a fifth is held out
+    for sheets and "largeloss", scenes have their own split, the others none; val keeps all labels.
     """
     if (cfg.single_positive is not None) + (cfg.mask is not None) + (cfg.ratio != 1) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
         raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
-    share = share_of(cfg)
-    largeloss = cfg.single_positive == "largeloss"
+    sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
+    share = None
+    if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
+        if not re.fullmatch(r"0|0?\.\d+", cfg.val):
+            raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {cfg.val}")
+        share = float(cfg.val)
     parts = complete(cfg)
+    train = parts.get("train")
     if cfg.single_positive == "splc":
         train, labels, parts["test"] = splc_lists(cfg, parts)
-    # the sampler never had a row for images without labels; for photos lost since, it had
     elif largeloss:
-        train = parts["train"] if cfg.data == "nuswide" else parts["train"].used()
+        # the sampler never had a row for images without labels; for photos lost since, it had
+        train = train if cfg.data == "nuswide" else train.used()
         labels = single_positives(train.labels, 1200 + cfg.seed)
+    elif cfg.mask:
+        labels = train.labels * read_mask(cfg.mask, train)
     else:
-        train = parts["train"]
-        drawn = partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
-        seen = read_mask(cfg.mask, train) if cfg.mask else drawn
-        labels = train.labels * seen
+        labels = train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
 
     prompts = prompts_for(cfg, train)
     rows, held = np.arange(len(labels)), parts.get("val")
-    if share is None and held is None:
-        share = 0.2 if largeloss or is_sheet(cfg.data) else 0.0
+    if share is None and held is None and (largeloss or sheet):
+        share = 0.2
     if share is not None:
-        rows, held_rows = (hold_out_by_name(train, share) if is_sheet(cfg.data)
-                           else hold_out(len(labels), share))
+        rows, held_rows = hold_out_by_name(train, share) if sheet else hold_out(len(rows), share)
         held_rows = held_rows[~train.unused[held_rows]]
         held = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not held:
-            raise UserError(f"--val {share} of {len(labels)} training images holds none out: raise "
-                            "it, or give 0")
-    digest = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
+            raise UserError(f"--val {share} of {len(labels)} training images holds none out")
     rows = rows[~train.unused[rows]][:cfg.train_images]
-    train, truth, labels = train.subset(rows), train.labels[rows], labels[rows]
-    train.labels, train.truth, train.mask_sha256 = labels, truth, digest
-    if not (labels == POSITIVE).any():
+    mask_sha256 = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
+    train = replace(train, labels=labels, mask_sha256=mask_sha256).subset(rows)
+    if not (train.labels == POSITIVE).any():
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
     test = parts.get("test")
     splits = {"train": train, "val": held and held.used(), "test": test and test.used()}
-    label = Path(cfg.data).stem if is_sheet(cfg.data) else cfg.data
     for name, split in splits.items():
         if split:
-            split.name, split.prompts = f"{label}/{name}", prompts
+            split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
     return tuple(splits.values())
-
-
-def share_of(cfg):
-    """The share of the training rows that --val asks to hold out; None where it asks for none."""
-    if cfg.val is None or is_sheet(cfg.data) and is_sheet(cfg.val):
-        return None
-    try:
-        share = float(cfg.val)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {cfg.val}")
-    return share
 
 
 def prompts_for(cfg, split):
@@ -247,17 +219,10 @@ def prompts_for(cfg, split):
     if is_sheet(cfg.data):
         return split.prompts
     if cfg.data == "cub" and cfg.prompt_names != "official":
-        names = [cub_prompt(name) for name in names]
+        # SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill'
+        names = [f"{name.split('::')[1].split('_(')[0]} {name.split('_')[1]}" for name in names]
     table = PROMPTS.get((cfg.data, cfg.prompt_names), {})
     return [table.get(name, name).replace("_", " ") for name in names]
-
-
-def cub_prompt(name):
-    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill', else as it is."""
-    group, _, value = name.partition("::")
-    if not value or "_" not in group:
-        return name
-    return value.split("_(")[0] + " " + name.split("_")[1]
 
 
 def describe(split):
@@ -283,7 +248,7 @@ class Images(Dataset):
     def __init__(self, split, size, augment="none", seed=0):
         self.split, self.size, self.augment, self.seed = split, size, augment, seed
         self.mean, self.std = MEAN, STD  # a FeatureLoader sets those of its CLIP
-        # area; TaI-DPT's rn101_nus.yaml
+        # share of the area; TaI-DPT's rn101_nus.yaml
         self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5
 
     def __len__(self):
@@ -307,14 +272,12 @@ class Images(Dataset):
 
     def fingerprint(self):
         """bytes that name all that the pixels depend on: files (path, size, time), transform."""
-        try:
-            files = [(path, stat.st_size, stat.st_mtime_ns) for path in self.split.paths
-                     for stat in [os.stat(path)]]
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}: put the image back") from None
+        stats = [(path, os.stat(path)) for path in self.split.paths]
+        files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         code = hashlib.sha256(Path(augment.__file__).read_bytes()).hexdigest()
         seed = self.seed if self.augment != "none" else 0
-        transform = (self.size, self.augment, self.smallest_crop, seed, self.mean, self.std, code)
+        transform = (self.size, self.augment, self.smallest_crop, seed, self.mean, self.std,
+                     augment.POLICIES, code)
         return repr((files, transform)).encode()
 
 

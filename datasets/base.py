@@ -2,12 +2,12 @@
 
 N images, C categories.
 """
-import collections
+import codecs
 import hashlib
 import io
 import json
 import os
-import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
@@ -17,6 +17,7 @@ import numpy as np
 from support import UserError
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project
+PER_IMAGE = ("paths", "labels", "truth", "boxes", "sizes", "unused", "listed", "where")
 
 
 @dataclass
@@ -44,11 +45,11 @@ class Split:
     def subset(self, rows):
         """The same split with only these rows (indices)."""
         def part(values):
-            return [values[i] for i in rows] if values else None
+            if isinstance(values, np.ndarray):
+                return values[rows]
+            return values and [values[i] for i in rows]
 
-        return replace(self, paths=part(self.paths) or [], labels=self.labels[rows],
-                       truth=self.truth[rows], unused=self.unused[rows], boxes=part(self.boxes),
-                       sizes=part(self.sizes), listed=part(self.listed), where=part(self.where))
+        return replace(self, **{name: part(getattr(self, name)) for name in PER_IMAGE})
 
     def used(self):
         return self.subset(np.flatnonzero(~self.unused))
@@ -59,22 +60,30 @@ class Split:
         names = json.dumps([self.names, self.prompts,
                             [os.path.basename(path) for path in self.paths]])
         content = names.encode() + self.labels.tobytes() + self.truth.tobytes()
-        counts = {"images": len(self.paths), "positives": int((self.labels == POSITIVE).sum()),
-                  "negatives": int((self.labels == NEGATIVE).sum()),
-                  "unknowns": int((self.labels == UNKNOWN).sum())}
+        counts = {name: int((self.labels == code).sum()) for name, code in
+                  (("positives", POSITIVE), ("negatives", NEGATIVE), ("unknowns", UNKNOWN))}
         mask = {"mask_sha256": self.mask_sha256} if self.mask_sha256 else {}
-        return counts | {"dropped": self.dropped,
-                         "sha256": hashlib.sha256(content).hexdigest()} | mask
+        return {"images": len(self.paths), **counts,
+                "dropped": {why: count for why, count in self.dropped.items() if count},
+                "sha256": hashlib.sha256(content).hexdigest(), **mask}
 
 
-def find(root, *choices, what):
-    """The first of `choices` (paths below root) that exists."""
+def signed(present):
+    """bool -> POSITIVE or NEGATIVE, int8."""
+    return np.where(present, POSITIVE, NEGATIVE).astype(np.int8)
+
+
+# ---- files
+
+def find(root, *names, folders=("",), hint=""):
+    """The first of `names` that is in one of `folders` (paths below root)."""
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; expected the data set there (--root)")
-    for choice in choices:
-        if os.path.exists(Path(root, choice)):
-            return Path(root, choice)
-    raise UserError(f"{root}: {what} not found (looked for {', '.join(map(str, choices))})")
+    places = [os.path.join(folder, name) for name in names for folder in folders]
+    for place in places:
+        if os.path.exists(os.path.join(root, place)):
+            return Path(root, place)
+    raise UserError(f"{root}: {names[0]} not found{hint} (looked for {', '.join(places)})")
 
 
 def read_bytes(path):
@@ -86,96 +95,88 @@ def read_bytes(path):
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def read_lines(path, names=None):
-    """Lines that are not empty, stripped. names: how many different ones there must be."""
+def read_text(path):
+    """(text, encoding: UTF-8 with or without its mark, or UTF-16)."""
     raw = read_bytes(path)
+    encoding = "utf-8-sig" if raw.startswith(codecs.BOM_UTF8) else "utf-8"
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode(encoding), encoding
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text: save it as UTF-8") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+        raise UserError(f"{path}:{line}: not UTF-8 text: save it as UTF-8 ('CSV UTF-8')") from None
+
+
+def read_lines(path, names=None):
+    """Lines that are not empty, stripped. names: how many different ones there must be."""
+    lines = [line.strip() for line in read_text(path)[0].splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: the file is empty: complete the download")
-    if names and not len(set(lines)) == len(lines) == names:
-        raise UserError(f"{path}: expected {names} distinct names, one a line; got {len(lines)}, "
-                        f"{len(set(lines))} distinct")
+    if names and len(require_unique(lines, path)) != names:
+        raise UserError(f"{path}: expected {names} names, one a line; got {len(lines)}")
     return lines
 
 
 def read_json(path, **options):
+    raw = read_bytes(path)
     try:
-        return json.loads(read_bytes(path), **options)
+        return json.loads(raw, **options)
     except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8
         raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from None
 
 
 def read_array(path):
     """The array of a .npy, or the only one of a .npz; pickles are never loaded."""
+    raw = read_bytes(path)
     try:
-        found = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+        found = np.load(io.BytesIO(raw), allow_pickle=False)
         array, = [found] if isinstance(found, np.ndarray) else found.values()
-        return np.asarray(array)
-    except UserError:
-        raise
+        return array
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise UserError(f"{path}: not an array file, .npy or .npz of one array "
                         f"({str(error)[:150]}); save it again") from None
 
 
+# ---- images
+
 def safe_join(folder, name, where):
     """folder/name, refused when `name` leads out of the folder. The user's links are followed."""
-    name = str(name).replace("\\", "/")
-    path = os.path.normpath(os.path.join(folder, name))
-    below = path.startswith(os.path.join(os.path.normpath(folder), ""))
-    if os.path.isabs(name) or "\0" in name or not below:
+    path = os.path.normpath(os.path.join(folder, str(name).replace("\\", "/")))
+    if "\0" in path or not path.startswith(os.path.join(os.path.normpath(folder), "")):
         raise UserError(f"{where}: the file name {name!r} leads out of {folder}")
     return path
 
 
-def locate(paths):
-    """The paths as their folders write them, None where there is no file.
-
-    A name in another Unicode normal form (as macOS writes umlauts) is the same name.
-    """
-    listed, found = {}, []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in listed:
-            entries = os.listdir(folder) if os.path.isdir(folder) else []
-            listed[folder] = {unicodedata.normalize("NFC", entry): entry for entry in entries}
-        real = listed[folder].get(unicodedata.normalize("NFC", name))
-        found.append(real and os.path.join(folder, real))
-    return found
+def locate(name, folders, where):
+    """The file of this name in the first of `folders` that holds it, else None."""
+    paths = (safe_join(folder, name, where) for folder in folders)
+    return next(filter(os.path.isfile, paths), None)
 
 
-def twins(paths):
-    """For each file the index of the first one with the same bytes; only files of equal size are
-    read."""
-    sizes = [os.path.getsize(path) for path in paths]
-    count, seen = collections.Counter(sizes), {}
-    return [seen.setdefault(hashlib.sha256(read_bytes(path)).digest() if count[size] > 1 else i, i)
-            for i, (path, size) in enumerate(zip(paths, sizes))]
+def require_files(names, folders, where):
+    """The files of the names: every image is there, and listed once."""
+    paths = [locate(name, folders, where) for name in names]
+    missing = [name for name, path in zip(names, paths) if path is None]
+    if missing:
+        raise UserError(f"{where}: {len(missing)} of {len(names)} images are missing, first "
+                        f"{missing[0]} of {folders[0]}; complete the download or correct --root")
+    return require_unique(paths, where)
 
 
 def require_unique(entries, where):
-    """Nothing is listed twice."""
-    seen = set()
-    for entry in entries:
-        if entry in seen:
+    for entry, count in Counter(entries).items():
+        if count > 1:
             raise UserError(f"{where}: {entry} is listed twice; keep one of the two rows")
-        seen.add(entry)
+    return entries
 
 
-def require_files(paths, where):
-    """The paths as `locate` finds them: every image is there, and listed once."""
-    require_unique(paths, where)
-    found = locate(paths)
-    missing = [path for path, real in zip(paths, found) if real is None]
-    if missing:
-        raise UserError(f"{where}: {len(missing)} of {len(paths)} images are missing, first "
-                        f"{missing[0]}; complete the download or correct --root")
-    return found
+def twins(paths):
+    """For each file the index of the first one with the same bytes; reads files of equal size."""
+    sizes = [os.path.getsize(path) for path in paths]
+    count, seen = Counter(sizes), {}
+    return [seen.setdefault(hashlib.sha256(read_bytes(path)).digest() if count[size] > 1 else i, i)
+            for i, (path, size) in enumerate(zip(paths, sizes))]
 
 
 def positive_list(path, classes, single=False):
@@ -185,11 +186,10 @@ def positive_list(path, classes, single=False):
     names, labels = [], np.full((len(lines), classes), UNKNOWN, np.int8)
     for i, line in enumerate(lines):
         name, _, listed = line.rpartition(",")
-        columns = listed.split()
-        fits = all(c.isdecimal() and int(c) < classes for c in columns)
-        if not name or not fits or single and len(columns) != 1:
-            wanted = "one idx" if single else "idx idx ..."
+        columns = [int(c) if c.isdecimal() else classes for c in listed.split()]
+        if not name or max(columns, default=0) >= classes or single and len(columns) != 1:
+            wanted = "one idx" if single else "idx idx .."
             raise UserError(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}")
         names.append(name)
-        labels[i, [int(c) for c in columns]] = POSITIVE
+        labels[i, columns] = POSITIVE
     return names, labels

@@ -5,19 +5,19 @@ empty unknown.
     #prompt,dog,cat,small red car          (optional second row: the names to use in prompts)
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
-Sheets full of unknowns are the point. Other forms are understood and told: 1.0, true, yes, x; 0.0,
-false, no; ?, NA, nan; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no category
-(--ignore, or found); one column of lists such as `dog|cat` (--unlisted says what the others are).
-What could mean two things is refused with the option that settles it; `python data.py SHEET.csv`
-prints every problem with its line.
+Sheets full of unknowns are the point. Other forms are understood: the WORDS below; commas,
+semicolons or tabs; UTF-8 or UTF-16; columns that are no category (--ignore, or found); one column
+of lists such as `dog|cat` (--unlisted says what the others are). What could mean two things is
+refused with the option that settles it; `python data.py SHEET.csv` prints every problem.
 """
 import csv
 import io
 import os
+from collections import Counter
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, read_bytes, safe_join
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, read_text, safe_join
 from support import UserError
 
 WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"),
@@ -25,9 +25,9 @@ WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"),
          UNKNOWN: ("", "?", "na", "n/a", "nan", "none", "null", "unknown")}
 CODES = {word: code for code, words in WORDS.items() for word in words}
 MINUS_ONE = ("-1", "-1.0")
-# --minus-one absent
-SIGNED = {**CODES, "0": UNKNOWN, "0.0": UNKNOWN, "-1": NEGATIVE, "-1.0": NEGATIVE}
-UNCERTAIN = {**CODES, "-1": UNKNOWN, "-1.0": UNKNOWN}  # --minus-one unknown, as CheXpert
+# --minus-one absent: 0 is unknown; --minus-one unknown: as CheXpert has it
+SIGNED = CODES | dict.fromkeys(("0", "0.0"), UNKNOWN) | dict.fromkeys(MINUS_ONE, NEGATIVE)
+UNCERTAIN = CODES | dict.fromkeys(MINUS_ONE, UNKNOWN)
 
 
 def is_sheet(data):
@@ -35,45 +35,30 @@ def is_sheet(data):
 
 
 def load(root, cfg):
-    """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first,
-    other images."""
-    parts = {"train": read(cfg.data, root, cfg)}
-    for part in ("val", "test"):
-        path = getattr(cfg, part, None)
-        if path is not None and is_sheet(path):
-            parts[part] = aligned(read(path, root, cfg), parts, path)
+    """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first one,
+    in its order, and other images."""
+    train = read(cfg.data, root, cfg)
+    parts = {"train": train}
+    for part, path in (("val", cfg.val), ("test", cfg.test)):
+        if is_sheet(path):
+            split = read(path, root, cfg)
+            if sorted(split.names) != sorted(train.names):
+                raise UserError(f"{path}: its classes differ from those of the training sheet: "
+                                f"{sorted(set(split.names) ^ set(train.names))}; use the same")
+            for name, other in parts.items():
+                if both := set(split.paths) & set(other.paths):
+                    raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, "
+                                    f"first {min(both)}; keep them apart")
+            order = [split.names.index(name) for name in train.names]
+            split.labels = split.truth = split.labels[:, order]
+            split.names, split.prompts = train.names, train.prompts
+            parts[part] = split
     return parts
 
 
-def aligned(split, parts, path):
-    """A second sheet with its columns in the order of the first one; it shares no image with the
-    others."""
-    names = parts["train"].names
-    if sorted(split.names) != sorted(names):
-        raise UserError(f"{path}: its classes differ from those of the training sheet: "
-                        f"{sorted(set(split.names) ^ set(names))}; use the same columns")
-    for name, other in parts.items():
-        if both := set(split.paths) & set(other.paths):
-            raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, first "
-                            f"{min(both)}; keep them apart")
-    split.labels = split.truth = split.labels[:, [split.names.index(name) for name in names]]
-    split.names, split.prompts = names, parts["train"].prompts
-    return split
-
-
 def sheet_text(path):
-    """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding) of a text file
-    with commas, semicolons or tabs, UTF-8 or UTF-16."""
-    raw = read_bytes(path)
-    encoding = "utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encoding = "utf-16"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it "
-                        "as 'CSV UTF-8'") from None
+    """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding)."""
+    text, encoding = read_text(path)
     first, end, rest = text.partition("\n")
     if first.strip().lower().startswith("sep="):
         return first + end, rest, first.strip()[4:5] or ",", encoding
@@ -81,7 +66,7 @@ def sheet_text(path):
 
 
 def table(path):
-    """(header, [(line number, cells)]) of such a file."""
+    """(header, [(line number, cells)]) of such a file; empty rows and columns at the end go."""
     before, text, delimiter, _ = sheet_text(path)
     skipped = bool(before)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -92,16 +77,11 @@ def table(path):
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
-    # empty columns at the end go
     width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
-    rows = [(line, row[:width]) for line, row in rows]
-    (_, header), body = rows[0], rows[1:]
-    if len(header) < 2:
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got "
-                        f"{','.join(header)[:80]!r}")
+    (_, header), *body = [(line, row[:width]) for line, row in rows]
     if all(cell.lower() in CODES for cell in header[1:]):
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got what looks like a "
-                        f"row of labels ({header[0]}): put the header above it")
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...' above the labels, got "
+                        f"{','.join(header)[:80]!r}")
     return header, body
 
 
@@ -109,9 +89,9 @@ def read(path, root, cfg):
     """-> Split. root: where relative image names start, and what they must not leave (default: the
     sheet's folder). UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
-    codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(getattr(cfg, "minus_one", None), CODES)
+    codes = {"absent": SIGNED, "unknown": UNCERTAIN, None: CODES}[cfg.minus_one]
     header, body = table(path)
-    ignored = set(filter(None, (getattr(cfg, "ignore", None) or "").split(",")))
+    ignored = set(filter(None, (cfg.ignore or "").split(",")))
     if missing := ignored - set(header):
         raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are "
                         f"{', '.join(header[:20])}")
@@ -128,7 +108,7 @@ def read(path, root, cfg):
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
     other = [c for c in columns if holds_no_label([row[c] for _, row in body], codes)]
     if len(other) == len(columns) == 1:
-        cells, names = lists(path, body, other[0], getattr(cfg, "unlisted", None))
+        cells, names = lists(path, body, other[0], cfg.unlisted)
     else:
         if other:
             print(f"{path}: no categories, since no cell is a label: "
@@ -136,13 +116,15 @@ def read(path, root, cfg):
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
-    problems += doubtful_names(path, names)
+    problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
+                 "one of its own, capitals aside"
+                 for name, count in Counter(map(str.lower, names)).items() if count > 1 or not name]
     files = image_files(path, root, body, problems)
     if problems:
-        more = ""
+        told = problems[0]
         if len(problems) > 1:
-            more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
-        error = UserError(problems[0] + more)
+            told += f" (and {len(problems) - 1} more; python data.py {path} lists them)"
+        error = UserError(told)
         error.problems = problems
         raise error
     return Split(os.path.splitext(os.path.basename(path))[0], files, names,
@@ -161,15 +143,15 @@ def label_cells(path, header, body, columns, codes, problems):
     """N rows of C label codes; what is no label joins `problems`."""
     cells = []
     for line, row in body:
-        bad = [f"{header[c]}={row[c]!r}" for c in columns if row[c].lower() not in codes]
-        if any(row[c] in MINUS_ONE and row[c] not in codes for c in columns):
-            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: -1 is absent in some sheets "
-                            "(where 0 is unknown) and uncertain in others: say --minus-one "
-                            "absent or --minus-one unknown")
-        elif bad:
-            problems.append(f"{path}:{line}: a cell is 1 (present), 0 (absent) or empty "
-                            f"(unknown), got {', '.join(bad[:3])}; a column that is no "
-                            "category goes into --ignore (README, docs/data.md: lists)")
+        bad = [c for c in columns if row[c].lower() not in codes]
+        if bad:
+            told = ("a cell is 1 (present), 0 (absent) or empty (unknown); a column that is no "
+                    "category goes into --ignore (README, docs/data.md: lists)")
+            if any(row[c] in MINUS_ONE for c in bad):
+                told = ("-1 is absent in some sheets (where 0 is unknown) and uncertain in others: "
+                        "say --minus-one absent or --minus-one unknown")
+            got = ", ".join(f"{header[c]}={row[c]!r}" for c in bad[:3])
+            problems.append(f"{path}:{line}: {got}: {told}")
         cells.append([codes.get(row[c].lower(), UNKNOWN) for c in columns])
     return cells
 
@@ -178,19 +160,16 @@ def image_files(path, root, body, problems):
     """Absolute file names of the rows, links followed: one image, one row."""
     first = {}  # file: its line
     for line, row in body:
+        where, name = f"{path}:{line}", row[0]
         try:
-            if not row[0]:
-                raise UserError(f"{path}:{line}: no image name in the first column")
-            absolute = os.path.isabs(row[0]) and "\0" not in row[0]
-            file = os.path.realpath(row[0] if absolute
-                                    else safe_join(root, row[0], f"{path}:{line}"))
+            if not name:
+                raise UserError(f"{where}: no image name in the first column")
+            file = os.path.realpath(name if os.path.isabs(name) else safe_join(root, name, where))
             if file in first:
-                raise UserError(f"{path}:{line}: {row[0]} is already on line {first[file]}; merge "
-                                "the two rows (README, docs/data.md: long)")
+                raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
+                                "rows (README, docs/data.md: long)")
             if not os.path.isfile(file):
-                what = "a folder" if os.path.isdir(file) else "missing"
-                raise UserError(f"{path}:{line}: no image {file} ({what}); --root says where image "
-                                "names start")
+                raise UserError(f"{where}: no image {file}; --root says where image names start")
             first[file] = line
         except UserError as error:
             problems.append(str(error))
@@ -199,7 +178,7 @@ def image_files(path, root, body, problems):
 
 def lists(path, body, column, unlisted):
     """One column of lists, `dog|cat` or `dog;cat` -> cells (N rows of C codes), names."""
-    if unlisted not in ("absent", "unknown"):
+    if unlisted is None:
         raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
                         "do not name absent or unknown? Say --unlisted absent or unknown")
     rows = [[name.strip() for name in row[column].replace(";", "|").split("|") if name.strip()]
@@ -208,16 +187,3 @@ def lists(path, body, column, unlisted):
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     print(f"{path}: one column of lists, {len(names)} categories")
     return [[POSITIVE if name in row else rest for name in names] for row in rows], names
-
-
-def doubtful_names(path, names):
-    problems = []
-    if "" in names:
-        problems = [f"{path}:1: a column has cells, but no class name: give it one"]
-    seen = {}
-    for name in names:
-        if (other := seen.setdefault(name.lower(), name)) is not name:
-            problems.append(f"{path}:1: the classes {other!r} and {name!r} " + (
-                "are one name: rename or merge them" if other == name else
-                "differ in capitals only: merge them, or put one into --ignore"))
-    return problems

@@ -3,33 +3,30 @@
 CUB_200_2011/ with attributes.txt beside or in it; is_present is the label, certainty is ignored by
 all peers.
 """
+import io
+
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, read_bytes, read_lines,
-                           require_files, require_unique, safe_join)
+from datasets.base import (Split, find, read_bytes, read_lines, require_files, require_unique,
+                           signed)
 from support import UserError
 
-FOLDERS = ("CUB_200_2011/CUB_200_2011/", "CUB_200_2011/", "")
+FOLDERS = ("CUB_200_2011/CUB_200_2011", "CUB_200_2011", "")
 
 
 def load(root, cfg):
-    index = find(root, *(f"{folder}images.txt" for folder in FOLDERS), what="CUB's images.txt")
+    index = find(root, "images.txt", folders=FOLDERS)
     base = index.parent
-    places = [f"{folder}{file}" for folder in FOLDERS
-              for file in ("attributes.txt", "attributes/attributes.txt")]
-    attributes = find(root, *places, "../attributes.txt", what="attributes.txt (the 312 names)")
-    images, names = numbered(index), numbered(attributes)
-    require_unique(names, attributes)
+    attributes = find(root, "attributes.txt", "attributes/attributes.txt", folders=(*FOLDERS, ".."))
+    images, names = numbered(index), require_unique(numbered(attributes), attributes)
     sides = numbered(base / "train_test_split.txt")
     if len(sides) != len(images) or set(sides) - {"0", "1"}:
         raise UserError(f"{base / 'train_test_split.txt'}: expected 0 or 1 for all {len(images)} "
                         f"images, got {len(sides)} lines of {sorted(set(sides))[:5]}")
     labels = image_labels(base / "attributes/image_attribute_labels.txt", len(images), len(names))
-    paths = require_files([safe_join(base / "images", name, index) for name in images], index)
-    whole = Split("cub", paths, names, labels)
-    train = np.array(sides) == "1"
-    return {"train": whole.subset(np.flatnonzero(train)),
-            "test": whole.subset(np.flatnonzero(~train))}
+    whole = Split("cub", require_files(images, [base / "images"], index), names, labels)
+    return {"train": whole.subset(np.flatnonzero(np.array(sides) == "1")),
+            "test": whole.subset(np.flatnonzero(np.array(sides) == "0"))}
 
 
 def numbered(path):
@@ -42,19 +39,12 @@ def numbered(path):
 
 def image_labels(path, N, C):
     """Lines 'image attribute 0|1 ...', some with stray fields after these -> (N, C) int8."""
-    labels = np.full((N, C), UNKNOWN, np.int8)
-    code = {b"0": NEGATIVE, b"1": POSITIVE}
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        try:
-            image, attribute, value = line.split(None, 3)[:3]
-            row, column = int(image) - 1, int(attribute) - 1
-            if min(row, column) < 0 or labels[row, column] != UNKNOWN:
-                raise ValueError
-            labels[row, column] = code[value]
-        except (ValueError, KeyError, IndexError):
-            if line.strip():
-                raise UserError(f"{path}:{number}: expected 'image attribute 0|1 ...', each pair "
-                                f"once, got {line[:80]!r}") from None
-    if (labels == UNKNOWN).any():
-        raise UserError(f"{path}: {(labels == UNKNOWN).sum()} of {labels.size} cells have no line")
-    return labels
+    try:
+        table = np.loadtxt(io.BytesIO(read_bytes(path)), int, usecols=(0, 1, 2), ndmin=2)
+    except ValueError as error:
+        raise UserError(f"{path}: expected lines 'image attribute 0|1 ...': {error}") from None
+    cells = np.indices((N, C)).reshape(2, -1).T + 1  # (N C, 2): 1 1, 1 2, ...
+    if not np.array_equal(table[:, :2], cells) or not np.isin(table[:, 2], (0, 1)).all():
+        raise UserError(f"{path}: expected 'image attribute 0|1 ...' for {N} images x {C} "
+                        f"attributes in their order, got {len(table)} lines")
+    return signed(table[:, 2] == 1).reshape(N, C)

@@ -4,12 +4,12 @@ https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.ht
 Its photos vanish from Flickr: missing ones are left out, counted and told, never replaced.
 N images, C = 81 categories.
 """
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, Split, find, locate, read_array, read_bytes,
-                           read_lines, require_unique, safe_join)
+from datasets.base import (Split, find, locate, read_array, read_bytes, read_lines, require_unique,
+                           signed)
 from support import UserError
 
 FOLDERS = ("Flickr", "images", "Flickr/images", ".")
@@ -26,8 +26,7 @@ def load(root, cfg):
 
 
 def concepts(root):
-    places = [f"{folder}Concepts81.txt" for folder in ("ConceptsList/", "", "ImageList/")]
-    return read_lines(find(root, *places, what="the concepts"), 81)
+    return read_lines(find(root, "Concepts81.txt", folders=("ConceptsList", "", "ImageList")), 81)
 
 
 def photos(root, names, labels, where):
@@ -35,40 +34,26 @@ def photos(root, names, labels, where):
 
     Looked for below Flickr/ or images/ as the list writes them, or all in one flat folder.
     """
-    names = [name.replace("\\", "/") for name in names]
-    best, lost = None, len(names)
-    for flat in (False, True):
-        for folder in (Path(root) / part for part in FOLDERS):
-            paths = [safe_join(folder, Path(name).name if flat else name, where) for name in names]
-            found = locate(paths)
-            missing = sum(path is None for path in found)
-            if missing < lost:
-                best, lost = [real or path for real, path in zip(found, paths)], missing
-                unused = np.array([path is None for path in found])
-        if best:
-            break
-    if not best:
-        raise UserError(f"{where}: none of its {len(names)} photos is in {root}/Flickr or "
-                        f"{root}/images, e.g. {names[0]}")
-    require_unique(best, where)
-    return Split("nuswide", best, concepts(root), labels, unused=unused,
-                 dropped={"photo missing": lost} if lost else {})
+    folders = [Path(root) / folder for folder in FOLDERS]
+    paths = [locate(name, folders, where) or locate(PureWindowsPath(name).name, folders, where)
+             for name in names]
+    require_unique(filter(None, paths), where)
+    unused = np.array([path is None for path in paths])
+    if unused.all():
+        raise UserError(f"{where}: none of its {len(names)} photos is in {folders[0]} or "
+                        f"{folders[1]}, e.g. {names[0]}")
+    return Split("nuswide", [path or name for path, name in zip(paths, names)], concepts(root),
+                 labels, unused=unused, dropped={"photo missing": int(unused.sum())})
 
 
 def official(root, part):
-    """ImageList/<part>Imagelist.txt, and a file of 0/1 a concept or one of 81 columns."""
-    path = find(root, f"ImageList/{part}Imagelist.txt", f"{part}Imagelist.txt",
-                what=f"the {part} list")
+    """ImageList/<part>Imagelist.txt, and a file of 0/1 a concept."""
+    path = find(root, f"{part}Imagelist.txt", folders=("ImageList", ""))
     images = read_lines(path)
-    merged = Path(root) / "Groundtruth" / f"Labels_{part}.txt"
-    if merged.exists():
-        present = zeros_and_ones(merged, len(images) * 81).reshape(-1, 81)
-    else:
-        files = [find(root, *(f"{folder}TrainTestLabels/Labels_{name}_{part}.txt"
-                              for folder in ("Groundtruth/", "")),
-                      what=f"label {name}") for name in concepts(root)]
-        present = np.stack([zeros_and_ones(file, len(images)) for file in files], 1)
-    return photos(root, images, np.where(present, POSITIVE, NEGATIVE).astype(np.int8), path)
+    files = [find(root, f"TrainTestLabels/Labels_{name}_{part}.txt", folders=("Groundtruth", ""))
+             for name in concepts(root)]
+    labels = signed(np.stack([zeros_and_ones(file, len(images)) for file in files], 1))
+    return photos(root, images, labels, path)
 
 
 def zeros_and_ones(path, count):
@@ -81,14 +66,11 @@ def zeros_and_ones(path, count):
 
 def arrays(root, part):
     """formatted_<part>_images.npy and _labels.npy, as the LargeLoss setup publishes them."""
-    def file(kind):
-        places = [f"{folder}formatted_{part}_{kind}.npy" for folder in ("", "Flickr/")]
-        return find(root, *places, what=f"the {part} {kind}")
-
-    images, labels = file("images"), file("labels")
+    images, labels = (find(root, f"formatted_{part}_{kind}.npy", folders=("", "Flickr"))
+                      for kind in ("images", "labels"))
     names = [str(name) for name in read_array(images).ravel()]
     found = read_array(labels)
     if found.shape != (len(names), 81) or not np.isin(found, (0, 1)).all():
         raise UserError(f"{labels}: expected 0 or 1 for {len(names)} images x 81 concepts, got "
                         f"{found.shape} with the values {np.unique(found)[:5].tolist()}")
-    return photos(root, names, np.where(found == 1, POSITIVE, NEGATIVE).astype(np.int8), images)
+    return photos(root, names, signed(found == 1), images)

@@ -11,45 +11,27 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, Split, find, locate, read_json, read_lines,
-                           require_files, safe_join)
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, read_lines, require_files
 from support import UserError
-
-FOLDERS = ("", "VG/", "annotations/")
 
 
 def load(root, cfg):
-    try:
-        names = cfg.names or find(root, *(f"{f}vg_category_200.txt" for f in FOLDERS),
-                                  what="the category names")
-    except UserError:
-        raise UserError(f"{root}: VG-200's category names are not part of the public files: pass "
-                        "--names FILE, one a line (python data.py vg200 --root DIR --objects "
-                        "objects.json finds them in Visual Genome's objects.json)") from None
-    names = read_lines(names, 200)
-    return {part: split(root, part, names) for part in ("train", "test")}
+    names = cfg.names or find(
+        root, "vg_category_200.txt", hint=": the names are not part of the public files, pass "
+        "--names FILE, or find them with python data.py vg200 --root DIR --objects objects.json")
+    return {part: split(root, part, read_lines(names, 200)) for part in ("train", "test")}
 
 
 def split(root, part, names):
     path, images, labels = listed(root, part)
-    folders = [Path(root) / h / k for h in ("", "VG", "images") for k in ("VG_100K", "VG_100K_2")]
-    folders = [folder for folder in folders if folder.is_dir()]
-    if not folders:
-        raise UserError(f"{root}: expected Visual Genome's image folders VG_100K, VG_100K_2")
-    files = [safe_join(folders[0], name, path) for name in images]
-    for folder in folders[1:]:
-        for i, found in enumerate(locate(files)):
-            if found is None:
-                files[i] = safe_join(folder, images[i], path)
-    return Split(f"vg200/{part}", require_files(files, path), list(names), labels)
+    folders = [Path(root, "VG_100K"), Path(root, "VG_100K_2")]
+    return Split(f"vg200/{part}", require_files(images, folders, path), names, labels)
 
 
 def listed(root, part):
     """The list file, its N image names, (N, 200) labels. A JSON of 500 categories is cut at 200."""
-    path = find(root, *(f"{f}{part}_list_500.txt" for f in FOLDERS), what=f"the {part} list")
-    index = find(root,
-                 *(f"{f}vg_category_{n}_labels_index.json" for n in (200, 500) for f in FOLDERS),
-                 what="the label JSON")
+    path = find(root, f"{part}_list_500.txt")
+    index = find(root, *(f"vg_category_{count}_labels_index.json" for count in (200, 500)))
     images, count = read_lines(path), int(index.name.split("_")[2])
     labels = np.full((len(images), 200), NEGATIVE, np.int8)
     known = read_json(index)
@@ -66,10 +48,9 @@ def match_names(root, objects):
     """200 object names: for each index the one whose set of images is most like the index's
     (intersection over union). objects: Visual Genome's objects.json, with object_alias.txt beside
     it or not. Look them over."""
-    parts = [listed(root, part) for part in ("train", "test")]
-    row = {name: i for i, name in enumerate(parts[0][1] + parts[1][1])}
-    labels = np.concatenate([labels for _, _, labels in parts])  # (N, 200)
-    positive = (labels == POSITIVE).astype(np.float32)
+    (_, train, known), (_, test, other) = listed(root, "train"), listed(root, "test")
+    row = {name: i for i, name in enumerate(train + test)}
+    positive = (np.concatenate([known, other]) == POSITIVE).astype(np.float32)  # (N, 200)
     aliases = Path(objects).with_name("object_alias.txt")
     groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
     alias = {word: words[0] for words in groups for word in words}

@@ -1,15 +1,11 @@
-"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main.
+"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main. N images, C = 20 categories.
 http://host.robots.ox.ac.uk/pascal/VOC
-
-The labels come from Main/<class>_<split>.txt, or else from the XML files. N images, C = 20
-categories.
 """
-import xml.etree.ElementTree as ElementTree
+from itertools import zip_longest
 
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files,
-                           safe_join)
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_lines, require_files
 from support import UserError
 
 VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -22,57 +18,29 @@ def load(root, cfg):
     An object seen only as "difficult" is NEGATIVE, but POSITIVE in the lists of the SPLC setup.
     """
     year = int(cfg.data[3:])
-    train, test = ("trainval", "test") if year == 2007 else ("train", "val")
+    lists = ("trainval", "test") if year == 2007 else ("train", "val")
     difficult = POSITIVE if cfg.single_positive == "splc" else NEGATIVE
-    return {"train": split(root, year, train, difficult),
-            "test": split(root, year, test, difficult)}
+    train, test = (split(root, year, part, difficult) for part in lists)
+    return {"train": train, "test": test}
 
 
 def split(root, year, part, difficult=NEGATIVE):
-    jpegs = find(root, f"VOCdevkit/VOC{year}/JPEGImages", f"VOC{year}/JPEGImages", "JPEGImages",
-                 what=f"VOC{year}")
+    jpegs = find(root, "JPEGImages", folders=(f"VOCdevkit/VOC{year}", f"VOC{year}", ""))
     main = jpegs.parent / "ImageSets" / "Main"
     listing = main / f"{part}.txt"
     ids = [line.split()[0] for line in read_lines(listing)]
-    files = require_files([safe_join(jpegs, f"{name}.jpg", listing) for name in ids], listing)
-    if (main / f"dog_{part}.txt").exists():
-        columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
-        labels = np.stack(columns, 1)
-    else:
-        labels = np.stack([annotation(jpegs.parent / "Annotations" / f"{name}.xml", difficult)
-                           for name in ids])
+    files = require_files([f"{name}.jpg" for name in ids], [jpegs], listing)
+    labels = np.stack([class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC], 1)
     unused = ~(labels == POSITIVE).any(1)  # the few whose objects are all difficult
     return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
-                 dropped={"without a positive": int(unused.sum())} if unused.any() else {})
+                 dropped={"without a positive": int(unused.sum())})
 
 
 def class_list(path, ids, difficult):
-    """<class>_<split>.txt, lines 'id 1', 'id 0' (difficult only) or 'id -1' -> (N,) int8."""
+    """Lines 'id 1', 'id 0' (difficult only) or 'id -1' in the list's order -> (N,) int8."""
     code = {"1": POSITIVE, "0": difficult, "-1": NEGATIVE}
-    left = {key: i for i, key in enumerate(ids)}
-    column = np.zeros(len(ids), np.int8)
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            key, value = line.split()
-            column[left.pop(key)] = code[value]
-        except (ValueError, KeyError):
-            raise UserError(f"{path}:{number}: expected an id of the split's list, once, and 1, 0 "
-                            f"or -1, got {line[:80]!r}") from None
-    if left:
-        raise UserError(f"{path}: {len(left)} of the {len(ids)} listed images have no line")
-    return column
-
-
-def annotation(path, difficult):
-    """One XML -> (20,) int8."""
-    labels = np.full(len(VOC), NEGATIVE, np.int8)
-    try:
-        tree = ElementTree.fromstring(read_bytes(path))
-        if tree.tag != "annotation":
-            raise ValueError(f"it is <{tree.tag}>")
-        for thing in tree.iter("object"):
-            if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
-                labels[VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
-    except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:
-        raise UserError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
-    return labels
+    lines = [line.split() for line in read_lines(path)]
+    for number, (line, key) in enumerate(zip_longest(lines, ids), 1):
+        if line not in [[key, value] for value in code]:
+            raise UserError(f"{path}:{number}: expected {key!r} and 1, 0 or -1, got {line}")
+    return np.array([code[value] for _, value in lines], np.int8)

@@ -98,9 +98,9 @@ JSON = {
     "images are 5": "expected COCO's",
     "note is null": r"annotations\[0\] needs",
     "category without a name": "categories with id and name",
-    "blank category": "has the ids",
-    "category name twice": "has the ids",
-    "no categories": "no images, or no categories",
+    "blank category": "no categories with names",
+    "category name twice": "person is listed twice",
+    "no categories": "no categories with names",
     "no images": "no images",
     "no annotations key": "'annotations'",
 }
@@ -160,7 +160,7 @@ def test_broken_json(coco, tmp_path, text, match):
 
 def test_folders_and_arguments(coco, tmp_path):
     refused("no such folder", "coco", tmp_path / "nowhere")
-    refused("annotations of train2014 not found", "coco", tmp_path)
+    refused("annotations/instances_train2014.json not found", "coco", tmp_path)
     refused("say where", "coco")
     refused("unknown data set 'imagenet'", "imagenet", tmp_path)
     (tmp_path / "file").write_text("")
@@ -187,7 +187,7 @@ def test_folder_that_links_to_itself(coco, tmp_path):
     shutil.copytree(coco[0], tmp_path / "c")
     shutil.rmtree(tmp_path / "c/train2014")
     (tmp_path / "c/train2014").symlink_to(tmp_path / "c/train2014")
-    refused("image folder train2014 not found", "coco", tmp_path / "c")
+    refused("c: train2014 not found", "coco", tmp_path / "c")
 
 
 def replace(path, old, new):
@@ -203,27 +203,14 @@ def test_voc(tmp_path):
     dog.write_bytes(keep.replace(b"000001 -1", b"000001 2"))
     refused("dog_trainval.txt:2: expected", "voc2007", tmp_path)
     dog.write_bytes(b"\r\n".join(keep.split(b"\r\n")[:5]))
-    refused("5 of the 10 listed images", "voc2007", tmp_path)
+    refused("dog_trainval.txt:6: expected '000005'", "voc2007", tmp_path)
     dog.write_bytes(keep.replace(b"000003", b"999999"))
-    refused("dog_trainval.txt:4: expected an id", "voc2007", tmp_path)
+    refused("dog_trainval.txt:4: expected '000003'", "voc2007", tmp_path)
     dog.write_bytes(keep[:40] + b"\xff\xfe\r\n")
     refused(r"dog_trainval.txt:4: not UTF-8", "voc2007", tmp_path)
     dog.write_bytes(keep)
     (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000004.jpg").unlink()
     refused("1 of 10 images are missing", "voc2007", tmp_path)
-    xml = tmp_path / "xml"
-    fake.voc(xml, class_files=False)
-    note = xml / "VOCdevkit/VOC2007/Annotations/000000.xml"
-    keep = note.read_text()
-    for text in (
-        keep[:-20],
-        keep.replace("<name>aeroplane", "<name>unicorn"),
-        "",
-        "<html><body>404 Not Found</body></html>",
-        *(f'<?xml version="1.0" encoding="{code}"?>{keep}' for code in ("hex", "rot13", "nope")),
-    ):
-        note.write_text(text)
-        refused("000000.xml: not an annotation", "voc2007", xml)
 
 
 MAIN, SPLIT = "VOCdevkit/VOC2007/ImageSets/Main", "CUB_200_2011/train_test_split.txt"
@@ -249,7 +236,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
             f"{MAIN}/dog_trainval.txt",
             b"000003",
             b"000002",
-            "dog_trainval.txt:4: expected an id",
+            "dog_trainval.txt:4: expected '000003'",
         ),
         ("voc2007", f"{MAIN}/trainval.txt", b"000003", b"000002", f"000002.jpg {TWICE}"),
         ("voc2007", f"{MAIN}/trainval.txt", None, b"", f"trainval.txt: {EMPTY}"),
@@ -258,7 +245,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
             ATTRIBUTES,
             b"1 3 0 3 3.5\n",
             b"1 3 0 3 3.5\n1 3 1 3 3.5\n",
-            "labels.txt:4: expected",
+            "labels.txt: expected",
         ),
         (
             "cub",
@@ -300,10 +287,10 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
             CONCEPTS,
             b"concept03\r\n",
             b"",
-            "Concepts81.txt: expected 81 distinct names, one a line; got 80",
+            "Concepts81.txt: expected 81 names, one a line; got 80",
         ),
         ("nuswide", CONCEPTS, b"concept03", b"concept03\r\nmore", "got 82"),
-        ("nuswide", CONCEPTS, b"concept03", b"concept02", "got 81, 80 distinct"),
+        ("nuswide", CONCEPTS, b"concept03", b"concept02", f"concept02 {TWICE}"),
         ("nuswide", CONCEPTS, None, b"", EMPTY),
         ("nuswide", NUS, None, b"", f"TrainImagelist.txt: {EMPTY}"),
         ("nuswide", NUS, b"0003_3", b"0001_1", f"0001_1.jpg {TWICE}"),
@@ -343,10 +330,10 @@ def test_vg200(tmp_path):
     keep = names.read_text()
     names.write_text("\n".join(keep.splitlines()[:150]))
     refused(
-        "vg_category_200.txt: expected 200 distinct names, one a line; got 150", "vg200", tmp_path
+        "vg_category_200.txt: expected 200 names, one a line; got 150", "vg200", tmp_path
     )
     names.unlink()
-    refused("names are not part of the public files.*--names", "vg200", tmp_path)
+    refused("not part of the public files.*--names", "vg200", tmp_path)
     names.write_text(keep)
     index = tmp_path / "vg_category_500_labels_index.json"
     index.write_text(index.read_text()[:200])
@@ -374,7 +361,7 @@ def test_nuswide(tmp_path):
     replace(tmp_path / "nus_train_singlelabel.txt", b",81 ", b",-1 ")
     refused("nus_train_singlelabel.txt:1: expected", "nuswide", tmp_path, single_positive="splc")
     (tmp_path / "nus_val.txt").unlink()
-    refused("list nus_val.txt.*--lists", "nuswide", tmp_path, single_positive="splc")
+    refused("nus_val.txt not found.*--lists", "nuswide", tmp_path, single_positive="splc")
     shutil.rmtree(tmp_path / "Flickr")
     shutil.rmtree(tmp_path / "images")
     refused("none of its 10 photos", "nuswide", tmp_path)
@@ -466,16 +453,16 @@ def test_cub(tmp_path):
     path = tmp_path / "CUB_200_2011/attributes/image_attribute_labels.txt"
     keep = path.read_bytes()
     path.write_bytes(keep.replace(b"1 3 0", b"1 3 2", 1))
-    refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
+    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep[: len(keep) // 2])
-    refused("cells have no line", "cub", tmp_path)
+    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep.replace(b"\n1 3 ", b"\n0 3 ", 1))
-    refused("image_attribute_labels.txt:3: expected", "cub", tmp_path)
+    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep)
     replace(tmp_path / "CUB_200_2011/images.txt", b"3 ", b"33 ")
     refused("ids 1, 2, 3", "cub", tmp_path)
     (tmp_path / "attributes.txt").unlink()
-    refused("attributes.txt .the 312 names. not found", "cub", tmp_path)
+    refused("attributes.txt not found", "cub", tmp_path)
 
 
 def test_splc_list_against_the_annotations(tmp_path):
@@ -522,22 +509,6 @@ def test_scenes_roots_that_are_refused_before_drawing(tmp_path, monkeypatch, cas
     with pytest.raises(ValueError, match="should hold scenes .* delete it or name another root"):
         scenes.write(tmp_path / case, **FEW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loop"]
-
-
-def test_another_package_called_datasets_is_told(tmp_path):
-    import subprocess
-    import sys
-
-    (tmp_path / "site/datasets").mkdir(parents=True)
-    (tmp_path / "site/datasets/__init__.py").write_text("")
-    code = (
-        "import sys; sys.path[:0] = ['site']; "
-        f"sys.path.append({str(Path(__file__).resolve().parents[1])!r}); import data"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode and "sys.path.insert(0, folder)" in run.stderr
 
 
 @pytest.mark.parametrize("first", (True, False))

@@ -7,57 +7,48 @@ import numpy as np
 import data
 from config import Config
 from datasets import augment, vg200
-from datasets.base import twins
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, twins
 from support import UserError
 from support.cli import make_parser, run_main, words
 
 
 def check(cfg, decode=True):
-    """Prints what is in a data set; returns the problems, a line each."""
+    """Prints what is in a data set; yields the problems, a line each."""
     try:
         parts = data.complete(cfg)
         data.prompts_for(cfg, parts["train"])
     except UserError as error:
-        return getattr(error, "problems", [str(error)])
-    problems = []
+        yield from getattr(error, "problems", [str(error)])
+        return
     for name, split in parts.items():
         split = split.used()
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
         for category, column in zip(split.names, split.labels.T):
-            counts = [(column == code).sum()
-                      for code in (data.POSITIVE, data.NEGATIVE, data.UNKNOWN)]
+            counts = [(column == code).sum() for code in (POSITIVE, NEGATIVE, UNKNOWN)]
             print(f"{category[:31]:32}" + "".join(f"{count:9}" for count in counts))
-        there = (split.labels == data.POSITIVE).any(0)  # (C,)
+        there = (split.labels == POSITIVE).any(0)  # (C,)
         never = [repr(split.names[c]) for c in np.flatnonzero(~there)]
         if never and name == "train":
             more = f" and {len(never) - 5} more" if len(never) > 5 else ""
-            problems.append(f"train: no image has {', '.join(never[:5])}{more}: none to learn")
-        problems += same_pictures(split)
+            yield f"train: no image has {', '.join(never[:5])}{more}: none to learn"
+        for i, first in enumerate(twins(split.paths)):
+            if first != i:
+                differ = (split.labels[first] * split.labels[i] < 0).any()
+                told = "and their labels disagree: " if differ else ""
+                both = f"{split.paths[i]}, {split.paths[first]}"
+                yield f"{both}: the same picture, {told}keep one"
         if decode:
+            where = split.where or [cfg.data] * len(split.paths)
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
-                found = pool.map(unreadable, split.paths, split.where or [""] * len(split.paths))
-                problems += [line for line in found if line]
-    return problems
-
-
-def same_pictures(split):
-    """Images that are byte for byte the same under two names; worst where their labels disagree."""
-    problems = []
-    for i, first in enumerate(twins(split.paths)):
-        if first != i:
-            both = split.labels[first] * split.labels[i]
-            told = "and their labels disagree: " if (both < 0).any() else ""
-            both = f"{split.paths[i]}, {split.paths[first]}"
-            problems.append(f"{both}: the same picture, {told}keep one")
-    return problems
+                yield from filter(None, pool.map(unreadable, split.paths, where))
 
 
 def unreadable(path, where):
     try:
         augment.read(path)
     except Exception as error:  # whatever a broken file makes a decoder raise
-        return f"{where + ': ' if where else ''}{path}: not a readable image ({error})"
+        return f"{where}: {path}: not a readable image ({error})"
 
 
 def main(argv=None):
@@ -77,9 +68,8 @@ def main(argv=None):
             if not args["root"] or args["data"] != "vg200":
                 raise UserError("--objects needs vg200 and --root, the folder of Visual Genome")
             return print("\n".join(vg200.match_names(args["root"], objects)))
-        problems = check(Config(**args), decode)
-        for line in problems:
-            # a cell of a sheet may hold line breaks
+        problems = list(check(Config(**args), decode))
+        for line in problems:  # a cell of a sheet may hold line breaks
             print("error: " + " ".join(line.split()), file=sys.stderr)
         if problems:
             return 2
