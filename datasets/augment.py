@@ -46,18 +46,24 @@ def read(source):
 def turn_of(image):
     """PIL's transposition that the orientation mark of an image asks for, or None."""
     try:
-        return TURNED.get(image.getexif().get(0x0112))
+        mark = image.getexif().get(0x0112)
+        return TURNED.get(mark[0] if isinstance(mark, tuple) else mark)
     except Exception:  # whatever damaged EXIF makes Pillow raise: no turn
         return None
 
 
 def upright(image):
     turn = turn_of(image)
+    key = image.info.get("transparency")  # a colour that is transparent
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64) // 257
         image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
+        if key is not None:
+            image.info["transparency"] = key // 257
+    elif isinstance(key, tuple) and max(key) > 255:  # of 16 bits, as its pixels were
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

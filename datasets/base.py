@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
+from unicodedata import normalize
 
 import numpy as np
 
@@ -149,8 +150,10 @@ def safe_join(folder, name, where):
 
 
 def locate(name, folders, where):
-    """The file of this name in the first of `folders` that holds it, else None."""
-    paths = (safe_join(folder, name, where) for folder in folders)
+    """The file of this name in the first of `folders` that holds it, else None. A name in another
+    Unicode normal form (macOS writes umlauts as two characters) is the same name."""
+    forms = dict.fromkeys([str(name)] + [normalize(form, str(name)) for form in ("NFC", "NFD")])
+    paths = (safe_join(folder, form, where) for folder in folders for form in forms)
     return next(filter(os.path.isfile, paths), None)
 
 

@@ -3,10 +3,11 @@ https://cocodataset.org
 
 Crowd annotations count as labels and give no box, as in the peers' code. N images, C categories.
 """
+from pathlib import Path
+
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, require_files,
-                           require_unique)
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, require_files
 from support import UserError
 
 NEEDS = {"images": "a file_name and an id of its own",
@@ -23,7 +24,9 @@ def load(root, cfg):
 def split(root, folder, keep_unannotated=False, by_id=False):
     """One split in the JSON's order, images without any annotation unused: masks are drawn for them
     too. by_id: only annotated images, ordered by their id as a string (LargeLoss's order)."""
-    path = find(root, f"annotations/instances_{folder}.json")
+    hint = " (COCO 2017's lists are there; the field uses the split of 2014)" if (
+        Path(root, "annotations/instances_train2017.json").exists()) else ""
+    path = find(root, f"annotations/instances_{folder}.json", hint=hint)
     images = find(root, folder, folders=("", "images"))
     content = read_json(path, object_hook=without_polygons)
     try:
@@ -32,9 +35,14 @@ def split(root, folder, keep_unannotated=False, by_id=False):
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: expected COCO's images, annotations and categories with id and "
                         f"name; {error!r}") from None
-    names = require_unique([name for _, name in categories], path)
-    if not listed or not names or "" in names:
-        raise UserError(f"{path}: no images, or no categories with names: is it that of {folder}?")
+    names = [name for _, name in categories]
+    for name in names:
+        if not name or names.count(name) > 1:
+            ids = [key for key, other in categories if other == name]
+            raise UserError(f"{path}: the category {name!r} has the ids {ids}, expected a name and "
+                            "one id: delete those that are not used")
+    if not listed or not names:
+        raise UserError(f"{path}: no images, or no categories: is it the file of {folder}?")
 
     column = {key: c for c, (key, _) in enumerate(categories)}  # ids run 1..90 with holes
     labels = np.full((len(listed), len(names)), NEGATIVE, np.int8)

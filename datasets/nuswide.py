@@ -47,13 +47,16 @@ def photos(root, names, labels, where):
 
 
 def official(root, part):
-    """ImageList/<part>Imagelist.txt, and a file of 0/1 a concept."""
+    """ImageList/<part>Imagelist.txt, and a file of 0/1 a concept or one of 81 columns."""
     path = find(root, f"{part}Imagelist.txt", folders=("ImageList", ""))
-    images = read_lines(path)
-    files = [find(root, f"TrainTestLabels/Labels_{name}_{part}.txt", folders=("Groundtruth", ""))
-             for name in concepts(root)]
-    labels = signed(np.stack([zeros_and_ones(file, len(images)) for file in files], 1))
-    return photos(root, images, labels, path)
+    images, merged = read_lines(path), Path(root, "Groundtruth", f"Labels_{part}.txt")
+    if merged.exists():
+        present = zeros_and_ones(merged, len(images) * 81).reshape(-1, 81)
+    else:
+        files = [find(root, f"TrainTestLabels/Labels_{name}_{part}.txt",
+                      folders=("Groundtruth", "")) for name in concepts(root)]
+        present = np.stack([zeros_and_ones(file, len(images)) for file in files], 1)
+    return photos(root, images, signed(present), path)
 
 
 def zeros_and_ones(path, count):

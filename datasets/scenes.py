@@ -213,6 +213,9 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             return
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found[:200]}: "
                         "delete it or name another root")
+    for left in root.parent.glob(f"{root.name}.*.part"):
+        if ended(int(left.name.split(".")[-2])):  # killed while it drew
+            shutil.rmtree(left, ignore_errors=True)
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     try:
         (part / "annotations").mkdir(parents=True)
@@ -226,6 +229,14 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             part.rename(root)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def ended(process):
+    try:
+        os.kill(process, 0)  # no signal: it only asks
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def annotate(folder, split, drawn, size):

@@ -15,23 +15,28 @@ from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, read_lines
 from support import UserError
 
 
+FOLDERS = ("", "VG", "annotations")
+
+
 def load(root, cfg):
-    names = cfg.names or find(
-        root, "vg_category_200.txt", hint=": the names are not part of the public files, pass "
-        "--names FILE, or find them with python data.py vg200 --root DIR --objects objects.json")
+    hint = (": the names are not part of the public files, pass --names FILE, or find them with "
+            "python data.py vg200 --root DIR --objects objects.json")
+    names = cfg.names or find(root, "vg_category_200.txt", folders=FOLDERS, hint=hint)
     return {part: split(root, part, read_lines(names, 200)) for part in ("train", "test")}
 
 
 def split(root, part, names):
     path, images, labels = listed(root, part)
-    folders = [Path(root, "VG_100K"), Path(root, "VG_100K_2")]
+    folders = [Path(root, above, folder) for folder in ("VG_100K", "VG_100K_2")
+               for above in ("", "VG", "images")]
     return Split(f"vg200/{part}", require_files(images, folders, path), names, labels)
 
 
 def listed(root, part):
     """The list file, its N image names, (N, 200) labels. A JSON of 500 categories is cut at 200."""
-    path = find(root, f"{part}_list_500.txt")
-    index = find(root, *(f"vg_category_{count}_labels_index.json" for count in (200, 500)))
+    path = find(root, f"{part}_list_500.txt", folders=FOLDERS)
+    index = find(root, *(f"vg_category_{count}_labels_index.json" for count in (200, 500)),
+                 folders=FOLDERS)
     images, count = read_lines(path), int(index.name.split("_")[2])
     labels = np.full((len(images), 200), NEGATIVE, np.int8)
     known = read_json(index)

@@ -1,11 +1,14 @@
 """PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main. N images, C = 20 categories.
 http://host.robots.ox.ac.uk/pascal/VOC
+
+The labels come from Main/<class>_<split>.txt, or else from the XML files.
 """
 from itertools import zip_longest
+from xml.etree import ElementTree
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, Split, find, read_lines, require_files
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files
 from support import UserError
 
 VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -30,7 +33,12 @@ def split(root, year, part, difficult=NEGATIVE):
     listing = main / f"{part}.txt"
     ids = [line.split()[0] for line in read_lines(listing)]
     files = require_files([f"{name}.jpg" for name in ids], [jpegs], listing)
-    labels = np.stack([class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC], 1)
+    if (main / f"dog_{part}.txt").exists():
+        columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
+        labels = np.stack(columns, 1)
+    else:
+        notes = jpegs.parent / "Annotations"
+        labels = np.stack([annotation(notes / f"{name}.xml", difficult) for name in ids])
     unused = ~(labels == POSITIVE).any(1)  # the few whose objects are all difficult
     return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
                  dropped={"without a positive": int(unused.sum())})
@@ -44,3 +52,18 @@ def class_list(path, ids, difficult):
         if line not in [[key, value] for value in code]:
             raise UserError(f"{path}:{number}: expected {key!r} and 1, 0 or -1, got {line}")
     return np.array([code[value] for _, value in lines], np.int8)
+
+
+def annotation(path, difficult):
+    """One XML file -> (20,) int8."""
+    labels = np.full(len(VOC), NEGATIVE, np.int8)
+    try:
+        tree = ElementTree.fromstring(read_bytes(path))
+        if tree.tag != "annotation":
+            raise ValueError(f"it is <{tree.tag}>")
+        for thing in tree.iter("object"):
+            if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
+                labels[VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
+    except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:
+        raise UserError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
+    return labels

@@ -104,7 +104,7 @@ def coco(root):
     )
 
 
-def voc(root, year=2007):
+def voc(root, year=2007, class_files=True):
     base = Path(root) / "VOCdevkit" / f"VOC{year}"
     lists = (
         (("trainval", TRAIN), ("test", TEST)) if year == 2007 else (("train", TRAIN), ("val", TEST))
@@ -121,8 +121,17 @@ def voc(root, year=2007):
             codes[i, positives(i, 20)] = 1
             # seen only as difficult
             codes[i, (5 * i + 2) % 20] = max(codes[i, (5 * i + 2) % 20], 0)
+            things = "".join(
+                f"<object><name>{VOC[c].capitalize() if c == 1 else VOC[c]}</name>"
+                f"<difficult>{int(codes[i, c] == 0)}</difficult></object>"
+                for c in np.flatnonzero(codes[i] >= 0)
+            )
+            write(
+                base / "Annotations" / f"{name}.xml",
+                f"<annotation><filename>{name}.jpg</filename>{things}</annotation>",
+            )
         write(base / f"ImageSets/Main/{split}.txt", "\n".join(ids), "\r\n")  # CRLF, no last newline
-        for c in range(20):
+        for c in range(20) if class_files else ():
             write(
                 base / f"ImageSets/Main/{VOC[c]}_{split}.txt",
                 "".join(f"{n} {v:2d}\n" for n, v in zip(ids, codes[:, c])),

@@ -135,6 +135,12 @@ def test_single_positive_splc(trees, name, last):
         fake.load("voc2007", trees / "voc2007", single_positive="splc")
 
 
+def test_voc_from_xml_equals_the_class_files(trees, tmp_path):
+    fake.voc(tmp_path, class_files=False)
+    for a, b in zip(fake.load("voc2007", tmp_path), fake.load("voc2007", trees / "voc2007")):
+        assert a is b is None or (a.labels == b.labels).all()
+
+
 def test_boxes_are_fractions_and_crowds_have_none(trees):
     train = fake.load("coco", trees / "coco")[0]
     assert len(train.boxes) == len(train.paths)
@@ -444,6 +450,18 @@ def test_real_voc2007_lists(tmp_path):
     both = [voc.split(tmp_path, 2007, split, POSITIVE).labels for split in ("trainval", "test")]
     # cells only difficult
     assert [int((a == POSITIVE).sum() - t) for a, t in zip(both, (7306, 7013))] == [607, 619]
+
+
+@samples
+def test_real_voc_xml(tmp_path):
+    import shutil
+
+    shutil.copytree(SAMPLES / "voc/VOCdevkit", tmp_path / "VOCdevkit")
+    main = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main"
+    os.chmod(main, 0o755)
+    (main / "trainval.txt").write_text("000001\r\n")
+    labels = voc.split(tmp_path, 2007, "trainval").labels
+    assert {voc.VOC[c] for c in np.flatnonzero(labels[0] == POSITIVE)} == {"dog", "person"}
 
 
 @samples

@@ -98,9 +98,9 @@ JSON = {
     "images are 5": "expected COCO's",
     "note is null": r"annotations\[0\] needs",
     "category without a name": "categories with id and name",
-    "blank category": "no categories with names",
-    "category name twice": "person is listed twice",
-    "no categories": "no categories with names",
+    "blank category": "has the ids",
+    "category name twice": "has the ids",
+    "no categories": "no images, or no categories",
     "no images": "no images",
     "no annotations key": "'annotations'",
 }
@@ -211,6 +211,19 @@ def test_voc(tmp_path):
     dog.write_bytes(keep)
     (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000004.jpg").unlink()
     refused("1 of 10 images are missing", "voc2007", tmp_path)
+    xml = tmp_path / "xml"
+    fake.voc(xml, class_files=False)
+    note = xml / "VOCdevkit/VOC2007/Annotations/000000.xml"
+    keep = note.read_text()
+    for text in (
+        keep[:-20],
+        keep.replace("<name>aeroplane", "<name>unicorn"),
+        "",
+        "<html><body>404 Not Found</body></html>",
+        *(f'<?xml version="1.0" encoding="{code}"?>{keep}' for code in ("hex", "rot13", "nope")),
+    ):
+        note.write_text(text)
+        refused("000000.xml: not an annotation", "voc2007", xml)
 
 
 MAIN, SPLIT = "VOCdevkit/VOC2007/ImageSets/Main", "CUB_200_2011/train_test_split.txt"
@@ -509,6 +522,20 @@ def test_scenes_roots_that_are_refused_before_drawing(tmp_path, monkeypatch, cas
     with pytest.raises(ValueError, match="should hold scenes .* delete it or name another root"):
         scenes.write(tmp_path / case, **FEW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loop"]
+
+
+@pytest.mark.parametrize("listed, stored", (("NFC", "NFD"), ("NFD", "NFC")))
+def test_a_name_in_another_unicode_normal_form_is_the_same_name(tmp_path, listed, stored):
+    from unicodedata import normalize
+
+    fake.coco(tmp_path)
+    path = tmp_path / "annotations/instances_train2014.json"
+    content = json.loads(path.read_text())
+    old = tmp_path / "train2014" / content["images"][0]["file_name"]
+    old.rename(old.with_name(normalize(stored, "Zürich.jpg")))
+    content["images"][0]["file_name"] = normalize(listed, "Zürich.jpg")
+    path.write_text(json.dumps(content))
+    assert Path(fake.load("coco", tmp_path)[0].paths[0]).is_file()
 
 
 @pytest.mark.parametrize("first", (True, False))

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -181,6 +184,15 @@ def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         scenes.write(tmp_path / "killed", **SMALL)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f"root.{ended.pid}.part" / "train2014").mkdir(parents=True)
+    (tmp_path / f"root.{os.getppid()}.part").mkdir()  # of one that still draws
+    scenes.write(tmp_path / "root", **SMALL)
+    assert {path.name for path in tmp_path.iterdir()} == {"root", f"root.{os.getppid()}.part"}
 
 
 def test_two_processes_that_draw_the_same_root_both_succeed(tmp_path, monkeypatch):
