@@ -47,12 +47,11 @@ def line_of(equation, file, holds):
 
 def written(text):
     """README's text with the map as the code has it now."""
-    rows = ["| equation | where | what |", "|---|---|---|"]
+    rows = [BEGIN, "| equation | where | what |", "|---|---|---|"]
     for equation, file, holds, what in ROWS:
         number = line_of(equation, file, holds)
         rows.append(f"| Eq. {equation} | [`{file}:{number}`]({file}#L{number}) | {what} |")
-    before, rest = text.split(BEGIN)
-    return "\n".join([before + BEGIN, *rows, END + rest.split(END)[1]])
+    return text.split(BEGIN)[0] + "\n".join([*rows, END]) + text.split(END)[1]
 
 
 if __name__ == "__main__":
