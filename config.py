@@ -31,7 +31,7 @@ class Config:
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
     root: str | None = option(None, "folder of the data set")
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
-    single_positive: str | None = option(None, "one positive an image, as", choices="largeloss|splc")
+    single_positive: str | None = option(None, "one positive an image", choices="largeloss|splc")
     assume_negative: float | None = option(
         None, "weight of unknown labels as negatives; 0.3 for single positive, else 0", 0, 1)
     mask: str | None = option(None, "file of the known cells, instead of drawing them")
@@ -204,7 +204,14 @@ def parse(argv, about=""):
     if kept := given.keys() - (NOT_THE_RESULT - {"out"} | PLACES):
         raise UserError("--resume takes its settings from the run, drop "
                         f"{' '.join(map(flag, sorted(kept)))}")
-    return dataclasses.replace(load_config(Path(run)), **given), Path(run)
+    file = Path(run, "config.json")
+    if not file.is_file():
+        raise UserError(f"expected a run folder, found no {file}: give one that a run printed")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is no config.json of a run: restore it, or train anew") from None
+    return dataclasses.replace(restored(settings, file), **given), Path(run)
 
 
 def is_path(name, value):
@@ -212,18 +219,6 @@ def is_path(name, value):
     if name in ("data", "val"):
         return value.lower().endswith((".csv", ".tsv"))
     return name in PLACES and (name != "clip" or value not in CLIPS and os.path.exists(value))
-
-
-def load_config(run):
-    """The Config of a run folder."""
-    file = run / "config.json"
-    if not file.is_file():
-        raise UserError(f"expected a run folder, found no {file}: give one that a run printed")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no config.json of a run: restore it, or train anew") from None
-    return restored(settings, file)
 
 
 def restored(settings, file):

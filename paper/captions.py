@@ -1,16 +1,14 @@
-"""Texts as images: prompts learned from captions alone, without a single photo (TaI-DPT, Guo et
-al., CVPR 2023; paper, Tables 1, 2).
+"""Texts as images: prompts learned from captions alone, without a photo (TaI-DPT, Guo et al., CVPR
+2023; paper, Tables 1, 2).
 
-    python train.py --data scenes --images captions --matching global       the global prompts,
-    matched with whole sentences
-    python train.py --data scenes --images captions --matching dualcoop     the local prompts,
-    matched with single words
+    python train.py --data scenes --images captions --matching global      matched with sentences
+    python train.py --data scenes --images captions --matching dualcoop    matched with words
 
 CLIP puts texts and images into one space, so a caption's features stand in for an image's: the
 sentence for the global feature x (D,), its words for the dense ones f (N, D). Its labels are the
-categories that it names. What is learned is then applied to photos. The double-grained prompts of
-TaI-DPT do not meet before inference, so they are two runs here, whose scores are averaged (`eval.py
-RUN --ensemble RUN`). Unlike there, our dual prompts and Eq. 14 take the place of its ranking loss.
+categories that it names. TaI-DPT's two kinds of prompts do not meet before inference, so they are
+two runs here, whose scores are averaged (`eval.py RUN --ensemble RUN`). Unlike there, our dual
+prompts and Eq. 14 take the place of its ranking loss.
 """
 import re
 from pathlib import Path
@@ -82,8 +80,7 @@ def load(cfg, split):
         wanted = {image["id"] for image in raw["images"][:cfg.train_images]}
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{file}: captions in COCO's format are needed (captions_train2014.json): "
-                        f"{type(error).__name__} {error}") from None
+        raise UserError(f"{file} expected as COCO's captions_train2014.json: {error}") from None
     phrases = vocabulary(names)
     named = [(text, found) for text in texts if (found := mentioned(text, phrases))]
     if not named:

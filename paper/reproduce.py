@@ -32,6 +32,7 @@ from support.cli import make_parser, run_main, words
 from tools.localise import localisation, upright_boxes
 from tools.plots import grid_of, region_tiles, two_axes
 from tools.predict import images_in
+from tools.zero_shot import zero_shot, zero_shot_text
 from trm import TRM, Prompts
 
 # Of each table: "rows" {row: [settings of the runs whose scores are averaged]}, the columns or the
@@ -91,10 +92,8 @@ def measure(runs, rows, columns, seeds, split):
 def spread(by_seed):
     """Mean and sample standard deviation over the seeds."""
     values = list(by_seed.values())
-    if not values:
-        return "no run finished"
     deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{deviation}"
+    return f"{np.mean(values):.2f}{deviation}" if values else "no run finished"
 
 
 def markdown(columns, rows):
@@ -145,15 +144,17 @@ def table(own, base, file):
         plot(measured, paper, base.data, file.with_suffix(".png"))
     names = list(next(iter(measured.values())))
     lines = []
-    for name, score in runs.zero_shot.items() if own.table in ("1", "3") else ():
-        mAP = metrics(score, test_split.truth)["mAP"]
-        lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
+    if own.table in ("1", "3"):
+        g = zero_shot_text(runs.encoder, test_split.prompts)
+        for name, score in zero_shot(runs.encoder, g, runs.test).items():
+            mAP = metrics(score, test_split.truth)["mAP"]
+            lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
     for row, cells in measured.items():
         lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
         printed = paper.get(row, {})
-        if set(printed) & set(names):
-            lines.append(["*the paper*", *(f"{printed[name]:.1f}" if name in printed else ""
-                                           for name in names)])
+        told = [f"{printed[name]:.1f}" if name in printed else "" for name in names]
+        if any(told):
+            lines.append(["*the paper*", *told])
     return settings_of(runs, seeds, split) + markdown(names, lines)
 
 
@@ -227,27 +228,22 @@ def parse(argv):
     kind.add_argument("--table", choices=sorted(TABLES))
     kind.add_argument("--figure", type=int, choices=(4,))
     kind.add_argument("--study", choices=sorted(STUDIES), help="where the paper is silent")
-    parser.add_argument("--seeds", type=int, default=3,
-                        help="runs a row, with seeds 0, 1, ... from --seed on (default: 3)")
-    parser.add_argument("--ratios", type=float, nargs="+",
-                        help="shares of known labels (default: the paper's; fewer on scenes)")
-    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows that hold such a text")
-    parser.add_argument("--jobs", type=int, default=1,
-                        help="runs at a time; two cores do most with 2 (default: 1)")
-    parser.add_argument("--image", nargs="+", metavar="PATH",
-                        help="--figure 4: photos or folders (default: test images)")
-    parser.add_argument("--out", default="runs/tables", help="folder (default: runs/tables)")
-    own, rest = parser.parse_known_args(words(argv))
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, help="runs a row, from --seed on (default: 3)")
+    add("--ratios", type=float, nargs="+", help="shares of known labels (default: the paper's)")
+    add("--rows", nargs="+", metavar="TEXT", help="only rows that hold such a text")
+    add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")
+    add("--image", nargs="+", metavar="PATH", help="--figure 4: photos or folders, not test images")
+    add("--out", default="runs/tables", help="folder (default: runs/tables)")
+    own, rest = parser.parse_known_args(argv)
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
     if own.ratios and len(at(own.ratios)) < len(own.ratios):
-        raise UserError("--ratios expects shares that differ by a whole percent, got "
-                        f"{' '.join(map(str, own.ratios))}")
+        raise UserError(f"--ratios differ by whole percents, got {' '.join(map(str, own.ratios))}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:
-        raise UserError(f"{' '.join(sorted(wrong))}: the rows differ in that, and a stopped table "
-                        "goes on by itself: drop it")
+        raise UserError(f"{' '.join(wrong)}: rows differ in it, a stopped table goes on, drop it")
     base, _ = parse_config(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
@@ -273,8 +269,7 @@ def reproduce(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    return run_main(lambda: reproduce(argv), "stopped; the same command goes on from here")
+    return run_main(lambda: reproduce(words(argv)), "stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

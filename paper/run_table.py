@@ -21,13 +21,12 @@ import torch
 import clip
 import data
 import train
-from config import NOT_THE_RESULT, load_config
+from config import NOT_THE_RESULT
 from eval import metrics
 from support import UserError
 from support.cli import best_device, end_with_parent
 from tools.build import load_data
 from tools.predictor import Predictor, evaluation_loader
-from tools.zero_shot import zero_shot, zero_shot_text
 
 
 class Runs:
@@ -52,35 +51,29 @@ class Runs:
         if settings.get("images") == "captions":  # five an image: a fifth of the epochs
             settings["epochs"] = max(1, self.base.epochs // 5)
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
-        identity = {name: value for name, value in dataclasses.asdict(cfg).items()
-                    if name not in NOT_THE_RESULT | {"score"}}
-        identity = json.dumps([self.encoder.sha256, self.data_sha256, identity], sort_keys=True)
-        setting = cfg.single_positive or f"{cfg.ratio:g}"
-        setting = "captions" if cfg.images == "captions" else setting
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        parts = [Path(cfg.data).stem, setting, cfg.matching, cfg.without.replace(",", "-"),
-                 f"seed{seed}", digest]
+        result = {name: value for name, value in dataclasses.asdict(cfg).items()
+                  if name not in NOT_THE_RESULT | {"score"}}
+        identity = json.dumps([self.encoder.sha256, self.data_sha256, result], sort_keys=True)
+        labels = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
+        parts = [Path(cfg.data).stem, labels, cfg.matching, cfg.without.replace(",", "-"),
+                 f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
         return dataclasses.replace(cfg, out=str(self.out / "runs" / "-".join(filter(None, parts))))
 
     def train(self, wanted):
         """Trains what is missing among (settings, seed), what others need first."""
-        first = [(settings["carl_from"], seed) for settings, seed in wanted
-                 if "carl_from" in settings]
-        for pairs in (first, wanted):
-            configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in pairs)}
-            todo = [cfg for cfg in configs.values() if len(history(cfg.out)) < cfg.epochs]
-            if todo:
-                self.train_all(todo)
-
-    def train_all(self, todo):
-        print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
+        if first := [(settings["carl_from"], seed) for settings, seed in wanted
+                     if "carl_from" in settings]:
+            self.train(first)
+        configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in wanted)}
+        todo = [cfg for cfg in configs.values() if len(history(cfg.out)) < cfg.epochs]
+        if todo:
+            print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
         start = time.perf_counter()
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
         for count, cfg in enumerate(trained, 1):
             lines = history(cfg.out)
-            told = "diverged"
-            if len(lines) == cfg.epochs:
-                told = f"mAP {lines[-1]['test']['mAP']:.2f}"
+            done = len(lines) == cfg.epochs
+            told = f"mAP {lines[-1]['test']['mAP']:.2f}" if done else "diverged"
             left = (time.perf_counter() - start) * (len(todo) / count - 1) / 60
             print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, {left:.0f} minutes left",
                   flush=True)
@@ -90,16 +83,9 @@ class Runs:
         """The features of the test split, which all rows of a table share."""
         return evaluation_loader(self.base, self.splits[2], self.encoder, self.device)
 
-    @functools.cached_property
-    def zero_shot(self):
-        """{"global", "dense"}: cosines (n, C) of the test images."""
-        g = zero_shot_text(self.encoder, self.splits[2].prompts)
-        return zero_shot(self.encoder, g, self.test)
-
     def predictor(self, run):
         """A run's last epoch, with the score that is reported."""
-        how = {"score": self.base.score}
-        return Predictor(run, "last", self.device, self.encoder, how)
+        return Predictor(run, "last", self.device, self.encoder, {"score": self.base.score})
 
     @functools.cache
     def scores(self, run):
@@ -151,7 +137,7 @@ def train_one(cfg):
     resume = folder if (folder / "config.json").exists() else None
     with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            train.train(load_config(folder) if resume else cfg, resume)
+            train.train(cfg, resume)
         except FloatingPointError as error:
             print(error)  # the row stays unfinished
     return cfg

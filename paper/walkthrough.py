@@ -49,15 +49,14 @@ CROPS = 12  # prototypes shown of each category
 
 @torch.no_grad()
 def measure(model, memory, loader, g_pos, g_neg):
-    """Scenes in one pass -> probabilities (n, C), masks (n, C, N), similarities (2, n, C)."""
+    """Scenes in one pass -> probabilities (n, C), masks (n, C, N), similarities (n, 2, C)."""
     model.eval()
-    p, masks, s = [], [], []
+    found = []
     for _, f, x in loader.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
-        p.append(out.logits_r.sigmoid())
-        masks.append(out.energy.sigmoid())
-        s.append(memory.similarities(out.regions))
-    return torch.cat(p).cpu(), torch.cat(masks).cpu(), torch.cat(s, 1).cpu()
+        s = memory.similarities(out.regions).transpose(0, 1)
+        found.append((out.logits_r.sigmoid(), out.energy.sigmoid(), s))
+    return [torch.cat(parts).cpu() for parts in zip(*found)]
 
 
 def train_filmed():
@@ -66,17 +65,16 @@ def train_filmed():
     cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN))
     encoder, splits = clip.load(cfg.clip), data.load(cfg)
     loader = evaluation_loader(cfg, splits[1].subset(range(FILMED)), encoder, best_device())
-    film = {"masks": [], "s": [], "theta": []}
+    film = []
 
     def on_epoch(state, line):
         _, masks, s = measure(state.model, state.memory, loader, *state.model.prompts(encoder))
-        film["masks"].append((255 * masks).byte())
-        film["s"].append(s.transpose(0, 1))
-        film["theta"].append(state.memory.theta.cpu().clone())
+        film.append(((255 * masks).byte(), s, state.memory.theta.cpu().clone()))
 
     train(cfg, splits=splits, encoder=encoder, on_epoch=on_epoch)
-    arrays = {name: torch.stack(frames).numpy() for name, frames in film.items()}
-    save_atomically(lambda buffer: np.savez_compressed(buffer, **arrays), RUN / "film.npz")
+    masks, s, theta = (torch.stack(frames).numpy() for frames in zip(*film))
+    save_atomically(lambda buffer: np.savez_compressed(buffer, masks=masks, s=s, theta=theta),
+                    RUN / "film.npz")
 
 
 # ---- code, by its marks
@@ -189,6 +187,7 @@ def contents():
     memory, heads = training_parts(predictor)
     p, masks, s = measure(predictor.model, memory, predictor.loader(val), predictor.g_pos,
                           predictor.g_neg)
+    s = s.transpose(0, 1)  # (2, n, C)
     area = np.zeros(val.truth.shape)
     for row, boxes in zip(area, val.boxes):
         for c, x0, y0, x1, y1 in boxes:

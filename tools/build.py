@@ -57,6 +57,6 @@ def load_carl(model, run, split, encoder):
     carl = {key[5:]: value for key, value in other["model"].items() if key.startswith("carl.")}
     same = other["names"] == split.names and other["clip_sha256"] == encoder.sha256
     if not (carl and same):
-        raise UserError(f"--carl-from expects a run with --matching carl on the same categories and "
-                        f"CLIP, got {run}")
+        raise UserError("--carl-from expects a run with --matching carl on the same categories "
+                        f"and CLIP, got {run}")
     model.carl.load_state_dict(carl)
