@@ -110,8 +110,8 @@ class Config:
         if self.carl_from and self.matching != "carl":
             raise UserError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
-            raise UserError("--images captions finds its labels in the words of the captions: drop "
-                            "--ratio, --single-positive and --mask")
+            raise UserError("--images captions brings its labels: drop --ratio, --single-positive "
+                            "and --mask")
         if not is_path("data", self.data):
             self.data = self.data.lower()  # COCO is coco
         if self.assume_negative is None:
@@ -186,9 +186,8 @@ def preset(data):
 def parse(argv, about=""):
     """Command line, else the data set's preset, else the default -> (Config, run to resume)."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", metavar="RUN",
-                        help="go on with a run and its settings; given anew may be where things "
-                        "lie now (--data, --root, --clip, ...) and --workers, --cache-dir")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; "
+                        "say where things lie now: --data, --root, --clip, ..., --workers, ...")
     for f in dataclasses.fields(Config):
         how = dict(type=type_of(f), metavar=f.metadata["choices"] or None)
         if type_of(f) is bool:
@@ -202,15 +201,12 @@ def parse(argv, about=""):
     if run is None:
         return Config(**preset(given.get("data", "scenes")) | given), None
     if kept := given.keys() - (NOT_THE_RESULT - {"out"} | PLACES):
-        raise UserError("--resume takes its settings from the run, drop "
-                        f"{' '.join(map(flag, sorted(kept)))}")
+        raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
     file = Path(run, "config.json")
-    if not file.is_file():
-        raise UserError(f"expected a run folder, found no {file}: give one that a run printed")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no config.json of a run: restore it, or train anew") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} holds no run: restore it, or give another folder") from None
     return dataclasses.replace(restored(settings, file), **given), Path(run)
 
 
@@ -226,4 +222,4 @@ def restored(settings, file):
     try:
         return Config(**settings)
     except TypeError as error:  # an unknown setting
-        raise UserError(f"{file} was written by another version: {error}") from None
+        raise UserError(f"{file} is of another version, restore it: {error}") from None
