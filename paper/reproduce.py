@@ -38,8 +38,9 @@ from trm import TRM, Prompts
 # Of each table: "rows" {row: [settings of the runs whose scores are averaged]}, the columns or the
 # shares of known labels ("ratios"), and the numbers of the "paper" {data set: {row: {column: mAP}}}
 TABLES = read_json(Path(__file__).with_name("tables.json"))
-# Where the paper is silent, {study: rows}. A study shows validation: settings are chosen on it.
-STUDIES = read_json(Path(__file__).with_name("studies.json"))
+# Where the paper is silent, alike. A study shows validation: settings are chosen on it.
+STUDIES = {name: dict(rows=rows, ratios=[0.1], paper={"coco": {}})
+           for name, rows in read_json(Path(__file__).with_name("studies.json")).items()}
 AVERAGE = "Avg."
 
 
@@ -49,8 +50,7 @@ def at(ratios):
 
 def rows_of(own, base):
     """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}."""
-    asked = TABLES[own.table] if own.table else (
-        dict(rows=STUDIES[own.study], ratios=[0.1], paper={"coco": {}}))
+    asked = STUDIES[own.study] if own.study else TABLES[own.table]
     printed = asked["paper"]
     paper = printed[next(name for name in (base.data, "coco", *printed) if name in printed)]
     captions = base.captions or base.data in ("scenes", "coco")
@@ -200,8 +200,8 @@ def figure_4(own, base, file):
     for path in images:
         for name, predictor in predictors.items():
             (_, p, maps), = predictor.iterate([path])
-            (photo, caption), *tiles = region_tiles(predictor, path, p, maps,
-                                                    np.argsort(-p, kind="stable")[:3])
+            shown = np.argsort(-p, kind="stable")[:3]
+            (photo, caption), *tiles = region_tiles(predictor, path, p, maps, shown)
             rows.append([(photo, f"{name}: {caption}"), *tiles])
     picture = grid_of(rows)
     save_atomically(lambda buffer: picture.save(buffer, "PNG"), file)
@@ -230,20 +230,20 @@ def parse(argv):
     kind.add_argument("--study", choices=sorted(STUDIES), help="where the paper is silent")
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="runs a row, from --seed on (default: 3)")
-    add("--ratios", type=float, nargs="+", help="shares of known labels (default: the paper's)")
+    add("--ratios", type=float, nargs="+", help="known shares (the paper's, or fewer on scenes)")
     add("--rows", nargs="+", metavar="TEXT", help="only rows that hold such a text")
     add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")
-    add("--image", nargs="+", metavar="PATH", help="--figure 4: photos or folders, not test images")
+    add("--image", nargs="+", metavar="PATH", help="of --figure 4 (default: test images)")
     add("--out", default="runs/tables", help="folder (default: runs/tables)")
     own, rest = parser.parse_known_args(argv)
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
     if own.ratios and len(at(own.ratios)) < len(own.ratios):
-        raise UserError(f"--ratios differ by whole percents, got {' '.join(map(str, own.ratios))}")
+        raise UserError(f"--ratios must differ by 1 %, got {' '.join(map(str, own.ratios))}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:
-        raise UserError(f"{' '.join(wrong)}: rows differ in it, a stopped table goes on, drop it")
+        raise UserError(f"drop it: rows differ in {' '.join(wrong)}, a stopped table just goes on")
     base, _ = parse_config(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000

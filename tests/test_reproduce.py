@@ -231,9 +231,9 @@ def test_two_jobs_give_what_one_gives(call, world):
 
 
 def test_every_study_is_made_of_settings_that_exist():
-    for name, rows in reproduce.STUDIES.items():
-        assert len(rows) > 1, name
-        for settings, *others in rows.values():
+    for name, study in reproduce.STUDIES.items():
+        assert len(study["rows"]) > 1, name
+        for settings, *others in study["rows"].values():
             assert Config(**settings) and not others
 
 
