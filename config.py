@@ -5,11 +5,10 @@
 import argparse
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import get_args
 
 from support import UserError
 from support.cli import make_parser, words
@@ -19,10 +18,10 @@ CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
          "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
 
-def option(default, help, low=None, high=None, above=None, choices=None):
-    """A field with its help; low <= value <= high, value > above, or value one of choices."""
-    return field(default=default,
-                 metadata=dict(help=help, low=low, high=high, above=above, choices=choices))
+def option(default, help, low=0, high=2**31, above=None, choices=""):
+    """A field with its help: a number from low, or above a number, up to high; one of choices."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, above=above,
+                                                choices=choices))
 
 
 @dataclass
@@ -30,101 +29,89 @@ class Config:
     """Where the paper is silent, docs/readings.md says why the default is what it is."""
     # ---- data
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
-    root: Optional[str] = option(None, "folder of the data set")
+    root: str | None = option(None, "folder of the data set")
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
-    single_positive: Optional[str] = option(
-        None, "one known positive an image, in the setup of", choices=("largeloss", "splc"))
-    assume_negative: Optional[float] = option(
+    single_positive: str | None = option(None, "one positive an image", choices="largeloss|splc")
+    assume_negative: float | None = option(
         None, "weight of unknown labels as negatives; 0.3 for single positive, else 0", 0, 1)
-    mask: Optional[str] = option(None, "file of the known cells, instead of drawing them")
-    val: Optional[str] = option(None, "validation CSV, or a share of the training rows such as 0.2")
-    test: Optional[str] = option(None, "test CSV of a sheet")
-    ignore: Optional[str] = option(None, "columns of a sheet that are no category: a,b")
-    minus_one: Optional[str] = option(
-        None, "what -1 means in a sheet (absent: 0 is unknown)", choices=("absent", "unknown"))
-    unlisted: Optional[str] = option(
-        None, "what a sheet's lists do not name is", choices=("absent", "unknown"))
-    names: Optional[str] = option(None, "file of prompt names, one category a line")
-    prompt_names: str = option(
-        "peers", "category words in the prompts: the peers', the official ones, or joined words "
-        "split", choices=("peers", "official", "words"))
-    lists: Optional[str] = option(None, "folder or training list of the splc setup (else --root)")
+    mask: str | None = option(None, "file of the known cells, instead of drawing them")
+    val: str | None = option(None, "validation CSV, or a share of the training rows such as 0.2")
+    test: str | None = option(None, "test CSV of a sheet")
+    ignore: str | None = option(None, "columns of a sheet that are no category: a,b")
+    minus_one: str | None = option(None, "what -1 means in a sheet (absent: 0 is unknown)",
+                                   choices="absent|unknown")
+    unlisted: str | None = option(None, "what a sheet's lists leave out", choices="absent|unknown")
+    names: str | None = option(None, "file of prompt names, one category a line")
+    prompt_names: str = option("peers", "category words in the prompts: the peers', the official "
+                               "ones, or joined words split", choices="peers|official|words")
+    lists: str | None = option(None, "folder or training list of the splc setup (else --root)")
     keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
-    train_images: Optional[int] = option(None, "use only the first n training images", 1)
-    images: str = option("photos", "what is learned from", choices=("photos", "captions"))
-    captions: Optional[str] = option(None, "captions_*.json (default: that of the data set)")
+    train_images: int | None = option(None, "use only the first n training images", 1)
+    images: str = option("photos", "what is learned from", choices="photos|captions")
+    captions: str | None = option(None, "captions_*.json (default: that of the data set)")
     size: int = option(448, "side of the input in pixels", 32, 4096)
-    augment: str = option("taidpt", "of training images", choices=("none", "flip", "taidpt"))
+    augment: str = option("taidpt", "of training images", choices="none|flip|taidpt")
     # ---- model
     clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
                        "in Hugging Face's local cache")
-    activation: Optional[str] = option(
-        None, "of CLIP, where its file does not tell", choices=("quickgelu", "gelu"))
-    matching: str = option(
-        "carl", "carl is the paper's method, the others its baselines",
-        choices=("carl", "dualcoop", "dualcoop-fixed", "average", "global"))
-    without: str = option("", "components to leave out: any of kd,mmcp,mmcl,visual,text (the last "
-                          "two: one prototype of MMCP)")
-    carl_from: Optional[str] = option(None, "run whose region module is kept frozen (Table 4)")
+    activation: str | None = option(None, "of a CLIP that does not tell", choices="quickgelu|gelu")
+    matching: str = option("carl", "carl is the paper's method, the others its baselines",
+                           choices="carl|dualcoop|dualcoop-fixed|average|global")
+    without: str = option("", "parts to leave out: any of kd,mmcp,mmcl or a prototype, visual,text")
+    carl_from: str | None = option(None, "run whose region module is kept frozen (Table 4)")
     dropout: float = option(0.1, "of the region module; raise it when the model memorises its few "
                             "known labels", 0, 0.9)
-    queries: str = option("text", "start of the category queries", choices=("random", "text"))
+    queries: str = option("text", "start of the category queries", choices="random|text")
     context: int = option(16, "learned tokens of a prompt", 1)
     score: str = option("region", "score of inference; mixed: the mean of the run's and CLIP's own",
-                        choices=("region", "query", "mean", "mixed"))
+                        choices="region|query|mean|mixed")
     # ---- losses
-    alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)", 0)
-    beta: float = option(0.05, "weight of distillation (Eq. 15)", 0)
-    gamma: float = option(0.01, "weight of the contrastive loss (Eq. 15)", 0)
-    gamma_pos: float = option(1.0, "gamma+ of Eq. 14", 0)
-    gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate", 0)
+    alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)")
+    beta: float = option(0.05, "weight of distillation (Eq. 15)")
+    gamma: float = option(0.01, "weight of the contrastive loss (Eq. 15)")
+    gamma_pos: float = option(1.0, "gamma+ of Eq. 14")
+    gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate")
     shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", 0, 0.99)
-    kd: str = option("softmax", "Eq. 6 over the categories (as printed) or per category",
-                     choices=("softmax", "bernoulli"))
-    kd_teacher: str = option("region", "who teaches in Eq. 6: the region scores (the paper), the "
-                             "query scores, or both learn", choices=("region", "query", "both"))
+    kd: str = option("softmax", "Eq. 6 as printed or per category", choices="softmax|bernoulli")
+    kd_teacher: str = option("region", "who teaches in Eq. 6; both: the teacher learns, too",
+                             choices="region|query|both")
     kd_temperature: float = option(1.0, "temperature of Eq. 6", above=0)
     tau: float = option(0.07, "temperature of Eq. 13", above=0)
     # ---- memory
     topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", 1)
     queue: int = option(64, "L: prototypes kept a category", 1)
     eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", 0, 1)
-    stage_one: float = option(1 / 3, "share of the epochs before the prototypes and the "
-                              "contrastive loss join", 0, 1)
+    stage_one: float = option(1 / 3, "share of the epochs before mmcp and mmcl join", 0, 1)
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
     # ---- optimisation
     epochs: int = option(40, "epochs", 1)
     batch: int = option(128, "images a step, over all GPUs", 1)
     lr: float = option(5e-4, "peak of OneCycleLR", above=0)
-    weight_decay: float = option(0.01, "of AdamW", 0)
+    weight_decay: float = option(0.01, "of AdamW")
     clip_grad: float = option(1.0, "largest norm of the gradient", above=0)
-    seed: int = option(0, "of masks, initialisation, order and augmentation", 0)
+    seed: int = option(0, "of masks, initialisation, order and augmentation")
     eval_every: int = option(1, "epochs between evaluations", 1)
     # ---- machine
-    amp: str = option("auto", "mixed precision: auto takes bf16 on a GPU that has it, else none "
-                      "(IEEE float32)", choices=("auto", "none", "bf16", "fp16"))
-    kernels: str = option("auto", "auto takes Triton on a GPU",
-                          choices=("auto", "reference", "triton"))
-    workers: int = option(min(8, os.cpu_count() or 1),
-                          "processes that decode images; 0 decodes in the main one", 0, 1000)
-    cache_features: int = option(0, "keep the frozen features of this many augmented views on "
-                                 "disk; 0 runs the backbone in every epoch", 0)
+    amp: str = option("auto", "auto: bf16 on a GPU that has it", choices="auto|none|bf16|fp16")
+    kernels: str = option("auto", "auto takes Triton on a GPU", choices="auto|reference|triton")
+    workers: int = option(min(8, os.cpu_count() or 1), "to decode; 0: the main process", 0, 1000)
+    cache_features: int = option(0, "augmented views whose features are kept on disk, instead of "
+                                 "running the backbone in every epoch")
     cache_dir: str = option("generated/features", "where they are kept")
-    out: Optional[str] = option(None, "run folder")
+    out: str | None = option(None, "run folder")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             setattr(self, f.name, checked(f, getattr(self, f.name)))
         if unknown := self.left_out - set(PARTS):
-            raise UserError(f"--without expects any of {','.join(PARTS)}, got "
-                            f"{','.join(sorted(unknown))}")
+            raise UserError(f"--without expects any of {','.join(PARTS)}, got {','.join(unknown)}")
         if {"visual", "text"} <= self.left_out:
             raise UserError("--without visual,text leaves no prototype: say --without mmcp")
         if self.carl_from and self.matching != "carl":
             raise UserError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
-            raise UserError("--images captions takes its labels from the words of the captions: "
-                            "drop --ratio, --single-positive and --mask")
+            raise UserError("--images captions brings its labels: drop --ratio, --single-positive "
+                            "and --mask")
         if not is_path("data", self.data):
             self.data = self.data.lower()  # COCO is coco
         if self.assume_negative is None:
@@ -149,31 +136,31 @@ class Config:
         return round(self.stage_one * self.epochs)
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def type_of(f):
-    """int, float, str or bool of a field; Optional[str] is str."""
-    return f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
+    """int, float, str or bool of a field; `str | None` is str."""
+    return (*get_args(f.type), f.type)[0]
 
 
 def checked(f, value):
     """The value of a field, an int as a float where one is asked for; UserError if it cannot be."""
-    name, kind, rules = "--" + f.name.replace("_", "-"), type_of(f), f.metadata
+    name, kind, rules = flag(f.name), type_of(f), f.metadata
     if value is None and kind is not f.type:
         return None
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{name} expects {kind.__name__}, got {value!r}")
-    if rules["choices"] and value not in rules["choices"]:
-        raise UserError(f"{name} expects one of {' '.join(rules['choices'])}, got {value!r}")
+    if rules["choices"] and value not in rules["choices"].split("|"):
+        raise UserError(f"{name} expects one of {rules['choices']}, got {value!r}")
     if kind in (int, float):
         low, high, above = rules["low"], rules["high"], rules["above"]
-        high = 2**31 if high is None and kind is int else high
-        wrong = (not math.isfinite(value) or low is not None and value < low
-                 or high is not None and value > high or above is not None and value <= above)
-        if wrong:
-            least = f"a number above {above}" if low is None else f"a number from {low}"
-            raise UserError(f"{name} expects {least}{'' if high is None else f' up to {high}'}, "
-                            f"got {value}")
+        if not low <= value <= high or value == above:
+            least = f"from {low}" if above is None else f"above {above}"
+            raise UserError(f"{name} expects a number {least} up to {high}, got {value}")
     return value
 
 
@@ -199,58 +186,40 @@ def preset(data):
 def parse(argv, about=""):
     """Command line, else the data set's preset, else the default -> (Config, run to resume)."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
-    movable = NOT_THE_RESULT - {"out"} | PLACES
-    parser.add_argument("--resume", metavar="RUN",
-                        help="go on with a run and its settings; given anew may be where things "
-                        "lie now (--data, --root, --clip, ...) and --workers, --cache-dir")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; "
+                        "say where things lie now: --data, --root, --clip, ..., --workers, ...")
     for f in dataclasses.fields(Config):
-        how = dict(action="store_true")
-        if type_of(f) is not bool:
-            choices = f.metadata["choices"]
-            how = dict(type=type_of(f), metavar="{%s}" % ",".join(choices) if choices else None)
+        how = dict(type=type_of(f), metavar=f.metadata["choices"] or None)
+        if type_of(f) is bool:
+            how = dict(action="store_true")
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
+        parser.add_argument(flag(f.name), help=text, **how)
     given = vars(parser.parse_args(words(argv)))
-    for name, value in given.items():
-        if is_path(name, value):
-            given[name] = os.path.abspath(value)  # a run is used from other folders, too
+    # a run is used from other folders, too
+    given |= {name: os.path.abspath(path) for name, path in given.items() if is_path(name, path)}
     run = given.pop("resume", None)
     if run is None:
         return Config(**preset(given.get("data", "scenes")) | given), None
-    if kept := given.keys() - movable:
-        names = " ".join("--" + name.replace("_", "-") for name in sorted(kept))
-        raise UserError(f"--resume takes its settings from the run, drop {names}")
-    return dataclasses.replace(load_config(Path(run)), **given), Path(run)
+    if kept := given.keys() - (NOT_THE_RESULT - {"out"} | PLACES):
+        raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
+    file = Path(run, "config.json")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} holds no run: restore it, or give another folder") from None
+    return dataclasses.replace(restored(settings, file), **given), Path(run)
 
 
 def is_path(name, value):
     """Whether a setting names a file or folder; data, val and clip may hold something else."""
     if name in ("data", "val"):
         return value.lower().endswith((".csv", ".tsv"))
-    if name == "clip":
-        return value not in CLIPS and os.path.exists(value)
-    return name in PLACES
-
-
-def load_config(run):
-    """The Config of a run folder."""
-    file = run / "config.json"
-    if not file.is_file():
-        raise UserError(f"expected a run folder, found no {file}: give the folder that an earlier "
-                        "run printed")
-    try:
-        settings = dict(json.loads(file.read_text(encoding="utf-8"))["config"])
-        if not settings:
-            raise ValueError("a run of defaults is not meant")
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no config.json of a run: restore it, or train anew") from None
-    return restored(settings, file)
+    return name in PLACES and (name != "clip" or value not in CLIPS and os.path.exists(value))
 
 
 def restored(settings, file):
     """dict of settings as `file` holds it -> Config; what is missing takes its default."""
-    unknown = settings.keys() - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        raise UserError(f"{file} holds unknown settings {', '.join(sorted(unknown))}: another "
-                        "version wrote it")
-    return Config(**settings)
+    try:
+        return Config(**settings)
+    except TypeError as error:  # an unknown setting
+        raise UserError(f"{file} is of another version, restore it: {error}") from None

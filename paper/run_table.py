@@ -21,19 +21,18 @@ import torch
 import clip
 import data
 import train
-from config import NOT_THE_RESULT, load_config
+from config import NOT_THE_RESULT
 from eval import metrics
 from support import UserError
 from support.cli import best_device, end_with_parent
 from tools.build import load_data
 from tools.predictor import Predictor, evaluation_loader
-from tools.zero_shot import zero_shot, zero_shot_text
 
 
 class Runs:
     """The runs below `out`/runs. base: the Config of all rows; its score is what is reported."""
 
-    def __init__(self, base, out, jobs=1):
+    def __init__(self, base, out, jobs):
         self.base, self.out, self.jobs = base, Path(out), jobs
         self.splits = load_data(base)
         if self.splits[2] is None:
@@ -42,50 +41,81 @@ class Runs:
         self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
         whole = data.complete(dataclasses.replace(base, single_positive=None))  # no labels hidden
         self.data_sha256 = {name: split.info["sha256"] for name, split in whole.items()}
-        self.kept = {}
 
     def config(self, settings, seed):
         """Settings of a row -> its Config with a folder of its own. `carl_from` may hold the
         settings of another run (Table 4), which is trained first."""
         settings = dict(settings)
-        if isinstance(settings.get("carl_from"), dict):
+        if "carl_from" in settings:
             settings["carl_from"] = self.config(settings["carl_from"], seed).out
+        if settings.get("images") == "captions":  # five an image: a fifth of the epochs
+            settings["epochs"] = max(1, self.base.epochs // 5)
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
-        identity = {name: value for name, value in dataclasses.asdict(cfg).items()
-                    if name not in NOT_THE_RESULT | {"score"}}
-        identity = json.dumps([self.encoder.sha256, self.data_sha256, identity], sort_keys=True)
-        setting = cfg.single_positive or f"{cfg.ratio:g}"
-        setting = "captions" if cfg.images == "captions" else setting
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        parts = [Path(cfg.data).stem, setting, cfg.matching, cfg.without.replace(",", "-"),
-                 f"seed{seed}", digest]
+        result = {name: value for name, value in dataclasses.asdict(cfg).items()
+                  if name not in NOT_THE_RESULT | {"score"}}
+        identity = json.dumps([self.encoder.sha256, self.data_sha256, result], sort_keys=True)
+        labels = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
+        parts = [Path(cfg.data).stem, labels, cfg.matching, cfg.without.replace(",", "-"),
+                 f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
         return dataclasses.replace(cfg, out=str(self.out / "runs" / "-".join(filter(None, parts))))
 
     def train(self, wanted):
-        """Trains what is missing among (settings, seed), what others need first, seed by seed."""
-        first = [(settings["carl_from"], seed) for settings, seed in wanted
-                 if isinstance(settings.get("carl_from"), dict)]
-        for pairs in (first, wanted):
-            todo = {cfg.out: cfg for cfg in (self.config(*pair) for pair in pairs)}
-            todo = [cfg for cfg in todo.values() if len(history(cfg.out)) < cfg.epochs]
-            if todo:
-                self.train_all(sorted(todo, key=lambda cfg: cfg.seed))
-
-    def train_all(self, todo):
-        print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
+        """Trains what is missing among (settings, seed), what others need first."""
+        if first := [(settings["carl_from"], seed) for settings, seed in wanted
+                     if "carl_from" in settings]:
+            self.train(first)
+        configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in wanted)}
+        todo = [cfg for cfg in configs.values() if len(history(cfg.out)) < cfg.epochs]
+        if todo:
+            print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
         start = time.perf_counter()
-        trained = map(train_one, todo) if self.jobs == 1 else self.in_processes(todo)
+        trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
         for count, cfg in enumerate(trained, 1):
             lines = history(cfg.out)
             done = len(lines) == cfg.epochs
             told = f"mAP {lines[-1]['test']['mAP']:.2f}" if done else "diverged"
-            left = (time.perf_counter() - start) / count * (len(todo) - count) / 60
+            left = (time.perf_counter() - start) * (len(todo) / count - 1) / 60
             print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, {left:.0f} minutes left",
                   flush=True)
 
-    def in_processes(self, todo):
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.jobs, context, share_cores, (self.jobs,))
+    @functools.cached_property
+    def test(self):
+        """The features of the test split, which all rows of a table share."""
+        return evaluation_loader(self.base, self.splits[2], self.encoder, self.device)
+
+    def predictor(self, run):
+        """A run's last epoch, with the score that is reported."""
+        return Predictor(run, "last", self.device, self.encoder, {"score": self.base.score})
+
+    @functools.cache
+    def scores(self, run):
+        """(n, C) probabilities of a run on the test split."""
+        return self.predictor(run).score_split(self.test)
+
+    def mAP(self, settings, seed, split):
+        """Of the last epoch of a run, or of several's mean scores; None where one diverged."""
+        configs = [self.config(one, seed) for one in settings]
+        lines = [history(cfg.out) for cfg in configs]
+        if any(len(epochs) < cfg.epochs for epochs, cfg in zip(lines, configs)):
+            return None
+        if len(configs) > 1:
+            mean = np.mean([self.scores(cfg.out) for cfg in configs], 0)
+            return metrics(mean, self.splits[2].truth)["mAP"]
+        numbers = lines[0][-1][split]
+        return numbers.get(f"mAP_{self.base.score}", numbers["mAP_region"])
+
+
+def history(run):
+    """Lines of a run's metrics, one an epoch; none before the first epoch."""
+    file = Path(run, "metrics.jsonl")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def in_processes(todo, jobs):
+    """What train_one returns, as the runs end."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, share_cores, (jobs,)) as pool:
         try:
             for future in as_completed([pool.submit(train_one, cfg) for cfg in todo]):
                 yield future.result()
@@ -93,50 +123,6 @@ class Runs:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    @functools.cached_property
-    def test(self):
-        """The features of the test split, which all rows of a table share."""
-        return evaluation_loader(self.base, self.splits[2], self.encoder, self.device)
-
-    @functools.cached_property
-    def zero_shot(self):
-        """{"global", "dense"}: cosines (n, C) of the test images."""
-        g = zero_shot_text(self.encoder, self.splits[2].prompts)
-        return zero_shot(g, self.test.batches(0, shuffle=False))
-
-    def scores(self, run):
-        """(n, C) probabilities of a run's last epoch on the test split."""
-        if run not in self.kept:
-            how = {"score": self.base.score}
-            predictor = Predictor(run, "last", self.device, self.encoder, how)
-            self.kept[run] = predictor.score_split(self.test)
-        return self.kept[run]
-
-    def mAP(self, settings, seed, split="test"):
-        """Of the last epoch of a run, or of several's mean scores; None where one diverged."""
-        runs = [self.config(one, seed).out for one in settings]
-        lines = [history(run) for run in runs]
-        if any(len(line) < self.config(one, seed).epochs for line, one in zip(lines, settings)):
-            return None
-        if len(runs) > 1:
-            return metrics(np.mean([self.scores(run) for run in runs], 0),
-                           self.splits[2].truth)["mAP"]
-        numbers = lines[0][-1][split]
-        return numbers.get(f"mAP_{self.base.score}", numbers["mAP_region"])
-
-
-def history(run):
-    """Lines of a run's metrics, one an epoch; none before the first epoch."""
-    file = Path(run) / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError:
-        raise UserError(f"{file} is damaged: train.py --resume {run} writes it anew") from None
 
 
 def share_cores(jobs):
@@ -151,7 +137,7 @@ def train_one(cfg):
     resume = folder if (folder / "config.json").exists() else None
     with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            train.train(load_config(folder) if resume else cfg, resume)
+            train.train(cfg, resume)
         except FloatingPointError as error:
             print(error)  # the row stays unfinished
     return cfg

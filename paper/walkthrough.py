@@ -25,6 +25,7 @@ import clip
 import data
 from config import Config, preset
 from datasets import augment
+from paper.run_table import history
 from support.checkpoint import save_atomically, write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.build import training_loader
@@ -48,15 +49,14 @@ CROPS = 12  # prototypes shown of each category
 
 @torch.no_grad()
 def measure(model, memory, loader, g_pos, g_neg):
-    """Scenes in one pass -> probabilities (n, C), masks (n, C, N), similarities (2, n, C)."""
+    """Scenes in one pass -> probabilities (n, C), masks (n, C, N), similarities (n, 2, C)."""
     model.eval()
-    p, masks, s = [], [], []
+    found = []
     for _, f, x in loader.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
-        p.append(out.logits_r.sigmoid())
-        masks.append(out.energy.sigmoid())
-        s.append(memory.similarities(out.regions))
-    return torch.cat(p).cpu(), torch.cat(masks).cpu(), torch.cat(s, 1).cpu()
+        s = memory.similarities(out.regions).transpose(0, 1)
+        found.append((out.logits_r.sigmoid(), out.energy.sigmoid(), s))
+    return [torch.cat(parts).cpu() for parts in zip(*found)]
 
 
 def train_filmed():
@@ -65,17 +65,16 @@ def train_filmed():
     cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN))
     encoder, splits = clip.load(cfg.clip), data.load(cfg)
     loader = evaluation_loader(cfg, splits[1].subset(range(FILMED)), encoder, best_device())
-    film = {"masks": [], "s": [], "theta": []}
+    film = []
 
     def on_epoch(state, line):
         _, masks, s = measure(state.model, state.memory, loader, *state.model.prompts(encoder))
-        film["masks"].append((255 * masks).byte())
-        film["s"].append(s.transpose(0, 1))
-        film["theta"].append(state.memory.theta.cpu().clone())
+        film.append(((255 * masks).byte(), s, state.memory.theta.cpu().clone()))
 
     train(cfg, splits=splits, encoder=encoder, on_epoch=on_epoch)
-    arrays = {name: torch.stack(frames).numpy() for name, frames in film.items()}
-    save_atomically(lambda buffer: np.savez_compressed(buffer, **arrays), RUN / "film.npz")
+    masks, s, theta = (torch.stack(frames).numpy() for frames in zip(*film))
+    save_atomically(lambda buffer: np.savez_compressed(buffer, masks=masks, s=s, theta=theta),
+                    RUN / "film.npz")
 
 
 # ---- code, by its marks
@@ -90,41 +89,40 @@ def listing(file, equation):
         if not isinstance(node, CODE) or isinstance(getattr(node, "value", None), ast.Constant):
             continue  # a docstring is no statement
         first = node.lineno - lines[node.lineno - 2].strip().startswith("#")
-        part = lines[first - 1:node.end_lineno]
+        code = textwrap.dedent("\n".join(lines[first - 1:node.end_lineno]))
         inside = any(a <= first <= b for a, b, _ in shown)
-        if inside or len(part) > LONGEST.get(file, 34) or equation not in cited("\n".join(part)):
+        if inside or code.count("\n") >= LONGEST.get(file, 34) or equation not in cited(code):
             continue
-        part = textwrap.dedent("\n".join(part)).split("\n")
-        rows = [re.sub(r"(^|  )(# .*)$", r"\1<i>\2</i>", html.escape(row, quote=False))
-                for row in part]
-        rows = [f"<b>{row}</b>" if equation in cited(row) else row for row in rows]
-        shown.append((first, node.end_lineno, f'<p class="where"><a href="../{file}#L{first}">'
-                      f'{file}:{first}</a></p><pre data-file="{file}" data-first="{first}">'
-                      + "\n".join(rows) + "</pre>"))
+        text = f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p>'
+        text += f'<pre data-file="{file}" data-first="{first}">'
+        for row in html.escape(code, quote=False).split("\n"):
+            row = re.sub(r"(^|  )(# .*)$", r"\1<i>\2</i>", row)
+            text += f"<b>{row}</b>\n" if equation in cited(row) else f"{row}\n"
+        shown.append((first, node.end_lineno, text.removesuffix("\n") + "</pre>"))
     return "".join(text for _, _, text in sorted(shown))
 
 
-def code_of(equation):
-    """The code of an equation, and its transcription from the tests to unfold."""
-    return ("".join(listing(file, equation) for file in METHOD) + "<details><summary>The same, "
-            f"slowly: one loop for each sum sign</summary>{listing(ORACLES, equation)}</details>")
-
-
 def typeset(text):
-    """$$...$$ and $...$ -> MathML; {code 4} -> the code of Eq. 4."""
+    """$$...$$ and $...$ -> MathML; {code 4} -> the code of Eq. 4, its slow oracle to unfold."""
+    def code_of(match):
+        equation = int(match[1])
+        return ("".join(listing(file, equation) for file in METHOD) + "<details><summary>The same, "
+                f"slowly: one loop for each sum sign</summary>{listing(ORACLES, equation)}"
+                "</details>")
+
     text = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1], display="block"), text, flags=re.S)
     text = re.sub(r"\$(.+?)\$", lambda m: convert(m[1]), text)
-    return re.sub(r"\{code (\d+)\}", lambda m: code_of(int(m[1])), text)
+    return re.sub(r"\{code (\d+)\}", code_of, text)
 
 
 # ---- tensors
 
 
-def choose(seen, verdicts, pseudo, truth, area):
+def choose(p, peak, verdicts, truth, area):
     """Six of the first FILMED scenes by rule: [(title, rule, image, category)], no image twice.
     Verdicts (2, n, C), else (n, C); area: share of the image that the category's boxes cover."""
-    p, present, absent = seen["p"], truth == 1, truth == -1
-    differ = verdicts[0] != verdicts[1]
+    present, absent, differ = truth == 1, truth == -1, verdicts[0] != verdicts[1]
+    pseudo = np.where(differ, 0, verdicts[0])
     rules = (
         ("easy", "present, large, and both prototypes say so",
          present & (pseudo == 1) & (area > 0.05), p - present.sum(1, keepdims=True)),
@@ -132,34 +130,32 @@ def choose(seen, verdicts, pseudo, truth, area):
          present & (p > 0.5), -area),
         ("look-alike", "absent, but the most probable of all absent categories", absent, p),
         ("absent", "absent, and both prototypes say so; the flattest region",
-         absent & (pseudo == -1), -seen["peak"]),
+         absent & (pseudo == -1), -peak),
         ("modalities disagree", "present; visual and text prototypes come to different verdicts",
          present & differ, p),
         ("wrong pseudo-label", "both prototypes agree, and both are wrong",
          (pseudo != 0) & (pseudo != truth), np.where(present, p, 1 - p)))
-    chosen, used = [], []
+    chosen = []
     for title, rule, eligible, score in rules:
         score = np.where(eligible, score, -np.inf)[:FILMED]
-        score[used] = -np.inf
+        score[[image for _, _, image, _ in chosen]] = -np.inf
         image, category = np.unravel_index(score.argmax(), score.shape)
-        used.append(image)
         chosen.append((title, rule, int(image), int(category)))
     return chosen
 
 
 def crops_of(memory, predictor, split):
     """For each category JPEGs of its newest prototypes: the location and what surrounds it."""
-    cfg, encoder, (height, width) = predictor.cfg, predictor.clip, predictor.grid
+    cfg, encoder, (h, w) = predictor.cfg, predictor.clip, predictor.grid
     loader = training_loader(cfg, split, encoder, predictor.device, 0, 1)
     mean, std = (torch.tensor(part)[:, None, None] for part in (encoder.mean, encoder.std))
     crops = []
     for places, cursor in zip(origins(memory, loader).tolist(), memory.cursor.tolist()):
-        newest = [places[r % len(places)] for r in range(cursor - 1, -1, -1)]
         crops.append([])
-        for image, location, view in newest[:CROPS]:
+        for r in range(cursor - 1, max(-1, cursor - 1 - CROPS), -1):
+            image, location, view = places[r % len(places)]
             pixels = (255 * (loader.images[view, image][0] * std + mean)).clamp(0, 255).byte()
-            y = (location // width + 0.5) * cfg.size / height
-            x = (location % width + 0.5) * cfg.size / width
+            x, y = (location % w + 0.5) * cfg.size / w, (location // w + 0.5) * cfg.size / h
             picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             crops[-1].append(jpeg(picture.crop((x - 40, y - 40, x + 40, y + 40)), 56))
     return crops
@@ -191,27 +187,26 @@ def contents():
     memory = memory_of(predictor)
     p, masks, s = measure(predictor.model, memory, predictor.loader(val), predictor.g_pos,
                           predictor.g_neg)
-    pseudo = memory.pseudo_labels(s, torch.zeros(s.shape[1:], dtype=torch.int8)).numpy()
+    s = s.transpose(0, 1)  # (2, n, C)
     area = np.zeros(val.truth.shape)
     for row, boxes in zip(area, val.boxes):
         for c, x0, y0, x1, y1 in boxes:
             row[int(c)] += (x1 - x0) * (y1 - y0)
-    seen = dict(p=p.numpy(), peak=masks.amax(-1).numpy())
     scenes = []
-    for title, rule, i, c in choose(seen, memory.verdicts(s).numpy(), pseudo, val.truth, area):
-        one = inspect(predictor, val.paths[i], val.truth[i])
-        arrays = {name: numbers(one[name]) for name in
-                  ("text_pixel", "energy", "topk", "logits_r", "logits_q", "s", "regions")}
-        losses = {name: float(value) for name, value in one["losses"].items()}
+    chosen = choose(p.numpy(), masks.amax(-1).numpy(), memory.verdicts(s).numpy(), val.truth, area)
+    for title, rule, i, c in chosen:
+        seen = inspect(predictor, val.paths[i], val.truth[i])
+        scene = {name: numbers(seen[name]) for name in
+                 ("text_pixel", "energy", "topk", "logits_r", "logits_q", "s", "regions")}
+        losses = {name: float(value) for name, value in seen["losses"].items()}
         percent = (film["masks"][:, i] / 2.55).astype(int)  # (T, C, N)
-        scenes.append(arrays | dict(title=title, rule=rule, category=c, photo=jpeg(val.paths[i]),
-                                    truth=val.truth[i].tolist(), losses=losses,
-                                    masks=percent.tolist(), film=numbers(film["s"][:, i])))
+        scenes.append(scene | dict(title=title, rule=rule, category=c, photo=jpeg(val.paths[i]),
+                                   truth=val.truth[i].tolist(), losses=losses,
+                                   masks=percent.tolist(), film=numbers(film["s"][:, i])))
         if title == "easy":
-            idea(one, augment.read(val.paths[i]), c, predictor)
-    history = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+            idea(seen, augment.read(val.paths[i]), c, predictor)
     told = ("stage", "pseudo_pos", "pseudo_pos_precision", "pseudo_neg", "pseudo_neg_precision")
-    epochs = [{name: line.get(name) for name in told} for line in history]
+    epochs = [{name: line.get(name) for name in told} for line in history(RUN)]
     return dict(names=predictor.names, grid=predictor.grid, scenes=scenes, epochs=epochs,
                 theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),
                 truth=val.truth.tolist(), crops=crops_of(memory, predictor, splits["train"]),
@@ -223,48 +218,49 @@ def contents():
 def idea(seen, photo, c, predictor):
     """docs/idea.png: one scene and one category through Eq. 2 to 12."""
     (h, w), mask, similar = predictor.grid, seen["mask"][c].numpy(), seen["text_pixel"][c].numpy()
+    region = heat(photo, mask, (h, w))
+    pictures = {"a scene": photo, f"cosine to the text: {predictor.names[c]}":
+                heat(photo, similar - similar.min(), (h, w)), "its soft region, Eq. 2-4": region,
+                "top-K to the bank, Eq. 7": region}
     figure = Figure(figsize=(12, 2.6), dpi=110, layout="constrained")
     *tiles, scale = figure.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.2))
-    for axis, picture, title in zip(
-            tiles, (photo, heat(photo, similar - similar.min(), (h, w)),
-                    *[heat(photo, mask, (h, w))] * 2),
-            ("a scene", f"cosine to the text: {predictor.names[c]}", "its soft region, Eq. 2-4",
-             "top-K to the bank, Eq. 7")):
+    for axis, (title, picture) in zip(tiles, pictures.items()):
         axis.imshow(picture)
         axis.set_title(title, fontsize=9)
         axis.axis("off")
     top = seen["topk"][c].numpy()
     tiles[3].plot((top % w + 0.5) * photo.width / w, (top // w + 0.5) * photo.height / h, "x",
                   color="black", markersize=9, markeredgewidth=2)
-    bar = dict(marker="|", markersize=26, markeredgewidth=3, linestyle="")
     scale.plot(seen["s"][:, c], (0, 1), "o", color="tab:blue", markersize=9)
-    scale.plot(seen["theta"][:, 0, c], (0, 1), color="tab:green", **bar)
-    scale.plot(seen["theta"][:, 1, c], (0, 1), color="tab:red", **bar)
+    for theta, colour in zip(seen["theta"][..., c].T, ("tab:green", "tab:red")):
+        scale.plot(theta, (0, 1), "|", color=colour, markersize=26, markeredgewidth=3)
     scale.set(yticks=(0, 1), yticklabels=("visual\nprototypes", "text\nprototype"),
               ylim=(-0.7, 1.7), xlabel="similarity, and the two thresholds")
     scale.set_title("both above: label guessed, Eq. 8-12", fontsize=9)
     save_atomically(lambda buffer: figure.savefig(buffer, format="png"), PAGE.with_name("idea.png"))
 
 
+def write(text_only):
+    """Writes the page from its template, walkthrough.html beside this file."""
+    if text_only:
+        page = PAGE.read_text(encoding="utf-8")
+        content = page.partition('id="data">')[2].partition("</script>")[0]
+    else:
+        if not (RUN / "film.npz").is_file():
+            train_filmed()
+        content = json.dumps(contents(), separators=(",", ":"))
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    text, mark, script = template.partition("<script")
+    picture = base64.b64encode(PAGE.with_name("idea.png").read_bytes()).decode()
+    text = typeset(text).replace("{{IDEA}}", picture)
+    write_atomically(PAGE, text + mark + script.replace("{{DATA}}", content))
+    print(f"{PAGE}: {PAGE.stat().st_size / 2**20:.2f} MB")
+
+
 def main(argv=None):
     parser = make_parser("paper.walkthrough", __doc__)
     parser.add_argument("--text", action="store_true", help="no tensors, only text and code anew")
-
-    def work():
-        if parser.parse_args(words(argv)).text:
-            page = PAGE.read_text(encoding="utf-8")
-            content = page.partition('id="data">')[2].partition("</script>")[0]
-        else:
-            if not (RUN / "film.npz").is_file():
-                train_filmed()
-            content = json.dumps(contents(), separators=(",", ":"))
-        template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-        text, mark, script = template.partition("<script")
-        picture = base64.b64encode(PAGE.with_name("idea.png").read_bytes()).decode()
-        text = typeset(text).replace("{{IDEA}}", picture)
-        write_atomically(PAGE, text + mark + script.replace("{{DATA}}", content))
-        print(f"{PAGE}: {PAGE.stat().st_size / 2**20:.2f} MB")
-    return run_main(work)
+    return run_main(lambda: write(parser.parse_args(words(argv)).text))
 
 
 if __name__ == "__main__":

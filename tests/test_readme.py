@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_map_of_equations_is_the_one_of_the_code():
     assert written(README) == README, "the map is stale: run make map"
-    assert {row[0] for row in ROWS} == set(range(1, 16))
+    assert {int(row[0]) for row in ROWS} == set(range(1, 16))
 
 
 def test_commands_name_files_and_flags_that_exist():

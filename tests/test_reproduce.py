@@ -54,23 +54,22 @@ def last_line(run):
 
 
 def test_the_papers_numbers_agree_with_the_averages_that_it_prints():
+    numbers = {
+        name: {data: np.array([[*row.values()] for row in rows.values()]) for data, rows in printed}
+        for name in "12346"
+        for printed in [reproduce.TABLES[name]["paper"].items()]
+    }
     averages = {"coco": (83.6, 83.6, 85.4), "voc2007": (94.0, 94.8, 95.2, 95.4), "vg200": (52.8,)}
-    for name, rows in reproduce.PAPER_1.items():
-        assert all(len(row) == 9 for row in rows.values())
+    for name, rows in numbers["1"].items():
+        assert rows.shape[1] == 9
         # its means are not all exact
-        assert np.allclose([np.mean(row) for row in rows.values()], averages[name], atol=0.13), name
+        assert np.allclose(rows.mean(1), averages[name], atol=0.13), name
     for name, averages in {"voc2007": (94.0, 95.0), "coco": (83.3, 84.1)}.items():
-        assert np.allclose([np.mean(row) for row in reproduce.PAPER_4[name]], averages, atol=0.06)
-    assert np.allclose(
-        [np.mean([reproduce.PAPER_2[d][i] for d in reproduce.PAPER_2]) for i in (0, 1)],
-        (63.7, 65.6),
-        atol=0.06,
-    )
-    assert np.allclose(
-        np.mean(list(reproduce.PAPER_3.values()), 0),
-        (84.3, 89.2, 89.5, 89.8, 89.9, 90.3),
-        atol=0.06,
-    )
+        assert np.allclose(numbers["4"][name].mean(1), averages, atol=0.06)
+    setups = np.mean([*numbers["2"].values()], 0)[0]
+    assert np.allclose(setups, (63.7, 65.6), atol=0.06)
+    ladder = np.mean([*numbers["3"].values()], 0)[:, 0]
+    assert np.allclose(ladder, (84.3, 89.2, 89.5, 89.8, 89.9, 90.3), atol=0.06)
 
 
 def test_table_3_is_the_ladder_and_is_not_trained_twice(call):
@@ -232,11 +231,10 @@ def test_two_jobs_give_what_one_gives(call, world):
 
 
 def test_every_study_is_made_of_settings_that_exist():
-    for name, settings in reproduce.STUDIES.items():
-        rows, _, _ = reproduce.study(name, None)
-        assert len(rows) == len(settings) > 1, name
-        for of_row in rows.values():
-            Config(**of_row[0])
+    for name, study in reproduce.STUDIES.items():
+        assert len(study["rows"]) > 1, name
+        for settings, *others in study["rows"].values():
+            assert Config(**settings) and not others
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,12 @@ def test_the_six_scenes_are_what_they_are_called():
     truth = rng.choice((-1, 1), (n, C))
     verdicts = rng.choice((-1, 0, 1), (2, n, C))
     pseudo = np.where(verdicts[0] == verdicts[1], verdicts[0], 0)
-    seen = dict(p=rng.random((n, C)), peak=rng.random((n, C)))
+    p, peak = rng.random((2, n, C))
     area = rng.random((n, C)) * (truth == 1)
-    found = {title: (i, c) for title, _, i, c in choose(seen, verdicts, pseudo, truth, area)}
+    found = {title: (i, c) for title, _, i, c in choose(p, peak, verdicts, truth, area)}
     assert len({i for i, _ in found.values()}) == 6
     assert truth[found["easy"]] == pseudo[found["easy"]] == 1
-    assert truth[found["small object"]] == 1 and seen["p"][found["small object"]] > 0.5
+    assert truth[found["small object"]] == 1 and p[found["small object"]] > 0.5
     assert truth[found["look-alike"]] == -1
     assert truth[found["absent"]] == pseudo[found["absent"]] == -1
     i, c = found["modalities disagree"]

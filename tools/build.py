@@ -1,10 +1,9 @@
 """What a run is made of, from its Config: data, loaders, and the model before its first step."""
 from pathlib import Path
 
-import numpy as np
-
 import data
 from clip.features import FeatureLoader, autocast_dtype
+from paper import captions
 from support import UserError
 from support.checkpoint import read_checkpoint
 from tools.predictor import evaluation_loader
@@ -15,7 +14,6 @@ def load_data(cfg):
     """(train, val or None, test or None): data.Split each."""
     splits = data.load(cfg)
     if cfg.images == "captions":
-        from paper import captions
         return captions.load(cfg, splits[0]), *splits[1:]
     return splits
 
@@ -23,8 +21,7 @@ def load_data(cfg):
 def training_loader(cfg, split, encoder, device, rank, world):
     """What gives (index, f, x) of a batch: features of photos, or of captions in their place."""
     if cfg.images == "captions":
-        from paper.captions import Captions
-        return Captions(split, encoder, cfg.batch, cfg.seed, device, rank, world)
+        return captions.Captions(split, encoder, cfg.batch, cfg.seed, device, rank, world)
     images = data.Images(split, cfg.size, cfg.augment, cfg.seed)
     return FeatureLoader(images, encoder, cfg.batch, cfg.workers, cfg.cache_features, cfg.cache_dir,
                          device, autocast_dtype(cfg.amp, device), rank, world,
@@ -37,10 +34,10 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
     train_split, val_split, test_split = splits
     few = None
     if not val_split and cfg.images == "photos":
-        few = train_split.subset(np.arange(min(1000, len(train_split.paths))))
+        few = train_split.subset(range(min(1000, len(train_split.paths))))
+    named = {"val": val_split, "train": few, "test": test_split}
     return {name: evaluation_loader(cfg, split, encoder, device, rank, world)
-            for name, split in (("val", val_split), ("train", few), ("test", test_split))
-            if split}
+            for name, split in named.items() if split}
 
 
 def build_model(cfg, split, encoder):
@@ -57,10 +54,9 @@ def build_model(cfg, split, encoder):
 def load_carl(model, run, split, encoder):
     """Table 4: the region module of another run, one on complete labels, kept as it is."""
     other = read_checkpoint(Path(run) / "last.pt")
-    if other["names"] != split.names or other["clip_sha256"] != encoder.sha256:
-        raise UserError(f"--carl-from {run} was trained on other categories or another CLIP: give "
-                        "a run on the same")
     carl = {key[5:]: value for key, value in other["model"].items() if key.startswith("carl.")}
-    if not carl:
-        raise UserError(f"--carl-from {run} has no regions: give a run with --matching carl")
+    same = other["names"] == split.names and other["clip_sha256"] == encoder.sha256
+    if not (carl and same):
+        raise UserError("--carl-from expects a run with --matching carl on the same categories "
+                        f"and CLIP, got {run}")
     model.carl.load_state_dict(carl)
