@@ -168,7 +168,7 @@ class Captions:
         # (B,) the end of the text has the largest id
         eot = tokens.argmax(1)
         tokens = tokens[:, : int(eot.max()) + 1]
-        h = self.clip.embed(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
+        h = self.clip.token_embedding(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
         for block in self.clip.transformer.resblocks:
             h = block(h, causal=True)
         h = self.clip.ln_final(h) @ self.clip.text_projection  # (B, S, D)

@@ -88,8 +88,9 @@ def explain(error):
         return f"the locale cannot write {name} of a file name: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     if isinstance(error, (UserError, FloatingPointError)):
         return str(error)
-    if isinstance(error, BrokenExecutor):
-        return "a worker process was ended, mostly for want of memory: fewer --jobs or --workers"
+    if isinstance(error, BrokenExecutor) or "DataLoader worker" in str(error):
+        return ("a worker process was ended, mostly for want of memory (in a container also of "
+                "shared memory: --shm-size): fewer --jobs or --workers")
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
             "allocate memory" in str(error) or "out of memory" in str(error)):
         reason = str(error).split(". ")[0][:150]
@@ -99,7 +100,7 @@ def explain(error):
                 "rights and free space")
 
 
-def end_with_parent():
+def end_with_parent(_=None):
     """For worker processes: Ctrl-C is the parent's; when it is gone, even by kill -9, they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -291,7 +291,7 @@ def test_wide_transformers_of_open_clip(tmp_path):
     assert clip.model.dimensions(state) == shape
     folder = oc_folder(tmp_path, state, vision_cfg=dict(width=104, head_width=52, mlp_ratio=4.9231))
     model = clip.load(folder)
-    assert model.visual.transformer.resblocks[0].attn.heads == 2
+    assert model.visual.transformer.resblocks[0].attn.num_heads == 2
     assert equal(model, features(clip.build(state, True, "gelu", vision_heads=2)))
 
 
@@ -300,7 +300,7 @@ def test_heads_of_released_models_without_a_configuration(width, heads):
     """ViT-B, L, H and bigG: 64, 64, 80 and 104 channels a head."""
     with torch.device("meta"):
         model = clip.CLIP(24, 28, 1, width, 14, 20, 600, 64, text_layers=1)
-    assert model.visual.transformer.resblocks[0].attn.heads == heads
+    assert model.visual.transformer.resblocks[0].attn.num_heads == heads
 
 
 @pytest.mark.parametrize("change, says", [
@@ -383,7 +383,6 @@ def without(word):
     (edited(text_projection=None), "no CLIP, or it is incomplete: 'text_projection' is missing"),
     (edited(positional_embedding=torch.tensor(1.0)), "is no CLIP"),
     (edited(text_projection=torch.ones(0, 24)), "text_projection is (0, 24)"),
-    (edited(visual__attnpool__positional_embedding=torch.ones(1, 256)), "too small"),
     (without("transformer.resblocks"), "is no CLIP"),
     (without("layer4"), "layer4"),
     ({"model.layer.weight": torch.ones(2)}, "holds model.layer.weight, expected one state dict"),
@@ -404,7 +403,7 @@ def test_a_width_that_no_heads_divide_is_refused(width, tmp_path):
     state = clip.CLIP(16, 32, (1, 1, 1, 1), 4, None, 20, 600, width, text_heads=1,
                       text_layers=1).state_dict()
     torch.save(state, tmp_path / "quickgelu.pt")
-    refused(tmp_path / "quickgelu.pt", "is no CLIP", "do not divide")
+    refused(tmp_path / "quickgelu.pt", "is no CLIP", "divisible")
 
 
 def test_damaged_and_foreign_files(tmp_path):
