@@ -260,10 +260,7 @@ def is_best(state, numbers):
 
 def main(argv=None):
     def work():
-        try:
-            train(*parse(argv, __doc__))
-        finally:
-            distributed.end()
+        train(*parse(argv, __doc__))
     return run_main(work, "stopped; last.pt holds what was finished: go on with --resume RUN")
 
 

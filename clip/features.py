@@ -37,9 +37,7 @@ def epoch_order(n, epoch, seed):
 
 def autocast_dtype(amp, device):
     """--amp -> autocast's dtype, None for float32. "auto": bf16 on a GPU that has it in hardware.
-
-    Tells torch, too, whether float32 products may use TF32; "none" means IEEE float32.
-    """
+    Tells torch, too, whether float32 products may use TF32; "none" means IEEE float32."""
     if amp == "auto":
         hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         amp = "bf16" if hardware else "none"
@@ -75,17 +73,15 @@ class FeatureLoader:
     def batches(self, epoch, shuffle=True):
         """One pass. f is float32, or autocast's dtype when training (shuffle).
 
-        Training: all processes get equally many rows; the last ones of a batch that does not divide
-        repeat its first image, and distributed.gather cuts them off again. Evaluation covers each
-        image once. `waited` counts the seconds spent waiting for data.
+        Training: all processes get equally many rows; a batch that does not divide repeats its
+        first image, and distributed.gather cuts that off again. Evaluation: each image once.
         """
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
         parts = order.split(self.batch)
         if shuffle:
             parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)]) for part in parts]
-        parts = [part[self.rank::self.world] for part in parts]
-        parts = [part for part in parts if len(part)]
+        parts = [part[self.rank::self.world] for part in parts if len(part) > self.rank]
         dtype = self.amp if shuffle and self.amp else torch.float32
         source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
         for data, index in self.timed(source):
@@ -111,7 +107,7 @@ class FeatureLoader:
 
         with ThreadPoolExecutor(1) as pool:
             jobs = (pool.submit(ready, part) for part in parts)
-            for job, _ in pairwise(chain(jobs, [None])):  # the next job begins before this one's end
+            for job, _ in pairwise(chain(jobs, [None])):  # the next one has begun
                 yield job.result()
 
     def load(self, epoch, parts):
@@ -125,6 +121,7 @@ class FeatureLoader:
         return iter(self.loader)
 
     def timed(self, iterator):
+        """The iterator; `waited` counts the seconds that it takes."""
         self.waited, start = 0.0, time.perf_counter()
         for item in iterator:
             self.waited += time.perf_counter() - start
@@ -155,38 +152,39 @@ class FeatureLoader:
     def cached(self, folder, views):
         """The features of all views (one where nothing is augmented): (V, n, 1+N, D) bf16."""
         views = views if self.images.augment != "none" else 1
-        shape = torch.Size((views, len(self), 1 + math.prod(self.grid), self.clip.D))
-        depends_on = repr((tuple(shape), self.clip.sha256, str(self.amp))).encode()
+        shape = (views, len(self), 1 + math.prod(self.grid), self.clip.D)
+        depends_on = repr((shape, self.clip.sha256, str(self.amp))).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"
         begun = [not file.is_file() and time.time_ns()]
         if dist.is_initialized():
             dist.broadcast_object_list(begun)  # what the first process saw
         if begun[0]:
-            self.fill(file, shape, file.with_name(f"{file.name}.{begun[0]}.part"))
-        stored = torch.from_file(str(file), False, shape.numel(), dtype=torch.bfloat16)
+            self.fill(file, file.with_name(f"{file.name}.{begun[0]}.part"), shape)
+        stored = torch.from_file(str(file), False, math.prod(shape), dtype=torch.bfloat16)
         return stored.view(shape)
 
-    def fill(self, file, shape, temporary):
+    def fill(self, file, temporary, shape):
         """Writes the file under a temporary name, each process its chunks, then renames it."""
-        views, n, _, _ = shape
-        size = shape.numel() * 2
+        views, n = shape[:2]
+        size = 2 * math.prod(shape)  # bytes
+        name, folder = f"features of {self.split.name}", file.parent
         if self.rank == 0:
-            print(f"features of {self.split.name}: {n} images x {views} views = "
-                  f"{size / 2**20:,.0f} MiB in {file.parent}", flush=True)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for part in file.parent.glob("*.part"):
+            print(f"{name}: {n} images x {views} views = {size / 2**20:,.0f} MiB in {folder}",
+                  flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for part in folder.glob("*.part"):
                 if time.time() - part.stat().st_mtime > 3600:  # of a process that was killed
                     part.unlink()
-            free = shutil.disk_usage(file.parent).free
+            free = shutil.disk_usage(folder).free
             if size > free:
-                raise UserError(f"the feature cache needs {size / 2**30:.1f} GiB, {file.parent} has "
+                raise UserError(f"the feature cache needs {size / 2**30:.1f} GiB, {folder} has "
                                 f"{free / 2**30:.1f} GiB free: choose fewer --cache-features or "
                                 "another --cache-dir")
             temporary.touch()
         barrier()
         chunks = torch.arange(n).split(CHUNK)[self.rank::self.world]
-        bar = tqdm(total=views * n, desc=f"features of {self.split.name}", leave=False,
+        bar = tqdm(total=views * n, desc=name, leave=False,
                    disable=self.rank > 0 or not sys.stderr.isatty())
         try:
             with open(temporary, "r+b") as handle, bar:
@@ -194,7 +192,7 @@ class FeatureLoader:
                     for images, index in self.load(view, chunks):
                         f, x = self.encode(images)
                         both = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16)
-                        handle.seek((view * n + int(index[0])) * shape[2:].numel() * 2)
+                        handle.seek((view * n + int(index[0])) * (size // (views * n)))
                         handle.write(both.cpu().view(torch.int16).numpy())
                         bar.update(len(index) * self.world)
             barrier()

@@ -28,16 +28,9 @@ WORDS = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", re
 def byte_symbols():
     """{byte: a printable character for it}, in vocabulary order: printable Latin-1 bytes stand for
     themselves, the other 68 (controls, spaces, soft hyphen) are numbered from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    symbols = {byte: chr(byte) for byte in printable}
-    return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def clean(text):
-    """Repairs mis-decoded unicode, undoes HTML escapes (twice), collapses blanks, lower-cases."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 class Tokenizer:
@@ -50,8 +43,7 @@ class Tokenizer:
         merges = [tuple(line.split()) for line in lines[:vocab_size - 514]]
         self.bytes = byte_symbols()
         symbols = list(self.bytes.values())
-        symbols += [symbol + "</w>" for symbol in symbols]
-        symbols += ["".join(pair) for pair in merges]
+        symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = vocab_size - 2, vocab_size - 1
@@ -75,7 +67,8 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of ids, without start and end."""
         ids = []
-        for word in WORDS.findall(clean(text)):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))  # repaired; escaped once or twice
+        for word in WORDS.findall(text.lower()):
             if word not in self.words:
                 symbols = "".join(self.bytes[byte] for byte in word.encode("utf-8"))
                 self.words[word] = [self.ids[part] for part in self.merge(symbols)]
