@@ -2,11 +2,10 @@
 
     for index, f, x in FeatureLoader(images, clip).batches(epoch): ...
 
-index (B,) int64, f (B, N, D) dense and x (B, D) global features. The backbone never learns, so the
-features of view v of image i never change. With `views=V` they are written once, bf16, to a
-memory-mapped file of V * n * (1 + N) * D * 2 bytes (the global feature first, then the N
-locations), and epoch e reads view e mod V. The file's name is a hash of the images, the transform
-and CLIP's weights; labels and masks do not enter. A cache is complete or absent.
+index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` they are computed
+once for V augmented views and written, bf16, to a memory-mapped file of V * n * (1 + N) * D * 2
+bytes (the global feature first); epoch e reads view e mod V. The file's name is a hash of images,
+transform and CLIP's weights; labels and masks do not enter. A cache is complete or absent.
 """
 import hashlib
 import math
@@ -161,14 +160,14 @@ class FeatureLoader:
             dist.broadcast_object_list(begun)  # what the first process saw
         if begun[0]:
             self.fill(file, file.with_name(f"{file.name}.{begun[0]}.part"), shape)
-        stored = torch.from_file(str(file), False, math.prod(shape), dtype=torch.bfloat16)
-        return stored.view(shape)
+        return torch.from_file(str(file), False, math.prod(shape), dtype=torch.bfloat16).view(shape)
 
     def fill(self, file, temporary, shape):
         """Writes the file under a temporary name, each process its chunks, then renames it."""
         views, n = shape[:2]
         size = 2 * math.prod(shape)  # bytes
-        name, folder = f"features of {self.split.name}", file.parent
+        name = f"features of {self.split.name}"
+        folder = file.parent
         if self.rank == 0:
             print(f"{name}: {n} images x {views} views = {size / 2**20:,.0f} MiB in {folder}",
                   flush=True)

@@ -8,7 +8,6 @@ What a configuration says is obeyed (heads, activation, mean and std of the pixe
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -51,14 +50,13 @@ def openai_names(saved):
 
 def configuration(folder, hugging_face, shape):
     """What the configuration in `folder` says: activation (None without one), heads, mean, std.
-    shape: model.dimensions of the tensors."""
+    shape: model.dimensions of the tensors, as attributes."""
     file = folder / ("config.json" if hugging_face else "open_clip_config.json")
     if not file.is_file():
         return None, {}, MEAN, STD
     try:
-        content, shape = json.loads(file.read_bytes()), SimpleNamespace(**shape)
-        activation, heads, mean, std = (of_hugging_face(content, shape, folder) if hugging_face
-                                        else of_open_clip(content, shape))
+        of_them = of_hugging_face if hugging_face else of_open_clip
+        activation, heads, mean, std = of_them(json.loads(file.read_bytes()), shape, folder)
         mean, std = tuple(map(float, mean or MEAN)), tuple(map(float, std or STD))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean} and std {std} of three channels")
@@ -79,7 +77,7 @@ def agree(given, strict, **expected):
                             f"{expected.get(key, 'no such setting')}: take other weights")
 
 
-def of_open_clip(content, shape):
+def of_open_clip(content, shape, _):
     model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
     text, vision = model["text_cfg"], model["vision_cfg"]
     depth = shape.layers if shape.patch else list(shape.layers)

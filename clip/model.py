@@ -1,9 +1,8 @@
 """CLIP (Radford et al. 2021), the frozen backbone: global, dense and text features.
 
 Parameters carry the names of OpenAI's files, and `build` infers the architecture from the tensors.
-What TRM-ML asks beyond the original:
-- dense features f: one D-vector per location of the last map, at any input size (section 3.1);
-- prompts that enter the text encoder as embeddings, so that context tokens can be learned.
+TRM-ML asks for more than the original: dense features f, a D-vector for each location of the last
+map (section 3.1), and prompts that enter as embeddings, so that context tokens can be learned.
 
 B images, T texts, S tokens, W text width, N = h*w locations (row-major), D joint dimension,
 C channels of the last map.
@@ -212,7 +211,6 @@ class VisionTransformer(nn.Module):
         return H // self.patch, W // self.patch
 
     def trunk(self, x):
-        """x (B, 3, H, W) -> all blocks but the last, (B, 1 + N, C)"""
         x = self.conv1(x)  # (B, C, h, w)
         positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
@@ -220,7 +218,7 @@ class VisionTransformer(nn.Module):
         x = self.ln_pre(x + positions)
         for block in self.transformer.resblocks[:-1]:
             x = block(x)
-        return x
+        return x  # (B, 1 + N, C), before the last block
 
     def pool(self, x):
         x = self.transformer.resblocks[-1](x)
@@ -236,11 +234,10 @@ class VisionTransformer(nn.Module):
 class CLIP(nn.Module):
     """CLIP from plain dimensions, with CLIP's own initialisation.
 
-    embed_dim: D. resolution: native image size. layers: blocks of each of the four stages (a
-    ResNet) or their number (a ViT). vision_width: channels of the stem (even) or of the tokens.
-    patch, vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels a head, 16 heads at
-    most in a ViT, as in all released models. *_mlp: None for four times the width.
-    Attributes mean, std: of the pixels that it wants; name, sha256: from `load`.
+    embed_dim: D. layers: blocks of each of the four stages (a ResNet) or their number (a ViT).
+    vision_width: channels of the stem (even) or of the tokens. patch, vision_heads, vision_mlp: of
+    a ViT. *_heads: None for 64 channels a head, in a ViT 16 heads at most. *_mlp: None for four
+    times the width. Attributes mean, std: of the pixels that it wants; name, sha256: from `load`.
     """
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,

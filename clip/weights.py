@@ -13,6 +13,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,8 +36,7 @@ def sha256(file):
 
 
 def download(name):
-    """One of FILES -> its path in the cache. The file gets its name when it is complete and its
-    sha256 is right, so an interrupted or a second download cannot harm."""
+    """One of FILES -> its path in the cache. Only a complete file of its sha256 gets this name."""
     file = re.sub("[/@]", "-", name) + ".pt"
     path = Path("~/.cache/clip").expanduser() / file  # as OpenAI's own package
     url = f"{BASE}/{FILES[name]}/{file}"
@@ -92,19 +92,15 @@ def read(file):
     if not zipfile.is_zipfile(file) or "constants.pkl" not in str(zipfile.ZipFile(file).namelist()):
         return torch.load(file, map_location="cpu", weights_only=True)
     if sha256(file) not in FILES.values():  # TorchScript holds code that runs while it is loaded
-        raise UserError("it is a TorchScript archive, but not one of OpenAI's, and loading it runs "
-                        "its code; if you trust it, convert it: python -c \"import torch; "
-                        f"torch.save(torch.jit.load('{file}').state_dict(), 'clip.pt')\"")
+        raise UserError("it is TorchScript, but not one of OpenAI's, and loading it runs its code: "
+                        "if you trust it, torch.save(torch.jit.load(FILE).state_dict(), 'new.pt')")
     return torch.jit.load(file, map_location="cpu").state_dict()
 
 
 def load(name_or_path="tiny", activation=None):
-    """"tiny", a name in FILES, a repository in the local hub cache, a file or a folder -> CLIP in
-    evaluation mode, float32 on the CPU, folded (CLIP.fold), no gradients.
-
-    activation: "quickgelu" or "gelu", where neither file nor configuration tells; it cannot be
-    seen in the weights.
-    """
+    """"tiny", a name in FILES, a repository in the local hub cache, a file or a folder -> CLIP,
+    float32 on the CPU, folded (CLIP.fold). activation: "quickgelu" or "gelu", where neither file
+    nor configuration tells; it cannot be seen in the weights."""
     name = str(name_or_path)
     path = find(name)
     try:
@@ -115,9 +111,8 @@ def load(name_or_path="tiny", activation=None):
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:300]
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors, or none"
-        raise UserError(f"{path} is no CLIP, or it is incomplete: {reason}; expected a state dict "
-                        "or safetensors with the names of OpenAI, open_clip or Hugging Face, or "
-                        "OpenAI's archive") from None
+        raise UserError(f"{path} is no CLIP, or it is incomplete: {reason}; expected weights of "
+                        "OpenAI, of open_clip, or of Hugging Face's CLIPModel") from None
 
 
 def from_files(path, name, activation):
@@ -129,14 +124,13 @@ def from_files(path, name, activation):
         told, heads, mean, std = "quickgelu", {}, MEAN, STD
     else:
         folder = path if path.is_dir() else path.parent
-        told, heads, mean, std = configuration(folder, hugging_face, dimensions(state))
-    if not told and re.search("quick_?gelu|openai", path.name, re.IGNORECASE):
-        told = "quickgelu"
-    activation = activation or told
+        shape = SimpleNamespace(**dimensions(state))
+        told, heads, mean, std = configuration(folder, hugging_face, shape)
+    named = re.search("quick_?gelu|openai", path.name, re.IGNORECASE)
+    activation = activation or told or named and "quickgelu"
     if not activation:
         raise UserError("it does not tell its activation: put its configuration beside it, or add "
-                        "--activation quickgelu (OpenAI's models, open_clip's -quickgelu) or "
-                        "--activation gelu (open_clip's others)")
+                        "--activation quickgelu (OpenAI, open_clip's -quickgelu) or gelu (others)")
     model = build(state, True, activation, **heads)
     model.name, model.sha256, model.mean, model.std = name, digests[0], mean, std
     described = (digests, activation, heads, mean, std)

@@ -36,8 +36,7 @@ def save_atomically(save, file):
 
 
 def save_checkpoint(state, file):
-    """state: dict of tensors, numbers, strings, lists and dicts of these -> `file`, which ends with
-    the sha256 of all that stands before."""
+    """A dict of tensors, numbers, strings, lists, dicts -> `file`, which ends with its sha256."""
     import torch
     buffer = io.BytesIO()
     torch.save(state, buffer)

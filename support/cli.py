@@ -14,12 +14,11 @@ from concurrent.futures import BrokenExecutor
 from support import UserError
 
 
-def make_parser(prog, about, **options):
+def make_parser(prog, about, **more):
     """argparse with one-line errors. about: the docstring of the file that is run."""
     first, _, rest = about.partition("\n")
     parser = argparse.ArgumentParser(prog=prog, description=first, epilog=rest, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     **options)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def refuse(message):
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
@@ -39,20 +38,13 @@ def words(argv):
     return argv
 
 
-class Stop:
+def stop(*_):
     """Ctrl-C and SIGTERM. Python drops an exception that meets a fork: `asked` remembers it."""
-    asked = False
-
-    def __call__(self, *_):
-        self.asked = True
-        raise KeyboardInterrupt
-
-    def check(self):
-        if self.asked:
-            raise KeyboardInterrupt
+    stop.asked = True
+    raise KeyboardInterrupt
 
 
-stop = Stop()
+stop.asked = False
 
 
 def run_main(work, stopped="stopped"):
@@ -94,8 +86,7 @@ def explain(error):
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         return f"too little memory: lower --batch, --size or --queue ({text[:150]})"
     if isinstance(error, OSError):
-        return (f"{error.filename or 'input or output'}: {error.strerror or text}: check path, "
-                "rights and free space")
+        return f"{error.filename or 'output'}: {error.strerror or text}: check path, rights, space"
 
 
 def end_with_parent(_=None):
