@@ -29,8 +29,7 @@ def openai_names(saved):
     if len(found) != 1:
         raise UserError(f"it holds {', '.join(map(str, saved))[:80] or 'nothing'}, expected one "
                         "state dict of CLIP: save that alone")
-    name = next(name for name in found[0] if re.search(TOKENS, name))
-    prefix = re.sub(TOKENS, "", name)  # "module." of data-parallel training, for example
+    prefix = next(re.sub(TOKENS, "", n) for n in found[0] if re.search(TOKENS, n))  # "module."
     state = {name.removeprefix(prefix).removeprefix("text."): t for name, t in found[0].items()}
     if not any(name.startswith("text_model.") for name in state):
         return state, False
@@ -80,11 +79,10 @@ def agree(given, strict, **expected):
 def of_open_clip(content, shape, _):
     model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
     text, vision = model["text_cfg"], model["vision_cfg"]
-    depth = shape.layers if shape.patch else list(shape.layers)
     agree(model, True, embed_dim=shape.embed_dim)
     agree(text, True, width=shape.text_width, layers=shape.text_layers, vocab_size=shape.vocab_size,
           context_length=shape.context_length, pool_type="argmax", proj_type="linear")
-    agree(vision, True, width=shape.vision_width, layers=depth, patch_size=shape.patch,
+    agree(vision, True, width=shape.vision_width, layers=shape.layers, patch_size=shape.patch,
           pool_type="tok", pos_embed_type="learnable")
     agree(pixels, True, mode="RGB", interpolation="bicubic")
     activation = "quickgelu" if model.get("quick_gelu") in (True, "true") else "gelu"

@@ -350,7 +350,7 @@ def dimensions(state):
         return shape | dict(layers=depth("visual." + blocks), vision_width=width, vision_mlp=mlp,
                             patch=patch, resolution=grid * patch)
     grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-    layers = tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4))
+    layers = [depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
     width = len(state["visual.layer1.0.conv1.weight"])
     return shape | dict(layers=layers, vision_width=width, patch=None, resolution=32 * grid)
 

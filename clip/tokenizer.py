@@ -47,11 +47,12 @@ class Tokenizer:
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = vocab_size - 2, vocab_size - 1
-        self.words = {}  # word -> ids, filled as words come
 
-    def merge(self, word):
-        """Byte symbols of a word -> its tokens: the most frequent pair is joined until none is."""
-        parts = [*word[:-1], word[-1] + "</w>"]
+    @functools.cache
+    def word(self, word):
+        """Its ids: of its byte symbols the most frequent pair is joined, until none is."""
+        parts = [self.bytes[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
         while len(parts) > 1:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, FULL))
             if best not in self.rank:
@@ -62,18 +63,12 @@ class Tokenizer:
                     part = joined.pop() + part
                 joined.append(part)
             parts = joined
-        return parts
+        return [self.ids[part] for part in parts]
 
     def encode(self, text):
         """str -> list of ids, without start and end."""
-        ids = []
         text = html.unescape(html.unescape(ftfy.fix_text(text)))  # repaired; escaped once or twice
-        for word in WORDS.findall(text.lower()):
-            if word not in self.words:
-                symbols = "".join(self.bytes[byte] for byte in word.encode("utf-8"))
-                self.words[word] = [self.ids[part] for part in self.merge(symbols)]
-            ids += self.words[word]
-        return ids
+        return [i for word in WORDS.findall(text.lower()) for i in self.word(word)]
 
     def __call__(self, texts, context_length):
         """list of T strings -> (T, context_length) int64: start, ids, end, zeros."""
