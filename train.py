@@ -130,7 +130,8 @@ def train_one_epoch(state, encoder, loader, cfg, rank=0):
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
                leave=False, disable=rank > 0 or not sys.stderr.isatty())
     for i, (index, f, x) in enumerate(bar):
-        stop.check()
+        if stop.asked:
+            raise KeyboardInterrupt
         index = gather(index, min(cfg.batch, len(loader) - i * cfg.batch))  # (B,)
         loss, terms, pseudo = training_step(state.model, state.memory, encoder, cfg, f, x,
                                             labels[index], stage_two, amp)
@@ -247,10 +248,7 @@ def is_best(state, numbers):
 
 def main(argv=None):
     def work():
-        try:
-            train(*parse(argv, __doc__))
-        finally:
-            distributed.end()
+        train(*parse(argv, __doc__))
     return run_main(work, "stopped; last.pt holds what was finished: go on with --resume RUN")
 
 

@@ -55,7 +55,7 @@ class Prompts(nn.Module):
                              f"({texts[int(eot.argmax())]!r}) need {M + longest} tokens, CLIP "
                              f"reads {clip.context_length}: use fewer or a shorter name")
         # Nothing after EOT can reach it under the causal mask: the longest name gives the length.
-        embedded = clip.embed(tokens[:, :longest]).detach()  # (C, S, W)
+        embedded = clip.token_embedding(tokens[:, :longest]).detach()  # (C, S, W)
         self.register_buffer("sot", embedded[:, :1].clone(), persistent=False)
         self.register_buffer("name_eot", embedded[:, 1:].clone(), persistent=False)
         self.register_buffer("eot", eot + M, persistent=False)

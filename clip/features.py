@@ -2,18 +2,18 @@
 
     for index, f, x in FeatureLoader(images, clip).batches(epoch): ...
 
-index (B,) int64, f (B, N, D) dense and x (B, D) global features. The backbone never learns, so the
-features of view v of image i never change. With `views=V` they are written once, bf16, to a
-memory-mapped file of V * n * (1 + N) * D * 2 bytes (the global feature first, then the N
-locations), and epoch e reads view e mod V. The file's name is a hash of the images, the transform
-and CLIP's weights; labels and masks do not enter. A cache is complete or absent.
+index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` they are computed
+once for V augmented views and written, bf16, to a memory-mapped file of V * n * (1 + N) * D * 2
+bytes (the global feature first); epoch e reads view e mod V. The file's name is a hash of images,
+transform and CLIP's weights; labels and masks do not enter. A cache is complete or absent.
 """
 import hashlib
+import math
 import shutil
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -36,32 +36,13 @@ def epoch_order(n, epoch, seed):
 
 def autocast_dtype(amp, device):
     """--amp -> autocast's dtype, None for float32. "auto": bf16 on a GPU that has it in hardware.
-
-    Tells torch, too, whether float32 products may use TF32; "none" means IEEE float32.
-    """
+    Tells torch, too, whether float32 products may use TF32; "none" means IEEE float32."""
     if amp == "auto":
         hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         amp = "bf16" if hardware else "none"
     torch.set_float32_matmul_precision("highest" if amp == "none" else "high")
     torch.backends.cudnn.allow_tf32 = amp != "none"
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def prefetch(function, items):
-    """map(function, items), one item ahead in a thread: the disk reads while the GPU computes."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for item in items:
-            ready, coming = coming, pool.submit(function, item)
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
-
-
-def worker_init(_):
-    warnings.simplefilter("ignore")
-    end_with_parent()
 
 
 class FeatureLoader:
@@ -81,6 +62,7 @@ class FeatureLoader:
         self.rank, self.world, self.need_global = rank, world, need_global
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
         self.keys, self.loader, self.waited = [], None, 0.0
+        self.grid = clip.grid(images.size, images.size)
         images.mean, images.std = clip.mean, clip.std
         self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
 
@@ -90,67 +72,65 @@ class FeatureLoader:
     def batches(self, epoch, shuffle=True):
         """One pass. f is float32, or autocast's dtype when training (shuffle).
 
-        Training: all processes get equally many rows; the last ones of a batch that does not divide
-        repeat its first image, and distributed.gather cuts them off again. Evaluation covers each
-        image once. `waited` counts the seconds spent waiting for data.
+        Training: all processes get equally many rows; a batch that does not divide repeats its
+        first image, and distributed.gather cuts that off again. Evaluation: each image once.
         """
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
         parts = order.split(self.batch)
         if shuffle:
             parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)]) for part in parts]
-        parts = [part[self.rank::self.world] for part in parts]
-        parts = [part for part in parts if len(part)]
+        parts = [part[self.rank::self.world] for part in parts if len(part) > self.rank]
         dtype = self.amp if shuffle and self.amp else torch.float32
-        if self.stored is not None:
-            view = self.stored[epoch % len(self.stored)]  # (n, 1+N, D)
-            read = prefetch(lambda part: (self.pin(view[part]), self.pin(part)), parts)
-            for both, index in self.timed(read):
-                both = both.to(self.device, non_blocking=self.pinned)  # (B, 1+N, D)
-                index = index.to(self.device, non_blocking=self.pinned)
-                yield index, both[:, 1:].to(dtype).contiguous(), both[:, 0].to(dtype)
-            return
-        for images, index in self.timed(self.load(epoch, parts)):
-            f, x = self.encode(images, self.need_global)
-            yield index.to(self.device, non_blocking=self.pinned), f.to(dtype), x
+        source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
+        for data, index in self.timed(source):
+            if self.stored is None:
+                f, x = self.encode(data, self.need_global)
+            else:
+                data = self.moved(data)  # (B, 1+N, D)
+                f, x = data[:, 1:].contiguous(), data[:, 0].to(dtype)
+            yield self.moved(index), f.to(dtype), x
         if not shuffle:
             self.loader = None  # a split that is scored now and then needs no waiting processes
 
-    def pin(self, t):
-        return t.pin_memory() if self.pinned else t
+    def moved(self, t, **how):
+        return t.to(self.device, non_blocking=self.pinned, **how)
+
+    def read(self, epoch, parts):
+        """Iterator over (stored features (B, 1+N, D), index (B,)). A thread reads one batch ahead,
+        while the GPU computes."""
+        view = self.stored[epoch % len(self.stored)]  # (n, 1+N, D)
+
+        def ready(part):
+            return [t.pin_memory() if self.pinned else t for t in (view[part], part)]
+
+        with ThreadPoolExecutor(1) as pool:
+            jobs = (pool.submit(ready, part) for part in parts)
+            for job, _ in pairwise(chain(jobs, [None])):  # the next one has begun
+                yield job.result()
 
     def load(self, epoch, parts):
         """Iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next."""
         self.keys[:] = [[(epoch, i) for i in part.tolist()] for part in parts]
         if self.loader is None:
             self.loader = DataLoader(self.images, batch_sampler=self.keys, pin_memory=self.pinned,
-                                     num_workers=self.workers, worker_init_fn=worker_init,
+                                     num_workers=self.workers, worker_init_fn=end_with_parent,
                                      persistent_workers=self.workers > 0,
                                      generator=torch.Generator())  # leaves the run's numbers alone
         return iter(self.loader)
 
     def timed(self, iterator):
-        self.waited = 0.0
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(iterator, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError("a process that decodes images was ended from outside, mostly for "
-                                "want of memory (in a container also of shared memory: --shm-size):"
-                                " use fewer --workers, or 0") from None
+        """The iterator; `waited` counts the seconds that it takes."""
+        self.waited, start = 0.0, time.perf_counter()
+        for item in iterator:
             self.waited += time.perf_counter() - start
-            if item is None:
-                return
             yield item
+            start = time.perf_counter()
 
     def encode(self, images, need_global=True):
         """images (B, 3, H, W) -> f (B, N, D) and x (B, D) float32 or None. A CPU gives each core
         its own images: one layer's work is too small to share, 1.3 times as fast on two cores."""
-        images = images.to(self.device, non_blocking=self.pinned,
-                           memory_format=torch.channels_last)
+        images = self.moved(images, memory_format=torch.channels_last)
         cores = torch.get_num_threads()
         if self.device.type != "cpu" or len(images) < cores:
             return self.encode_part(images, need_global)
@@ -171,48 +151,48 @@ class FeatureLoader:
     def cached(self, folder, views):
         """The features of all views (one where nothing is augmented): (V, n, 1+N, D) bf16."""
         views = views if self.images.augment != "none" else 1
-        h, w = self.clip.grid(self.images.size, self.images.size)
-        shape = torch.Size((views, len(self), 1 + h * w, self.clip.D))
-        depends_on = repr((tuple(shape), self.clip.sha256, str(self.amp))).encode()
+        shape = (views, len(self), 1 + math.prod(self.grid), self.clip.D)
+        depends_on = repr((shape, self.clip.sha256, str(self.amp))).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"
-        begun = [None if file.is_file() else time.time_ns()]
+        begun = [not file.is_file() and time.time_ns()]
         if dist.is_initialized():
             dist.broadcast_object_list(begun)  # what the first process saw
         if begun[0]:
-            self.fill(file, shape, file.with_name(f"{file.name}.{begun[0]}.part"))
-        stored = torch.from_file(str(file), False, shape.numel(), dtype=torch.bfloat16)
-        return stored.view(shape)
+            self.fill(file, file.with_name(f"{file.name}.{begun[0]}.part"), shape)
+        return torch.from_file(str(file), False, math.prod(shape), dtype=torch.bfloat16).view(shape)
 
-    def fill(self, file, shape, temporary):
+    def fill(self, file, temporary, shape):
         """Writes the file under a temporary name, each process its chunks, then renames it."""
-        views, n, _, _ = shape
-        needed = shape.numel() * 2
+        views, n = shape[:2]
+        size = 2 * math.prod(shape)  # bytes
+        name = f"features of {self.split.name}"
+        folder = file.parent
         if self.rank == 0:
-            print(f"features of {self.split.name}: {n} images x {views} views = "
-                  f"{needed / 2**20:,.0f} MiB in {file.parent}", flush=True)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for part in file.parent.glob("*.part"):
+            print(f"{name}: {n} images x {views} views = {size / 2**20:,.0f} MiB in {folder}",
+                  flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for part in folder.glob("*.part"):
                 if time.time() - part.stat().st_mtime > 3600:  # of a process that was killed
                     part.unlink()
-            free = shutil.disk_usage(file.parent).free
-            if needed > free:
-                raise UserError(f"the feature cache needs {needed / 2**30:.1f} GiB, {file.parent} "
-                                f"has {free / 2**30:.1f} GiB free: choose fewer --cache-features "
-                                "or another --cache-dir")
+            free = shutil.disk_usage(folder).free
+            if size > free:
+                raise UserError(f"the feature cache needs {size / 2**30:.1f} GiB, {folder} has "
+                                f"{free / 2**30:.1f} GiB free: choose fewer --cache-features or "
+                                "another --cache-dir")
             temporary.touch()
         barrier()
         chunks = torch.arange(n).split(CHUNK)[self.rank::self.world]
-        bar = tqdm(total=views * n, desc=f"features of {self.split.name}", leave=False,
+        bar = tqdm(total=views * n, desc=name, leave=False,
                    disable=self.rank > 0 or not sys.stderr.isatty())
         try:
             with open(temporary, "r+b") as handle, bar:
                 for view in range(views):
-                    for images, index in self.timed(self.load(view, chunks)):
+                    for images, index in self.load(view, chunks):
                         f, x = self.encode(images)
                         both = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16)
-                        handle.seek((view * n + int(index[0])) * shape[2:].numel() * 2)
-                        handle.write(both.cpu().view(torch.int16).numpy().data)
+                        handle.seek((view * n + int(index[0])) * (size // (views * n)))
+                        handle.write(both.cpu().view(torch.int16).numpy())
                         bar.update(len(index) * self.world)
             barrier()
             if self.rank == 0:

@@ -1,9 +1,8 @@
 """CLIP (Radford et al. 2021), the frozen backbone: global, dense and text features.
 
 Parameters carry the names of OpenAI's files, and `build` infers the architecture from the tensors.
-What TRM-ML asks beyond the original:
-- dense features f: one D-vector per location of the last map, at any input size (section 3.1);
-- prompts that enter the text encoder as embeddings, so that context tokens can be learned.
+TRM-ML asks for more than the original: dense features f, a D-vector for each location of the last
+map (section 3.1), and prompts that enter as embeddings, so that context tokens can be learned.
 
 B images, T texts, S tokens, W text width, N = h*w locations (row-major), D joint dimension,
 C channels of the last map.
@@ -19,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.overrides import TorchFunctionMode
 
 from clip.tokenizer import tokenizer
 from support import UserError
@@ -38,13 +36,6 @@ def resize_positions(positions, h, w):
     grid = positions[1:].T.reshape(1, -1, g, g).float()  # (1, C, g, g)
     grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
     return torch.cat([positions[:1], grid.to(positions.dtype).flatten(2)[0].T])  # (1 + h*w, C)
-
-
-def divided(width, heads):
-    """heads, which have to divide the width of an attention."""
-    if width % heads:
-        raise ValueError(f"{heads} heads do not divide a width of {width}")
-    return heads
 
 
 def attend(q, k, v, heads, causal=False):
@@ -70,7 +61,7 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = conv(planes, c_out), nn.BatchNorm2d(c_out)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.downsample = None
+        self.downsample = nn.Identity()
         if stride > 1 or c_in != c_out:
             self.downsample = nn.Sequential(OrderedDict({
                 "-1": nn.AvgPool2d(stride), "0": conv(c_in, c_out), "1": nn.BatchNorm2d(c_out)}))
@@ -80,7 +71,7 @@ class Bottleneck(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.pool(F.relu(self.bn2(self.conv2(y)), inplace=True))
         y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
 class AttentionPool(nn.Module):
@@ -89,7 +80,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, grid, channels, embed_dim):
         super().__init__()
-        self.heads = divided(channels, max(1, channels // 64))
+        self.heads = max(1, channels // 64)
         positions = torch.randn(grid * grid + 1, channels) / channels ** 0.5
         self.positional_embedding = nn.Parameter(positions)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
@@ -148,26 +139,19 @@ class ModifiedResNet(nn.Module):
 
 # ---- the transformers of texts and images
 
-class Attention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = divided(width, heads)
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
+class Attention(nn.MultiheadAttention):
+    """The parameters of torch's attention, which CLIP uses in three ways."""
 
     def forward(self, x, causal):
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v, self.heads, causal))
+        return self.out_proj(attend(q, k, v, self.num_heads, causal))
 
     def last(self, x, at):
         """Causal attention of one query a text, token at[t]: x (T, S, W), at (T,) -> (T, W)"""
         q, k, v = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
         q = F.linear(x[torch.arange(len(x), device=x.device), at], *q)  # (T, W)
         k, v = F.linear(x, *k), F.linear(x, *v)  # (T, S, W)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         s = torch.einsum("thc,tshc->ths", q, k) / q.shape[-1] ** 0.5  # (T, heads, S)
         later = torch.arange(x.shape[1], device=x.device) > at[:, None]  # (T, S)
         s = s.masked_fill(later[:, None], -torch.inf).softmax(-1)
@@ -227,7 +211,6 @@ class VisionTransformer(nn.Module):
         return H // self.patch, W // self.patch
 
     def trunk(self, x):
-        """x (B, 3, H, W) -> all blocks but the last, (B, 1 + N, C)"""
         x = self.conv1(x)  # (B, C, h, w)
         positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
@@ -235,7 +218,7 @@ class VisionTransformer(nn.Module):
         x = self.ln_pre(x + positions)
         for block in self.transformer.resblocks[:-1]:
             x = block(x)
-        return x
+        return x  # (B, 1 + N, C), before the last block
 
     def pool(self, x):
         x = self.transformer.resblocks[-1](x)
@@ -251,11 +234,10 @@ class VisionTransformer(nn.Module):
 class CLIP(nn.Module):
     """CLIP from plain dimensions, with CLIP's own initialisation.
 
-    embed_dim: D. resolution: native image size. layers: blocks of each of the four stages (a
-    ResNet) or their number (a ViT). vision_width: channels of the stem (even) or of the tokens.
-    patch, vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels a head, 16 heads at
-    most in a ViT, as in all released models. *_mlp: None for four times the width.
-    Attributes mean, std: of the pixels that it wants; name, sha256: from `load`.
+    embed_dim: D. layers: blocks of each of the four stages (a ResNet) or their number (a ViT).
+    vision_width: channels of the stem (even) or of the tokens. patch, vision_heads, vision_mlp: of
+    a ViT. *_heads: None for 64 channels a head, in a ViT 16 heads at most. *_mlp: None for four
+    times the width. Attributes mean, std: of the pixels that it wants; name, sha256: from `load`.
     """
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,
@@ -288,13 +270,9 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp["c_proj"].weight, std=small)
 
     def tokenize(self, texts):
-        """list of T strings -> (T, context_length) int64. A text that is too long is refused."""
+        """T strings -> (T, context_length) int64. A text that is too long is refused."""
         device = self.positional_embedding.device
         return tokenizer(self.vocab_size)(texts, self.context_length).to(device)
-
-    def embed(self, tokens):
-        """tokens (T, S) -> (T, S, W), without positions."""
-        return self.token_embedding(tokens)
 
     def encode_prompts(self, embeddings, eot):
         """embeddings (T, S, W), S up to context_length, without positions; eot (T,) index of the
@@ -310,30 +288,27 @@ class CLIP(nn.Module):
         """tokens (T, S) -> (T, D). What follows the end-of-text token cannot matter under the
         causal mask, so all texts are cut after the longest."""
         eot = tokens.argmax(1)  # end of text is the last id of the vocabulary
-        return self.encode_prompts(self.embed(tokens[:, :int(eot.max()) + 1]), eot)
+        tokens = tokens[:, :int(eot.max()) + 1]
+        return self.encode_prompts(self.token_embedding(tokens), eot)
 
     def grid(self, H, W):
         """Rows and columns of the dense features of an H x W image: N = h * w."""
-        if 0 in (grid := self.visual.grid(H, W)):
-            raise UserError(f"images of {H} x {W} pixels are too small for a single feature: "
-                            f"enlarge them, best to {self.resolution} x {self.resolution}")
-        return grid
-
-    def trunk(self, x):
-        self.grid(*x.shape[-2:])  # refuses what is too small
-        return self.visual.trunk(x)
+        h, w = self.visual.grid(H, W)
+        if h * w == 0:
+            raise UserError(f"{H} x {W} pixels are too small for CLIP: best is {self.resolution}")
+        return h, w
 
     def encode_image(self, x):
         """x (B, 3, H, W), normalised by mean and std, any size -> global (B, D), not normalised."""
-        return self.visual.pool(self.trunk(x))
+        return self.visual.pool(self.visual.trunk(x))
 
     def encode_dense(self, x):
         """x (B, 3, H, W) -> the dense features f (B, N, D), not normalised."""
-        return self.visual.dense(self.trunk(x))
+        return self.visual.dense(self.visual.trunk(x))
 
     def encode(self, x):
         """x (B, 3, H, W) -> global (B, D) and dense (B, N, D), from one pass of the trunk."""
-        x = self.trunk(x)
+        x = self.visual.trunk(x)
         return self.visual.pool(x), self.visual.dense(x)
 
     @torch.no_grad()
@@ -342,13 +317,13 @@ class CLIP(nn.Module):
         v_proj and c_proj into one map, images into channels-last order. In place."""
         self.eval()
         for module in list(self.visual.modules()):
-            for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
-                if isinstance(getattr(module, bn, None), nn.BatchNorm2d):
-                    fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
-                    setattr(module, conv, fused)
-                    setattr(module, bn, nn.Identity())
-        pool = getattr(self.visual, "attnpool", None)
-        if pool is not None and pool.folded is None:
+            children = list(module.named_children())
+            for (conv_name, conv), (bn_name, bn) in zip(children, children[1:]):
+                if isinstance(bn, nn.BatchNorm2d):
+                    setattr(module, conv_name, fuse_conv_bn_eval(conv, bn))
+                    setattr(module, bn_name, nn.Identity())
+        if isinstance(self.visual, ModifiedResNet):
+            pool = self.visual.attnpool
             v, c = pool.v_proj, pool.c_proj
             pool.folded = nn.Linear(v.in_features, c.out_features, device=v.weight.device)
             pool.folded.weight.copy_(c.weight.double() @ v.weight.double())
@@ -375,37 +350,23 @@ def dimensions(state):
         return shape | dict(layers=depth("visual." + blocks), vision_width=width, vision_mlp=mlp,
                             patch=patch, resolution=grid * patch)
     grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-    layers = tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4))
+    layers = [depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
     width = len(state["visual.layer1.0.conv1.weight"])
     return shape | dict(layers=layers, vision_width=width, patch=None, resolution=32 * grid)
 
 
-class Unfilled(TorchFunctionMode):
-    """Parameters are made and not filled, since loaded ones take their place."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__ in ("normal_", "uniform_", "fill_", "zero_"):
-            return args[0] if args else kwargs["tensor"]
-        return (torch.empty if function is torch.randn else function)(*args, **kwargs)
-
-
 def build(state_dict, fold=False, activation="quickgelu", **heads):
     """State dict with OpenAI's names -> CLIP in evaluation mode, float32, its tensors copied.
-
-    heads: text_heads, vision_heads, see CLIP.  KeyError, ValueError, RuntimeError: a tensor is
-    missing, left over, of another shape than the others show, or not finite.
-    """
+    heads: text_heads, vision_heads, see CLIP. Raises where a tensor is missing, left over, of
+    another shape than the others show, or not finite."""
     skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask", "logit_bias")
-    state = {name: t.detach() for name, t in state_dict.items()  # the encoders' weights alone
+    state = {name: t for name, t in state_dict.items()  # the encoders' weights alone
              if name not in skipped and not name.endswith("num_batches_tracked")}
     for name, t in state.items():
-        dense = t.layout == torch.strided and t.is_floating_point()
-        if not (t.numel() and dense and t.isfinite().all()):
+        dense = (t.layout == torch.strided and t.is_floating_point()
+                 and 0 < t.numel() * t.element_size() <= t.untyped_storage().nbytes())
+        if not (dense and t.isfinite().all()):
             raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected dense finite numbers")
-    with Unfilled():
-        model = CLIP(**dimensions(state), activation=activation, **heads).eval()
-    model.grid(model.resolution, model.resolution)
-    copied = {name: t.to(torch.float32, copy=True) for name, t in state.items()}
-    model.load_state_dict(copied, assign=True)
+    model = CLIP(**dimensions(state), activation=activation, **heads).eval()
+    model.load_state_dict(state)
     return model.fold() if fold else model

@@ -28,16 +28,9 @@ WORDS = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", re
 def byte_symbols():
     """{byte: a printable character for it}, in vocabulary order: printable Latin-1 bytes stand for
     themselves, the other 68 (controls, spaces, soft hyphen) are numbered from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    symbols = {byte: chr(byte) for byte in printable}
-    return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def clean(text):
-    """Repairs mis-decoded unicode, undoes HTML escapes (twice), collapses blanks, lower-cases."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 class Tokenizer:
@@ -50,16 +43,16 @@ class Tokenizer:
         merges = [tuple(line.split()) for line in lines[:vocab_size - 514]]
         self.bytes = byte_symbols()
         symbols = list(self.bytes.values())
-        symbols += [symbol + "</w>" for symbol in symbols]
-        symbols += ["".join(pair) for pair in merges]
+        symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = vocab_size - 2, vocab_size - 1
-        self.words = {}  # word -> ids, filled as words come
 
-    def merge(self, word):
-        """Byte symbols of a word -> its tokens: the most frequent pair is joined until none is."""
-        parts = [*word[:-1], word[-1] + "</w>"]
+    @functools.cache
+    def word(self, word):
+        """Its ids: of its byte symbols the most frequent pair is joined, until none is."""
+        parts = [self.bytes[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
         while len(parts) > 1:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, FULL))
             if best not in self.rank:
@@ -70,17 +63,12 @@ class Tokenizer:
                     part = joined.pop() + part
                 joined.append(part)
             parts = joined
-        return parts
+        return [self.ids[part] for part in parts]
 
     def encode(self, text):
         """str -> list of ids, without start and end."""
-        ids = []
-        for word in WORDS.findall(clean(text)):
-            if word not in self.words:
-                symbols = "".join(self.bytes[byte] for byte in word.encode("utf-8"))
-                self.words[word] = [self.ids[part] for part in self.merge(symbols)]
-            ids += self.words[word]
-        return ids
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))  # repaired; escaped once or twice
+        return [i for word in WORDS.findall(text.lower()) for i in self.word(word)]
 
     def __call__(self, texts, context_length):
         """list of T strings -> (T, context_length) int64: start, ids, end, zeros."""

@@ -6,40 +6,29 @@
     clip.load("model.safetensors", activation="gelu")  a file, or a folder with its configuration
 """
 import hashlib
-import http.client
+import json
 import os
 import pickle
+import re
 import sys
-import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from clip.formats import configuration, openai_names, read_json
+from clip.formats import configuration, openai_names
 from clip.model import MEAN, STD, build, dimensions
 from support import UserError
 
 TINY = Path(__file__).with_name("tiny.safetensors")
 BASE = "https://openaipublic.azureedge.net/clip/models"  # BASE/sha256/file
-FILES = {
-    "RN50": ("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
-    "RN101": ("RN101.pt", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
-    "RN50x4": ("RN50x4.pt", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
-    "RN50x16": ("RN50x16.pt", "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
-    "RN50x64": ("RN50x64.pt", "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
-    "ViT-B/32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": ("ViT-L-14-336px.pt",
-                       "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
-}
+FILES = json.loads(TINY.with_name("openai.json").read_text())  # {name: sha256}
 # What is looked for in a folder, in this order.
 IN_FOLDER = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
              "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-QUICK = ("quickgelu", "openai")  # in a file's name, they tell its activation
 
 
 def sha256(file):
@@ -47,17 +36,16 @@ def sha256(file):
 
 
 def download(name):
-    """One of FILES -> its path in the cache. The file gets its name when it is complete and its
-    sha256 is right, so an interrupted or a second download cannot harm."""
-    file, digest = FILES[name]
-    path = Path(os.path.expanduser("~/.cache/clip")) / file  # as OpenAI's own package
-    url = f"{BASE}/{digest}/{file}"
+    """One of FILES -> its path in the cache. Only a complete file of its sha256 gets this name."""
+    file = re.sub("[/@]", "-", name) + ".pt"
+    path = Path("~/.cache/clip").expanduser() / file  # as OpenAI's own package
+    url = f"{BASE}/{FILES[name]}/{file}"
     try:
-        if not path.is_file() or sha256(path) != digest:
+        if not path.is_file() or sha256(path) != FILES[name]:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), digest, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, path, FILES[name], progress=sys.stderr.isatty())
         return path
-    except (OSError, RuntimeError, http.client.HTTPException, ValueError) as error:
+    except Exception as error:  # of the disk, the network, the server, or another sha256
         raise UserError(f"could not get CLIP {name} from {url} ({error}): try again online, put "
                         f"the file at {path}, or give the path of a weights file") from None
 
@@ -70,12 +58,12 @@ def find(name):
         return download(name)
     if Path(name).exists():
         return Path(name)
-    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    home = os.environ.get("HF_HOME", f"{cache}/huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub"))
+    home = os.environ.get("HF_HOME", os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
     repository = hub / ("models--" + name.removeprefix("hf-hub:").replace("/", "--"))
-    if (repository / "refs" / "main").is_file():
-        return repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
+    main = repository / "refs" / "main"  # holds the name of a snapshot
+    if main.is_file():
+        return repository / "snapshots" / main.read_text().strip()
     raise UserError(f"{name!r} is no file and no folder, not one of tiny, {', '.join(FILES)}, and "
                     f"no owner/repository that was downloaded into {hub}")
 
@@ -83,108 +71,72 @@ def find(name):
 def weights_in(path):
     """A weights file, an index of shards or a folder with one of IN_FOLDER -> the files to read."""
     if path.is_dir():
-        path = next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
-    if path is None:
-        raise UserError(f"it holds none of {', '.join(IN_FOLDER)}")
+        found = [path / name for name in IN_FOLDER if (path / name).is_file()]
+        if not found:
+            raise UserError(f"it holds none of {', '.join(IN_FOLDER)}")
+        path = found[0]
     if not path.name.endswith(".index.json"):
         return [path]
-    shards = read_json(path)["weight_map"].values()
-    return [path.with_name(Path(shard).name) for shard in sorted(set(shards))]
+    shards = json.loads(path.read_bytes())["weight_map"].values()
+    return [path.with_name(shard) for shard in sorted(set(shards))]
 
 
 def read(file):
-    """One weights file -> {name: tensor}. Its kind is told from its bytes, not from its name."""
+    """What a weights file holds. Its kind is told from its bytes, not from its name."""
     with open(file, "rb") as handle:
         head = handle.read(40)
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{file.name} is Git LFS's pointer to the weights: run git lfs pull")
     if head[8:9] == b"{":
         return load_file(file)
-    if head[:2] == b"PK":
-        with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-        if any(part.filename.endswith("/constants.pkl") for part in parts):
-            return read_archive(file)
-        if sum(part.file_size for part in parts) > file.stat().st_size:  # torch.save does not pack
-            raise ValueError("it would unpack to more than its size")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is wrong with the file is said in `load`
-        state = tensors(torch.load(file, map_location="cpu", weights_only=True))
-    if any(t.numel() * t.element_size() > file.stat().st_size for t in state.values()):
-        raise ValueError("a tensor is larger than the file")
-    return state
+    parts = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+    if any(part.filename.endswith("constants.pkl") for part in parts):
+        if sha256(file) not in FILES.values():  # TorchScript holds code that runs while it loads
+            raise UserError("it is TorchScript, not OpenAI's, and loading it runs its code: if you "
+                            "trust it, torch.save(torch.jit.load(FILE).state_dict(), 'new.pt')")
+        return torch.jit.load(file, map_location="cpu").state_dict()
+    if sum(part.file_size for part in parts) > file.stat().st_size:  # torch.save does not pack
+        raise ValueError("it would unpack to more than its size")
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def read_archive(file):
-    """A TorchScript archive holds code that runs while it is loaded: OpenAI's own are loaded."""
-    if sha256(file) not in [digest for _, digest in FILES.values()]:
-        raise UserError("it is a TorchScript archive, but not one of OpenAI's, and loading it runs "
-                        "its code; if you trust it, convert it: python -c \"import torch; "
-                        f"torch.save(torch.jit.load('{file}').state_dict(), 'clip.pt')\"")
-    return torch.jit.load(file, map_location="cpu").state_dict()
-
-
-def tensors(saved):
-    """What torch.load gave -> {name: tensor}, also where a training program put it under a key."""
-    def inside(value):
-        found = value.items() if isinstance(value, dict) else ()
-        return {str(name): t for name, t in found if isinstance(t, torch.Tensor)}
-
-    if not isinstance(saved, dict):
-        raise UserError(f"it holds a {type(saved).__name__}, expected a state dict")
-    nested = {key: inside(value) for key, value in saved.items() if inside(value)}
-    if not nested and inside(saved):
-        return inside(saved)
-    if len(nested) != 1 and "state_dict" not in nested:
-        keys = ", ".join(map(str, nested or saved)) or "nothing"
-        raise UserError(f"it holds {keys[:80]}, expected one state dict: save that alone")
-    return nested.get("state_dict") or nested.popitem()[1]
-
-
-def load(name_or_path="tiny", fold=True, activation=None):
-    """"tiny", a name in FILES, a repository in the local hub cache, a file or a folder -> CLIP in
-    evaluation mode, float32 on the CPU, no gradients.
-
-    fold: see CLIP.fold.  activation: "quickgelu" or "gelu", where neither file nor configuration
-    tells; it cannot be seen in the weights.
-    """
+def load(name_or_path="tiny", activation=None):
+    """"tiny", a name in FILES, a repository in the local hub cache, a file or a folder -> CLIP,
+    float32 on the CPU, folded (CLIP.fold). activation: "quickgelu" or "gelu", where neither file
+    nor configuration tells; it cannot be seen in the weights."""
     name = str(name_or_path)
     path = find(name)
     try:
-        return from_files(path, name, fold, activation)
+        return from_files(path, name, activation)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever a damaged or foreign file leads to
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:300]
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors, or none"
-        raise UserError(f"{path} is no CLIP, or it is incomplete: {reason}; expected a state dict "
-                        "or safetensors with the names of OpenAI, open_clip or Hugging Face, or "
-                        "OpenAI's archive") from None
+        raise UserError(f"{path} is no CLIP, or it is incomplete: {reason}; expected weights of "
+                        "OpenAI, of open_clip, or of Hugging Face's CLIPModel") from None
 
 
-def from_files(path, name, fold, activation):
+def from_files(path, name, activation):
     files = weights_in(path)
-    state = {}
-    for file in files:
-        state |= read(file)
     digests = [sha256(file) for file in files]
-    known = (path == TINY or digests[0] in [digest for _, digest in FILES.values()]
-             or "input_resolution" in state)  # OpenAI's archives carry it beside the weights
-    state, hugging_face = openai_names(state)
-    folder = path if path.is_dir() else path.parent
-    told = {} if known else configuration(folder, hugging_face, dimensions(state))
-    quick = known or any(word in path.name.lower().replace("_", "") for word in QUICK)
-    activation = activation or told.get("activation") or ("quickgelu" if quick else None)
-    if activation is None:
+    saved = {key: value for file in files for key, value in read(file).items()}
+    state, hugging_face = openai_names(saved)
+    if path == TINY or "input_resolution" in state:  # OpenAI's carry it beside the weights
+        told, heads, mean, std = "quickgelu", {}, MEAN, STD
+    else:
+        folder = path if path.is_dir() else path.parent
+        shape = SimpleNamespace(**dimensions(state))
+        told, heads, mean, std = configuration(folder, hugging_face, shape)
+    named = re.search("quick_?gelu|openai", path.name, re.IGNORECASE)
+    activation = activation or told or named and "quickgelu"
+    if not activation:
         raise UserError("it does not tell its activation: put its configuration beside it, or add "
-                        "--activation quickgelu (OpenAI's models, open_clip's -quickgelu) or "
-                        "--activation gelu (open_clip's others)")
-    heads = {key: told[key] for key in ("text_heads", "vision_heads") if key in told}
-    model = build(state, fold, activation, **heads)
-    model.mean, model.std = told.get("mean") or MEAN, told.get("std") or STD
-    model.name, model.sha256 = name, digests[0]
-    described = (digests, activation, heads, model.mean, model.std)
+                        "--activation quickgelu (OpenAI, open_clip's -quickgelu) or gelu (others)")
+    model = build(state, True, activation, **heads)
+    model.name, model.sha256, model.mean, model.std = name, digests[0], mean, std
+    described = (digests, activation, heads, mean, std)
     if described != (digests[:1], "quickgelu", {}, MEAN, STD):  # the file alone does not tell all
         model.sha256 = hashlib.sha256(repr(described).encode()).hexdigest()
-    return model.requires_grad_(False)
+    return model

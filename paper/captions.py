@@ -132,7 +132,7 @@ class Captions:
         """
         eot = tokens.argmax(1)  # (B,) the end of the text has the largest id
         tokens = tokens[:, :int(eot.max()) + 1]  # (B, S)
-        h = self.clip.embed(tokens) + self.clip.positional_embedding[:tokens.shape[1]]
+        h = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:tokens.shape[1]]
         for block in self.clip.transformer.resblocks:
             h = block(h, causal=True)
         h = self.clip.ln_final(h) @ self.clip.text_projection  # (B, S, D)

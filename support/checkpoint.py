@@ -4,29 +4,28 @@ import io
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any, Optional
 
 from support import UserError
 
 
 def write_atomically(file, content):
     """bytes or text into `file` (a Path): a kill leaves the old file or the new one, no part."""
+    if isinstance(content, str):
+        content = content.encode(errors="surrogateescape")
+    temporary = file.with_name(f".{file.name}.tmp")
     try:
         if file.exists() and not file.is_file():  # a device, which a rename would replace
             raise OSError("not a regular file")
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            with open(temporary, "wb") as handle:
-                handle.write(content.encode(errors="surrogateescape") if isinstance(content, str)
-                             else content)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error}): free some space or "
                         "choose another place; what the file held before is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_atomically(save, file):
@@ -37,8 +36,7 @@ def save_atomically(save, file):
 
 
 def save_checkpoint(state, file):
-    """state: dict of tensors, numbers, strings, lists and dicts of these -> `file`, which ends with
-    the sha256 of all that stands before."""
+    """A dict of tensors, numbers, strings, lists, dicts -> `file`, which ends with its sha256."""
     import torch
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -57,28 +55,16 @@ def read_checkpoint(file, device="cpu"):
     return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
-def lock(file):
-    """Holds the lock `file` until the process ends; UserError where another one keeps it."""
-    from filelock import FileLock, Timeout
-    held = FileLock(file)
-    try:
-        held.acquire(timeout=10)  # a killed run's loader processes end within that
-    except Timeout:
-        raise UserError(f"another process is writing {file.parent}: wait for it, or choose another "
-                        "--out") from None
-    return held
-
-
 @dataclass
 class State:
     """What training changes, and so what last.pt keeps: parts with a state_dict, and numbers."""
-    model: Any
-    memory: Any
-    optimizer: Any
-    scheduler: Any
-    scaler: Any
+    model: object
+    memory: object
+    optimizer: object
+    scheduler: object
+    scaler: object
     epoch: int = 0  # finished epochs
-    best: Optional[dict] = None  # {"epoch", "chosen_on", "mAP"} of the best epoch
+    best: dict = None  # {"epoch", "chosen_on", "mAP"} of the best epoch
     history: list = field(default_factory=list)  # a line of metrics.jsonl an epoch
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 
@@ -89,6 +75,5 @@ class State:
     def load_state_dict(self, saved):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(saved[name])
-        self.epoch = saved["epoch"]
-        self.best = saved["best"]
+        self.epoch, self.best = saved["epoch"], saved["best"]
         self.history = json.loads(saved["history"])

@@ -14,12 +14,11 @@ from concurrent.futures import BrokenExecutor
 from support import UserError
 
 
-def make_parser(prog, about, **options):
+def make_parser(prog, about, **more):
     """argparse with one-line errors. about: the docstring of the file that is run."""
     first, _, rest = about.partition("\n")
     parser = argparse.ArgumentParser(prog=prog, description=first, epilog=rest, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     **options)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def refuse(message):
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
@@ -39,20 +38,13 @@ def words(argv):
     return argv
 
 
-class Stop:
+def stop(*_):
     """Ctrl-C and SIGTERM. Python drops an exception that meets a fork: `asked` remembers it."""
-    asked = False
-
-    def __call__(self, *_):
-        self.asked = True
-        raise KeyboardInterrupt
-
-    def check(self):
-        if self.asked:
-            raise KeyboardInterrupt
+    stop.asked = True
+    raise KeyboardInterrupt
 
 
-stop = Stop()
+stop.asked = False
 
 
 def run_main(work, stopped="stopped"):
@@ -67,13 +59,13 @@ def run_main(work, stopped="stopped"):
         status = work() or 0
         sys.stdout.flush()
         return status
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except BaseException as error:
         if stop.asked or isinstance(error, KeyboardInterrupt):
             print(f"\n{stopped}", file=sys.stderr)
             return 130
-        if isinstance(error, BrokenPipeError):  # `| head`: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 141
         line = explain(error)
         if line is None:
             raise
@@ -83,23 +75,21 @@ def run_main(work, stopped="stopped"):
 
 def explain(error):
     """The line about something that the user can mend; None for anything else."""
+    text = str(error)
     if isinstance(error, UnicodeEncodeError):  # a file name under a locale without its letters
-        name = ascii(error.object[error.start:error.end])
-        return f"the locale cannot write {name} of a file name: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        return f"the locale cannot write {error.object!a}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     if isinstance(error, (UserError, FloatingPointError)):
-        return str(error)
-    if isinstance(error, BrokenExecutor):
-        return "a worker process was ended, mostly for want of memory: fewer --jobs or --workers"
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
-            "allocate memory" in str(error) or "out of memory" in str(error)):
-        reason = str(error).split(". ")[0][:150]
-        return f"too little memory: lower --batch, --size or --queue ({reason})"
+        return text
+    if isinstance(error, BrokenExecutor) or "DataLoader worker" in text:
+        return ("a worker process was ended, mostly for want of memory (in a container also of "
+                "shared memory: --shm-size): fewer --jobs or --workers")
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return f"too little memory: lower --batch, --size or --queue ({text[:150]})"
     if isinstance(error, OSError):
-        return (f"{error.filename or 'input or output'}: {error.strerror or error}: check path, "
-                "rights and free space")
+        return f"{error.filename or 'output'}: {error.strerror or text}: check path, rights, space"
 
 
-def end_with_parent():
+def end_with_parent(_=None):
     """For worker processes: Ctrl-C is the parent's; when it is gone, even by kill -9, they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

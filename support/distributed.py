@@ -7,6 +7,7 @@ Rank r of W encodes rows r, r + W, ... of a batch; what the losses need is gathe
 with gradients, and each rank computes the loss of the whole batch. In one process all of this does
 nothing. B images of a batch over all ranks, b of this rank's, n of a split.
 """
+import atexit
 import os
 
 import numpy as np
@@ -20,19 +21,14 @@ def start():
     """Joins the processes that torchrun started, if it did -> (rank, number of processes)."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise UserError("WORLD_SIZE is set without torchrun's other variables: start with "
-                            "torchrun, or unset it")
+            raise UserError("WORLD_SIZE is set without the rest: start with torchrun, or unset it")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def end():
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def barrier():
@@ -65,13 +61,10 @@ def gather(x, B):
 
 def average_gradients(parameters):
     """Each rank has the loss of the whole batch, so the mean over ranks is its exact gradient."""
-    if not dist.is_initialized():
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g) / dist.get_world_size())
+    if dist.is_initialized():
+        for grad in [p.grad for p in parameters if p.grad is not None]:
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
 
 
 def gather_scores(scores, n, batch):

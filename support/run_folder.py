@@ -1,7 +1,6 @@
 """A run folder: where it lies, who may write it, what it was begun with.
 
-    config.json      settings, sha256 of CLIP's weights, and of names, labels and truth of each
-                     split
+    config.json      settings, sha256 of CLIP's weights and of each split's names, labels, truth
     metrics.jsonl    a line an epoch
     last.pt          all that training goes on from
     best.pt          what inference needs, of the best epoch
@@ -11,8 +10,10 @@ import json
 import os
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from support import UserError
-from support.checkpoint import lock, save_checkpoint, write_atomically
+from support.checkpoint import save_checkpoint, write_atomically
 
 FILES = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "curves.png", "regions.png")
 
@@ -38,14 +39,18 @@ def new_run(cfg):
 def begin(run, cfg, clip_sha256, splits, resume=False):
     """Locks the folder, writes config.json; on resume CLIP and data must be the same -> lock."""
     run.mkdir(parents=True, exist_ok=True)
-    held = lock(run / ".lock")
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=10)  # a killed run's loader processes end within that
+    except Timeout:
+        raise UserError(f"another process is writing {run}: wait, or choose --out") from None
     about = {"config": dataclasses.asdict(cfg), "clip_sha256": clip_sha256,
              "data": {split.name: split.info for split in splits if split}}
     if not resume:
         if (run / "config.json").exists():  # of a run that began meanwhile
             raise UserError(f"{run} holds a run already: choose another --out")
         write_atomically(run / "config.json", json.dumps(about, indent=1))
-        return held
+        return lock
     begun = json.loads((run / "config.json").read_text(encoding="utf-8"))
     if begun["clip_sha256"] != clip_sha256:
         raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
@@ -53,14 +58,12 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
         if begun["data"].get(name, {}).get("sha256") != info["sha256"]:
             raise UserError(f"{run} was begun on other data: names, labels or images of {name} "
                             "have changed: put them back, or train anew")
-    return held
+    return lock
 
 
 def save(run, state, inference, improved):
-    """last.pt and metrics.jsonl; best.pt where the epoch is the best so far.
-
-    state: support.checkpoint.State; inference: dict of what a prediction needs beside CLIP
-    """
+    """Writes last.pt and metrics.jsonl, and best.pt if improved. state: support.checkpoint.State;
+    inference: dict of what a prediction needs beside CLIP."""
     if improved:
         save_checkpoint(inference, run / "best.pt")
     save_checkpoint(inference | state.state_dict(), run / "last.pt")

@@ -97,7 +97,7 @@ def plain_block(block, x, mask):
             y,
             y,
             x.shape[-1],
-            a.heads,
+            a.num_heads,
             a.in_proj_weight,
             a.in_proj_bias,
             None,

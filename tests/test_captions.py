@@ -277,8 +277,9 @@ def test_the_sentence_is_clips_text_feature_and_words_are_its_tokens(world, monk
     # "cat", end, "cat", end, ...
     assert torch.equal(f[1, 0], f[1, 2]) and torch.equal(f[1, 1], x[1])
     for text in ("a", "a red", "a red boat"):  # causal: a word knows what stands before it
-        ids = len(encoder.tokenize([text])[0].nonzero()) - 2
-        alone = encoder.encode_prompts(encoder.embed(encoder.tokenize([text])), torch.tensor([ids]))
+        tokens = encoder.tokenize([text])
+        ids = len(tokens[0].nonzero()) - 2
+        alone = encoder.encode_prompts(encoder.token_embedding(tokens), torch.tensor([ids]))
         assert torch.allclose(f[0, ids - 1], alone[0], atol=1e-5), text
 
 

@@ -229,7 +229,7 @@ def test_inference_needs_the_run_folder_and_the_image_encoder_only(
     def never(*_, **__):
         raise AssertionError("the text encoder was asked")
 
-    for name in ("encode_text", "embed", "tokenize"):
+    for name in ("encode_text", "tokenize"):
         monkeypatch.setattr(clip.CLIP, name, never)
     # meta: a check of shapes
     monkeypatch.setattr(

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from kill_train import same_run
 from small_world import ROOT, command, one_line, options, run, start, world
 
@@ -235,7 +236,7 @@ def test_two_writers_of_one_folder(world, tmp_path, capfd):
     assert command(evaluation.main, [tmp_path / "run", "--checkpoint", "last"], capfd)[0] == 0
     first.kill()
     first.communicate()
-    checkpoint.lock(tmp_path / "run" / ".lock").release()  # the lock went with the process
+    FileLock(tmp_path / "run" / ".lock").acquire(timeout=10)  # the lock went with the process
 
 
 def test_a_reader_sees_whole_checkpoints_while_they_are_written(world, tmp_path):

@@ -47,7 +47,7 @@ def test_learned_tokens_in_the_place_of_words_give_the_words_features():
     M = int(words[0].argmax()) - 1
     prompts = Prompts(clip, names, M)
     with torch.no_grad():
-        prompts.context.copy_(clip.embed(words[:, 1:M + 1]).expand(2, 2, -1, -1))
+        prompts.context.copy_(clip.token_embedding(words[:, 1:M + 1]).expand(2, 2, -1, -1))
         want = clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in names]))
         for g in prompts(clip):
             assert torch.allclose(g, F.normalize(want, dim=-1), atol=1e-5)
