@@ -92,8 +92,8 @@ def read(file):
     parts = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
     if any(part.filename.endswith("constants.pkl") for part in parts):
         if sha256(file) not in FILES.values():  # TorchScript holds code that runs while it loads
-            raise UserError("it is TorchScript, not OpenAI's, and loading it runs its code: if you "
-                            "trust it, torch.save(torch.jit.load(FILE).state_dict(), 'new.pt')")
+            raise UserError("it is TorchScript, not one of OpenAI's, and loading it runs its code: "
+                            "to trust it, torch.save(torch.jit.load(FILE).state_dict(), 'new.pt')")
         return torch.jit.load(file, map_location="cpu").state_dict()
     if sum(part.file_size for part in parts) > file.stat().st_size:  # torch.save does not pack
         raise ValueError("it would unpack to more than its size")

@@ -505,7 +505,7 @@ def test_what_would_unpack_to_more_than_the_file_is_refused(tmp_path):
     refused(bomb, "unpack to")
     huge = torch.zeros(1).expand(1 << 20, 1 << 20)  # one number, said to be a million million
     torch.save(small("vit") | {"visual.proj": huge}, bomb)
-    refused(bomb, "visual.proj", "finite")
+    refused(bomb, "visual.proj", "finite", activation="quickgelu")
     header = (1 << 60).to_bytes(8, "little") + b"{" + b" " * 100
     (tmp_path / "header.safetensors").write_bytes(header)
     refused(tmp_path / "header.safetensors", "is no CLIP")
