@@ -33,8 +33,8 @@ def versions(model, images, compile):
     calls = {"as published": lambda: plain.encode_dense(images),
              "channels-last": lambda: last.encode_dense(nhwc),
              "and folded, all at once": chunked(len(images)),
-             "folded, chunks of 8": chunked(8), "folded, chunks of 4": chunked(4),
-             "folded, chunks of 1": chunked(1), "folded, chunks of 4, bf16": bf16}
+             **{f"folded, chunks of {size}": chunked(size) for size in (8, 4, 2, 1)},
+             "folded, chunks of 4, bf16": bf16}
     if compile:
         fast = torch.compile(folded.encode_dense)
         calls["folded, chunks of 4, torch.compile"] = lambda: torch.cat(
