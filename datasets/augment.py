@@ -76,8 +76,8 @@ def resize(image, size):
 
 
 def normalise(image, mean, std):
-    """RGB image -> (3, H, W) float32, mean and std of pixels in 0..1. numpy, as torch's threads
-    would quarrel with the loader's processes."""
+    """RGB image -> (3, H, W) float32; mean and std are of pixels in 0..1. By numpy: torch would
+    start threads in each of the loader's processes."""
     out = np.empty((3, image.height, image.width), np.float32)
     for plane, band, m, s in zip(out, image.split(), mean, std):
         np.multiply(np.asarray(band), np.float32(1 / (255 * s)), out=plane)
@@ -90,8 +90,8 @@ def flip(image, rng):
 
 
 def random_crop(image, size, rng, smallest=0.5):
-    """A part of `smallest`..1 of the area, aspect 3/4..4/3, bicubic to size x size. After ten
-    misfits the largest central part of a permitted aspect (torchvision's RandomResizedCrop)."""
+    """A part of `smallest`..1 of the area, aspect 3/4..4/3, bicubic to size x size. When ten parts
+    do not fit, the largest central one of a permitted aspect (torchvision's RandomResizedCrop)."""
     W, H = image.size
     for _ in range(10):
         area = W * H * rng.uniform(smallest, 1)

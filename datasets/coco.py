@@ -75,6 +75,6 @@ def split(root, folder, keep_unannotated=False, by_id=False):
 
 
 def without_polygons(record):
-    """Polygons are most of the file and never needed: they are let go of while parsing."""
+    """Polygons are most of the file and never needed: parsing drops them, to save memory."""
     record.pop("segmentation", None)
     return record

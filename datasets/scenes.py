@@ -231,6 +231,7 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
 
 
 def ended(process):
+    """Whether no process has this number any more."""
     try:
         os.kill(process, 0)  # no signal: it only asks
     except OSError as error:

@@ -52,8 +52,8 @@ def listed(root, part):
 
 def match_names(root, objects):
     """200 object names: for each index the one whose set of images is most like the index's
-    (intersection over union). objects: Visual Genome's objects.json, with object_alias.txt beside
-    it or not. Look them over."""
+    (intersection over union). A guess, to be checked by eye. objects: Visual Genome's objects.json,
+    with object_alias.txt beside it or not."""
     (_, train, known), (_, test, other) = listed(root, "train"), listed(root, "test")
     row = {name: i for i, name in enumerate(train + test)}
     positive = (np.concatenate([known, other]) == POSITIVE).astype(np.float32)  # (N, 200)

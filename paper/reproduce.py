@@ -27,7 +27,7 @@ from datasets.base import read_json
 from eval import maps_of, metrics
 from paper.run_table import Runs
 from support import UserError
-from support.checkpoint import save_atomically, write_atomically
+from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
 from tools.localise import localisation, upright_boxes
 from tools.plots import region_tiles, save_grid, two_axes
@@ -106,21 +106,17 @@ def markdown(columns, rows):
 
 def plot(measured, paper, about, file):
     """mAP over the share of known labels, mean and spread over the seeds; the paper's beside."""
-    figure, (left, right) = two_axes(10, 3.8)
-    for row, cells in measured.items():
-        points = {float(name[:-2]): list(cell.values()) for name, cell in cells.items()
-                  if name != AVERAGE and cell}
-        error = [np.std(values, ddof=len(values) > 1) for values in points.values()]
-        left.errorbar(list(points), [np.mean(values) for values in points.values()], error,
-                      marker=".", capsize=2, label=row)
-    for row, cells in paper.items():
-        right.plot([float(name[:-2]) for name in cells], cells.values(), marker=".", label=row)
-    for axis, title in ((left, f"measured here, {about}"), (right, "the paper")):
-        axis.set(xlabel="known labels (%)", ylabel="mAP (%)", title=title)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    save_atomically(lambda buffer: figure.savefig(buffer, dpi=120, format="png"), file)
+    with two_axes(file, 10, 3.8, dpi=120) as (left, right):
+        for row, cells in measured.items():
+            points = {float(name[:-2]): list(cell.values()) for name, cell in cells.items()
+                      if name != AVERAGE and cell}
+            error = [np.std(values, ddof=len(values) > 1) for values in points.values()]
+            left.errorbar(list(points), [np.mean(values) for values in points.values()], error,
+                          marker=".", capsize=2, label=row)
+        for row, cells in paper.items():
+            right.plot([float(name[:-2]) for name in cells], cells.values(), marker=".", label=row)
+        for axis, title in ((left, f"measured here, {about}"), (right, "the paper")):
+            axis.set(xlabel="known labels (%)", ylabel="mAP (%)", title=title)
 
 
 def settings_of(runs, seeds, split):
@@ -159,10 +155,8 @@ def table(own, base, file):
 
 
 def table_5(*_):
-    """Parameters and multiply-adds of inference at RN101, from random weights.
-
-    Total: CLIP without its token embedding and the attention pool's positions, and what is learned.
-    """
+    """Parameters and multiply-adds of inference at RN101, from random weights. The total counts
+    CLIP, without its token embedding and the attention pool's positions, and what is learned."""
     C = 80
     published = clip.CLIP(512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512)
     published.eval().requires_grad_(False)
@@ -232,7 +226,7 @@ def parse(argv):
     add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")
     add("--image", nargs="+", metavar="PATH", help="of --figure 4 (default: test images)")
     add("--out", default="runs/tables", help="folder (default: runs/tables)")
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(argv)  # the rest is train.py's
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
     if own.ratios and len(at(own.ratios)) < len(own.ratios):
@@ -240,7 +234,7 @@ def parse(argv):
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:
-        raise UserError(f"drop it: rows differ in {' '.join(wrong)}, a stopped table just goes on")
+        raise UserError(f"drop {' '.join(wrong)}: the rows say it, and a stopped table goes on")
     base, _ = parse_config(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000

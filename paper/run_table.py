@@ -48,7 +48,7 @@ class Runs:
         settings = dict(settings)
         if "carl_from" in settings:
             settings["carl_from"] = self.config(settings["carl_from"], seed).out
-        if settings.get("images") == "captions":  # five an image: a fifth of the epochs
+        if settings.get("images") == "captions":  # five an image: as many steps in a fifth
             settings["epochs"] = max(1, self.base.epochs // 5)
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
         result = {name: value for name, value in dataclasses.asdict(cfg).items()

@@ -1,4 +1,4 @@
-"""Suggestions to a person and answers into the sheet.
+"""Brings a run's suggestions to a person, and the person's answers into the sheet.
 
     python -m tools.review new-sheet photos --categories dog,cat     an empty photos/labels.csv
     python eval.py RUN --suggest out.csv                             out.html asks, saves answers
@@ -6,8 +6,8 @@
     python -m tools.review export out.csv tasks.json                 the same for Label Studio
     python -m tools.review merge photos/labels.csv export.json       its answers, JSON as it exports
 
-A merge touches empty cells only: all else stays byte for byte, and a copy of the sheet is kept.
-Where the sheet says otherwise it keeps its label, and the conflict is told.
+A merge fills empty cells only: all else stays byte for byte, and a copy of the sheet is kept. Where
+an answer contradicts the sheet, the sheet keeps its label and the conflict is printed.
 """
 import collections
 import csv

@@ -55,10 +55,11 @@ def region_maps(predictor, loaders, rows):
         if loader.stored is None:
             found = predictor.iterate([loader.split.paths[row - first] for row in here])
             maps |= {here[k]: of_image for k, _, of_image in found}
-        for row in here if loader.stored is not None else ():
-            both = loader.stored[0][row - first][None].to(predictor.device).float()  # (1, 1+N, D)
-            _, out = predictor.score(both[:, 1:], both[:, 0])
-            maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
+        else:
+            for row in here:
+                both = loader.stored[0][row - first][None].to(predictor.device).float()
+                _, out = predictor.score(both[:, 1:], both[:, 0])  # of (1, 1+N, D)
+                maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
         first += len(loader)
     return maps
 
