@@ -234,7 +234,7 @@ def parse(argv):
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:
-        raise UserError(f"drop {' '.join(wrong)}: the rows say it, and a stopped table goes on")
+        raise UserError(f"drop it: rows set {' '.join(wrong)}, and a stopped table just goes on")
     base, _ = parse_config(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
