@@ -76,8 +76,8 @@ def resize(image, size):
 
 
 def normalise(image, mean, std):
-    """RGB image -> (3, H, W) float32, mean and std of pixels in 0..1. numpy, as torch's threads
-    would quarrel with the loader's processes."""
+    """RGB image -> (3, H, W) float32; mean and std are of pixels in 0..1. By numpy: torch would
+    start threads in each of the loader's processes."""
     out = np.empty((3, image.height, image.width), np.float32)
     for plane, band, m, s in zip(out, image.split(), mean, std):
         np.multiply(np.asarray(band), np.float32(1 / (255 * s)), out=plane)
@@ -90,8 +90,8 @@ def flip(image, rng):
 
 
 def random_crop(image, size, rng, smallest=0.5):
-    """A part of `smallest`..1 of the area, aspect 3/4..4/3, bicubic to size x size. After ten
-    misfits the largest central part of a permitted aspect (torchvision's RandomResizedCrop)."""
+    """A part of `smallest`..1 of the area, aspect 3/4..4/3, bicubic to size x size. When ten parts
+    do not fit, the largest central one of a permitted aspect (torchvision's RandomResizedCrop)."""
     W, H = image.size
     for _ in range(10):
         area = W * H * rng.uniform(smallest, 1)
@@ -124,10 +124,9 @@ POLICIES = [[(float(step[:-4]), step[-4:-1], int(step[-1])) for step in row.spli
 ENHANCE = {"col": ImageEnhance.Color, "con": ImageEnhance.Contrast, "sha": ImageEnhance.Sharpness,
            "bri": ImageEnhance.Brightness}
 PLAIN = {"aut": ImageOps.autocontrast, "equ": ImageOps.equalize, "inv": ImageOps.invert}
-# What the levels mean: slope, share of the side, change of the factor 1; degrees, bits, threshold.
-SIGNED = {**dict.fromkeys(("shX", "shY"), np.linspace(0, 0.3, 10)),
-          **dict.fromkeys(("trX", "trY"), np.linspace(0, 150 / 331, 10)),
-          **dict.fromkeys(ENHANCE, np.linspace(0, 0.9, 10))}
+# What the levels mean: slope, share of the side, change of the factor 1; degrees, threshold, bits.
+SLOPE, SHIFT, FACTOR = (np.linspace(0, top, 10) for top in (0.3, 150 / 331, 0.9))
+SIGNED = {"shX": SLOPE, "shY": SLOPE, "trX": SHIFT, "trY": SHIFT, **dict.fromkeys(ENHANCE, FACTOR)}
 LEVELS = SIGNED | {"rot": np.linspace(0, 30, 10), "sol": np.linspace(256, 0, 10),
                    "pos": np.round(np.linspace(8, 4, 10)).astype(int)}
 
@@ -146,12 +145,11 @@ def apply(image, operation, level, rng):
         return ImageOps.posterize(image, m)
     if operation == "sol":
         return ImageOps.solarize(image, m)
-    # the output pixel (x, y) is taken from (x + ax y + tx, y + ay x + ty)
-    ax, tx, ay, ty = {"shX": (m, 0, 0, 0), "trX": (0, m * image.width, 0, 0),
-                      "shY": (0, 0, m, 0), "trY": (0, 0, 0, m * image.height)}[operation]
+    # the output pixel (x, y) is taken from (a x + b y + c, d x + e y + f)
+    matrix = {"shX": (1, m, 0, 0, 1, 0), "trX": (1, 0, m * image.width, 0, 1, 0),
+              "shY": (1, 0, 0, m, 1, 0), "trY": (1, 0, 0, 0, 1, m * image.height)}[operation]
     filling = Image.BICUBIC if operation[:2] == "sh" else Image.NEAREST
-    return image.transform(image.size, Image.AFFINE, (1, ax, tx, ay, 1, ty), filling,
-                           fillcolor=GREY)
+    return image.transform(image.size, Image.AFFINE, matrix, filling, fillcolor=GREY)
 
 
 def policy(image, rng):

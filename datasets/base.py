@@ -58,15 +58,14 @@ class Split:
     @property
     def info(self):
         """Counts and hashes for config.json; sha256 covers all names, prompts, labels and truth."""
-        names = json.dumps([self.names, self.prompts,
-                            [os.path.basename(path) for path in self.paths]])
+        files = [os.path.basename(path) for path in self.paths]
+        names = json.dumps([self.names, self.prompts, files])
         content = names.encode() + self.labels.tobytes() + self.truth.tobytes()
-        counts = {name: int((self.labels == code).sum()) for name, code in
-                  (("positives", POSITIVE), ("negatives", NEGATIVE), ("unknowns", UNKNOWN))}
+        count = {code: int((self.labels == code).sum()) for code in (POSITIVE, NEGATIVE, UNKNOWN)}
         mask = {"mask_sha256": self.mask_sha256} if self.mask_sha256 else {}
-        return {"images": len(self.paths), **counts,
-                "dropped": {why: count for why, count in self.dropped.items() if count},
-                "sha256": hashlib.sha256(content).hexdigest(), **mask}
+        return dict(images=len(files), positives=count[POSITIVE], negatives=count[NEGATIVE],
+                    unknowns=count[UNKNOWN], sha256=hashlib.sha256(content).hexdigest(), **mask,
+                    dropped={why: n for why, n in self.dropped.items() if n})
 
 
 def signed(present):
@@ -177,9 +176,11 @@ def require_unique(entries, where):
 def twins(paths):
     """For each file the index of the first one with the same bytes; reads files of equal size."""
     sizes = [os.path.getsize(path) for path in paths]
-    count, seen = Counter(sizes), {}
-    return [seen.setdefault(hashlib.sha256(read_bytes(path)).digest() if count[size] > 1 else i, i)
-            for i, (path, size) in enumerate(zip(paths, sizes))]
+    count, seen, first = Counter(sizes), {}, []
+    for i, (path, size) in enumerate(zip(paths, sizes)):
+        content = hashlib.sha256(read_bytes(path)).digest() if count[size] > 1 else i
+        first.append(seen.setdefault(content, i))
+    return first
 
 
 def positive_list(path, classes, single=False):

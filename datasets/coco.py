@@ -37,8 +37,8 @@ def split(root, folder, keep_unannotated=False, by_id=False):
                         f"name; {error!r}") from None
     names = [name for _, name in categories]
     for name in names:
-        if not name or names.count(name) > 1:
-            ids = [key for key, other in categories if other == name]
+        ids = [key for key, other in categories if other == name]
+        if not name or len(ids) > 1:
             raise UserError(f"{path}: the category {name!r} has the ids {ids}, expected a name and "
                             "one id: delete those that are not used")
     if not listed or not names:
@@ -75,6 +75,6 @@ def split(root, folder, keep_unannotated=False, by_id=False):
 
 
 def without_polygons(record):
-    """Polygons are most of the file and never needed: they are let go of while parsing."""
+    """Polygons are most of the file and never needed: parsing drops them, to save memory."""
     record.pop("segmentation", None)
     return record

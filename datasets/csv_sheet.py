@@ -25,9 +25,9 @@ WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"),
          UNKNOWN: ("", "?", "na", "n/a", "nan", "none", "null", "unknown")}
 CODES = {word: code for code, words in WORDS.items() for word in words}
 MINUS_ONE = ("-1", "-1.0")
-# --minus-one absent: 0 is unknown; --minus-one unknown: as CheXpert has it
-SIGNED = CODES | dict.fromkeys(("0", "0.0"), UNKNOWN) | dict.fromkeys(MINUS_ONE, NEGATIVE)
-UNCERTAIN = CODES | dict.fromkeys(MINUS_ONE, UNKNOWN)
+# by --minus-one: "absent", where 0 is unknown; "unknown", as CheXpert has it
+MEANING = {None: CODES, "unknown": CODES | dict.fromkeys(MINUS_ONE, UNKNOWN),
+           "absent": CODES | {"0": UNKNOWN, "0.0": UNKNOWN} | dict.fromkeys(MINUS_ONE, NEGATIVE)}
 
 
 def is_sheet(data):
@@ -40,19 +40,20 @@ def load(root, cfg):
     train = read(cfg.data, root, cfg)
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
-        if is_sheet(path):
-            split = read(path, root, cfg)
-            if sorted(split.names) != sorted(train.names):
-                raise UserError(f"{path}: its classes differ from those of the training sheet: "
-                                f"{sorted(set(split.names) ^ set(train.names))}; use the same")
-            for name, other in parts.items():
-                if both := set(split.paths) & set(other.paths):
-                    raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, "
-                                    f"first {min(both)}; keep them apart")
-            order = [split.names.index(name) for name in train.names]
-            split.labels = split.truth = split.labels[:, order]
-            split.names, split.prompts = train.names, train.prompts
-            parts[part] = split
+        if not is_sheet(path):
+            continue
+        split = read(path, root, cfg)
+        if differ := set(split.names) ^ set(train.names):
+            raise UserError(f"{path}: its classes differ from those of the training sheet: "
+                            f"{sorted(differ)}; use the same")
+        for name, other in parts.items():
+            if both := set(split.paths) & set(other.paths):
+                raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, "
+                                f"first {min(both)}; keep them apart")
+        order = [split.names.index(name) for name in train.names]
+        split.labels = split.truth = split.labels[:, order]
+        split.names, split.prompts = train.names, train.prompts
+        parts[part] = split
     return parts
 
 
@@ -89,7 +90,7 @@ def read(path, root, cfg):
     """-> Split. root: where relative image names start, and what they must not leave (default: the
     sheet's folder). UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
-    codes = {"absent": SIGNED, "unknown": UNCERTAIN, None: CODES}[cfg.minus_one]
+    codes = MEANING[cfg.minus_one]
     header, body = table(path)
     ignored = set(filter(None, (cfg.ignore or "").split(",")))
     if missing := ignored - set(header):
@@ -121,10 +122,8 @@ def read(path, root, cfg):
                  for name, count in Counter(map(str.lower, names)).items() if count > 1 or not name]
     files = image_files(path, root, body, problems)
     if problems:
-        told = problems[0]
-        if len(problems) > 1:
-            told += f" (and {len(problems) - 1} more; python data.py {path} lists them)"
-        error = UserError(told)
+        more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
+        error = UserError(problems[0] + (more if len(problems) > 1 else ""))
         error.problems = problems
         raise error
     return Split(os.path.splitext(os.path.basename(path))[0], files, names,
@@ -141,18 +140,17 @@ def holds_no_label(column, codes):
 
 def label_cells(path, header, body, columns, codes, problems):
     """N rows of C label codes; what is no label joins `problems`."""
-    cells = []
-    for line, row in body:
-        bad = [c for c in columns if row[c].lower() not in codes]
+    cells = [[codes.get(row[c].lower()) for c in columns] for _, row in body]
+    for (line, row), found in zip(body, cells):
+        bad = {header[c]: row[c] for c, code in zip(columns, found) if code is None}
+        told = ("a cell is 1 (present), 0 (absent) or empty (unknown); a column that is no "
+                "category goes into --ignore (README, docs/data.md: lists)")
+        if set(MINUS_ONE) & set(bad.values()):
+            told = ("-1 is absent in some sheets (where 0 is unknown) and uncertain in others: "
+                    "say --minus-one absent or --minus-one unknown")
         if bad:
-            told = ("a cell is 1 (present), 0 (absent) or empty (unknown); a column that is no "
-                    "category goes into --ignore (README, docs/data.md: lists)")
-            if any(row[c] in MINUS_ONE for c in bad):
-                told = ("-1 is absent in some sheets (where 0 is unknown) and uncertain in others: "
-                        "say --minus-one absent or --minus-one unknown")
-            got = ", ".join(f"{header[c]}={row[c]!r}" for c in bad[:3])
+            got = ", ".join(f"{name}={cell!r}" for name, cell in [*bad.items()][:3])
             problems.append(f"{path}:{line}: {got}: {told}")
-        cells.append([codes.get(row[c].lower(), UNKNOWN) for c in columns])
     return cells
 
 

@@ -83,7 +83,7 @@ def background(r, size, place):
 
 
 def choose(r, count):
-    """`count` indices into KINDS: of ten one repeats what is there, six keep it company."""
+    """`count` indices into KINDS: 10 % repeat a chosen one, 60 % are company of one."""
     chosen = [r.randrange(len(KINDS))]
     while len(chosen) < count:
         friend = r.choice(chosen)
@@ -98,10 +98,10 @@ def choose(r, count):
 
 
 def scene(rng, size=256, objects=OBJECTS):
-    """One scene. rng: a random.Random, or what seeds one; size: pixels of the square canvas, up to
-    512; objects: least, most. They are as large in pixels on any canvas: a small one holds few.
+    """One scene -> uint8 (size, size, 3), list of Box, list of five captions.
 
-    Returns (uint8 array (size, size, 3), list of Box, list of five captions).
+    rng: a random.Random, or what seeds one; size: pixels of the square canvas, up to 512; objects:
+    least, most. An object has the same size in pixels on any canvas, so a small one holds few.
     """
     r = rng if isinstance(rng, random.Random) else random.Random(rng)
     wanted = choose(r, r.randint(*objects))
@@ -110,14 +110,13 @@ def scene(rng, size=256, objects=OBJECTS):
     picture = Image.fromarray(background(r, size, place).repeat(2, 0).repeat(2, 1))
     mask = Image.new("L", (size, size))
     pens, placed, drawn = (ImageDraw.Draw(picture), ImageDraw.Draw(mask)), [], []
-    # None: a distractor
     jobs = wanted + [None] * r.choice((1, 2, 3, 4, 5) if size > 160 else (0, 0, 1))
     r.shuffle(jobs)
-    for k in jobs:
+    for k in jobs:  # an index into KINDS, or None: a distractor
         kind = r.choice(DISTRACTORS) if k is None else KINDS[k]
         where = kind.place if r.random() < 0.8 else "any"
         low, high = {"sky": (0, 0.55), "ground": (0.4, 1)}.get(where, (0, 1))
-        # a place, at most a sixth outside, that leaves the others mostly visible; or none
+        # eight tries to find a place, at most a sixth outside, where the others stay visible
         for _ in range(8):
             radius = math.exp(r.uniform(math.log(RADIUS[0]), math.log(RADIUS[1])))
             spot = np.array([r.random(), r.uniform(low, high)]) * size
@@ -135,22 +134,22 @@ def scene(rng, size=256, objects=OBJECTS):
         stamp(*pens, number, kind.art, colours, r, x, y, radius, angle)
         if k is not None:
             drawn.append((k, colour, radius, number, mask.histogram()[number]))
-    numbers, boxes, told = np.asarray(mask), [], []
+    numbers, boxes, labelled = np.asarray(mask), [], []
     for k, colour, radius, number, full in drawn:
         ys, xs = np.nonzero(numbers == number)
         if len(ys) >= max(MIN_AREA, VISIBLE * full):
-            x, y, right, bottom = (int(v) for v in (xs.min(), ys.min(), xs.max(), ys.max()))
-            boxes.append(Box(k, x, y, right - x + 1, bottom - y + 1, len(ys)))
-            told.append((k, colour, radius, xs.mean() / size, ys.mean() / size))
+            x, y = int(xs.min()), int(ys.min())
+            boxes.append(Box(k, x, y, int(xs.max()) - x + 1, int(ys.max()) - y + 1, len(ys)))
+            labelled.append((k, colour, radius, xs.mean() / size, ys.mean() / size))
     if not boxes:  # all lost to their neighbours: rare; the next numbers of r give another scene
         return scene(r, size, objects)
-    return np.asarray(picture.reduce(2)), boxes, captions(r, told, PLACES[place]["caption"])
+    return np.asarray(picture.reduce(2)), boxes, captions(r, labelled, PLACES[place]["caption"])
 
 
-def captions(r, told, home):
-    """Five captions for (kind, colour, radius, x, y) of the labelled objects, fuller and fuller."""
+def captions(r, labelled, home):
+    """Five captions, fuller and fuller, of labelled objects (kind, colour, radius, x, y)."""
     def phrase(k, colour, radius, x, y, detail):
-        same = sum(k == other[0] for other in told)
+        same = sum(k == other[0] for other in labelled)
         if same > 1 and r.random() < 0.7:
             number = ("two", "three", "four", "five", "six", "seven", "eight")[same - 2]
             return f"{number} {KINDS[k].plural}"
@@ -162,7 +161,7 @@ def captions(r, told, home):
         return " ".join(["an" if words[0][0] in "aeiou" else "a", *words, *spots])
 
     def tell(count, detail):
-        one_of_a_kind = {item[0]: item for item in r.sample(told, len(told))}.values()
+        one_of_a_kind = {item[0]: item for item in r.sample(labelled, len(labelled))}.values()
         *some, last = [phrase(*item, detail) for item in list(one_of_a_kind)[:count]]
         return f"{r.choice((', ', ', and ', ' and ')).join(some)} and {last}" if some else last
 
@@ -188,9 +187,9 @@ def draw(split, size, objects, seed, folder, index):
 
 def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=None):
     """Yields, in order, what `draw` gives for scenes 0..count-1. workers: None takes all cores."""
+    one = partial(draw, split, size, objects, seed, folder)
     pool = ProcessPoolExecutor(min(workers or os.cpu_count(), 61), initializer=end_with_parent)
     try:
-        one = partial(draw, split, size, objects, seed, folder)
         drawn = pool.map(one, range(count), chunksize=50)
         yield from tqdm(drawn, f"drawing {split}", count, unit="image")
     finally:
@@ -221,8 +220,8 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
         (part / "annotations").mkdir(parents=True)
         for split, count in counts.items():
             (part / split).mkdir()
-            with contextlib.closing(draw_all(split, count, size, seed=seed, workers=workers,
-                                             folder=part / split)) as drawn:
+            drawn = draw_all(split, count, size, OBJECTS, seed, workers, part / split)
+            with contextlib.closing(drawn):
                 annotate(part / "annotations", split, drawn, size)
         (part / "scenes.json").write_text(marker)
         if not note.exists():  # else another process was faster
@@ -232,6 +231,7 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
 
 
 def ended(process):
+    """Whether no process has this number any more."""
     try:
         os.kill(process, 0)  # no signal: it only asks
     except OSError as error:
@@ -248,12 +248,11 @@ def annotate(folder, split, drawn, size):
         instances += [{"image_id": i, "category_id": IDS[b.kind], "bbox": b[1:5], "area": b.area,
                        "iscrowd": 0} for b in boxes]
         texts += [{"image_id": i, "caption": text} for text in found]
-    categories = [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
-    for what, rows, more in (("instances", instances, {"categories": categories}),
-                             ("captions", texts, {})):
-        content = {"info": {"description": f"drawn by scenes.py, version {VERSION}"},
-                   "images": images,
-                   "annotations": [{"id": n, **row} for n, row in enumerate(rows, 1)], **more}
+    content = {"info": {"description": f"drawn by scenes.py, version {VERSION}"}, "images": images}
+    for what, rows in (("captions", texts), ("instances", instances)):
+        content["annotations"] = [{"id": n, **row} for n, row in enumerate(rows, 1)]
+        if what == "instances":
+            content["categories"] = [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
         (folder / f"{what}_{split}.json").write_text(json.dumps(content))
 
 

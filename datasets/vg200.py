@@ -7,6 +7,7 @@ objects.json:
 
     python data.py vg200 --root DIR --objects objects.json > DIR/vg_category_200.txt
 """
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,22 @@ import numpy as np
 from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, read_lines, require_files
 from support import UserError
 
-
 FOLDERS = ("", "VG", "annotations")
 
 
 def load(root, cfg):
     hint = (": the names are not part of the public files, pass --names FILE, or find them with "
             "python data.py vg200 --root DIR --objects objects.json")
-    names = cfg.names or find(root, "vg_category_200.txt", folders=FOLDERS, hint=hint)
-    return {part: split(root, part, read_lines(names, 200)) for part in ("train", "test")}
-
-
-def split(root, part, names):
-    path, images, labels = listed(root, part)
+    file = cfg.names or find(root, "vg_category_200.txt", folders=FOLDERS, hint=hint)
+    names = read_lines(file, 200)
     folders = [Path(root, above, folder) for folder in ("VG_100K", "VG_100K_2")
                for above in ("", "VG", "images")]
-    return Split(f"vg200/{part}", require_files(images, folders, path), names, labels)
+    parts = {}
+    for part in ("train", "test"):
+        path, images, labels = listed(root, part)
+        files = require_files(images, folders, path)
+        parts[part] = Split(f"vg200/{part}", files, names, labels)
+    return parts
 
 
 def listed(root, part):
@@ -51,21 +52,21 @@ def listed(root, part):
 
 def match_names(root, objects):
     """200 object names: for each index the one whose set of images is most like the index's
-    (intersection over union). objects: Visual Genome's objects.json, with object_alias.txt beside
-    it or not. Look them over."""
+    (intersection over union). A guess, to be checked by eye. objects: Visual Genome's objects.json,
+    with object_alias.txt beside it or not."""
     (_, train, known), (_, test, other) = listed(root, "train"), listed(root, "test")
     row = {name: i for i, name in enumerate(train + test)}
     positive = (np.concatenate([known, other]) == POSITIVE).astype(np.float32)  # (N, 200)
     aliases = Path(objects).with_name("object_alias.txt")
     groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
     alias = {word: words[0] for words in groups for word in words}
-    seen = {}
+    seen = defaultdict(list)  # name: the rows of its images
     try:
         for image in read_json(objects):
-            i = row.get(f"{image['image_id']}.jpg")
             names = {name.strip().lower() for thing in image["objects"] for name in thing["names"]}
-            for name in {alias.get(name, name) for name in names} if i is not None else ():
-                seen.setdefault(name, []).append(i)
+            for name in {alias.get(name, name) for name in names}:
+                if (i := row.get(f"{image['image_id']}.jpg")) is not None:
+                    seen[name].append(i)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{objects}: not Visual Genome's objects.json ({error!r})") from None
     if not seen:

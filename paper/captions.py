@@ -11,6 +11,7 @@ two runs here, whose scores are averaged (`eval.py RUN --ensemble RUN`). Unlike 
 prompts and Eq. 14 take the place of its ranking loss.
 """
 import re
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from data import SCENES
 from datasets.base import NEGATIVE, POSITIVE, Split, read_json
 from support import UserError
 
-# Words that mean the same, a group a line; a category is named by every word of the groups that
-# hold its own name, and by their plurals. Plural names are those of NUS-WIDE. Words that mostly
-# mean something else in captions ("glass", "bat") are left out.
+# Words that mean the same, one group a line: a category is named by every word of the groups that
+# hold its own name, and by their plurals. Words that mostly mean something else in captions
+# ("glass", "bat") are left out. Names in the plural are NUS-WIDE's.
 SAME = Path(__file__).with_name("words.txt")
 # How English forms the plural, most often: the first ending that fits is replaced.
 PLURALS = (("man$", "men"), ("(?<=[^aeiou])y$", "ies"), ("(?<=[^f])fe?$", "ves"),
@@ -37,18 +38,16 @@ def words_of(text):
 def forms(phrase):
     """"fire truck" -> {("fire", "truck"), ("fire", "trucks")}: the words of a phrase, its last one
     in the singular and the plural."""
-    words = words_of(phrase)
-    ending, plural = next(rule for rule in PLURALS if re.search(rule[0], words[-1]))
-    return {tuple(words), (*words[:-1], re.sub(ending, plural, words[-1]))}
+    *first, last = words_of(phrase)
+    ending, plural = next(rule for rule in PLURALS if re.search(rule[0], last))
+    return {(*first, last), (*first, re.sub(ending, plural, last))}
 
 
 def vocabulary(names):
     """{words of a phrase: category numbers}, from the names and the groups that hold them."""
     groups = [line.split(", ") for line in SAME.read_text(encoding="utf-8").splitlines()]
-    # A longer phrase of another category takes its words with it: a hot dog is no dog, also where
-    # "hot dog" is not asked for.
-    found = {words: set() for group in groups for phrase in group for words in forms(phrase)
-             if len(words) > 1}
+    # Longer phrases are known even where no category has their name: a hot dog is no dog.
+    found = {words: set() for phrase in chain(*groups) for words in forms(phrase) if len(words) > 1}
     for c, name in enumerate(names):
         own = " ".join(words_of(name))
         if not own:
@@ -73,7 +72,6 @@ def mentioned(text, phrases):
 def load(cfg, split):
     """COCO's captions_*.json -> data.Split for the categories of `split`; its `paths` are the
     captions of the first cfg.train_images images, those that name a category."""
-    names = split.names
     file = cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json")
     raw = read_json(file)
     try:
@@ -81,17 +79,16 @@ def load(cfg, split):
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} expected as COCO's captions_train2014.json: {error}") from None
-    phrases = vocabulary(names)
-    named = [(text, found) for text in texts if (found := mentioned(text, phrases))]
-    if not named:
+    phrases = vocabulary(split.names)
+    labels = np.full((len(texts), len(split.names)), NEGATIVE, np.int8)  # not named: absent
+    for row, text in zip(labels, texts):
+        row[list(mentioned(text, phrases))] = POSITIVE
+    unused = ~(labels == POSITIVE).any(1)
+    if unused.all():
         raise UserError(f"{file}: none of its {len(texts)} captions names one of the categories: "
-                        f"{', '.join(names[:5])}, ...")
-    labels = np.full((len(named), len(names)), NEGATIVE, np.int8)  # what is not named is absent
-    for row, (_, found) in zip(labels, named):
-        row[list(found)] = POSITIVE
-    return Split("captions", [text for text, _ in named], list(names), labels,
-                 prompts=split.prompts,
-                 dropped={"captions that name no category": len(texts) - len(named)})
+                        f"{', '.join(split.names[:5])}, ...")
+    return Split("captions", texts, list(split.names), labels, prompts=split.prompts, unused=unused,
+                 dropped={"captions that name no category": int(unused.sum())}).used()
 
 
 def tokens_of(clip, text):

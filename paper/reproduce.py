@@ -27,7 +27,7 @@ from datasets.base import read_json
 from eval import maps_of, metrics
 from paper.run_table import Runs
 from support import UserError
-from support.checkpoint import save_atomically, write_atomically
+from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
 from tools.localise import localisation, upright_boxes
 from tools.plots import region_tiles, save_grid, two_axes
@@ -35,11 +35,11 @@ from tools.predict import images_in
 from tools.zero_shot import zero_shot, zero_shot_text
 from trm import TRM, Prompts
 
-# Of each table: "rows" {row: [settings of the runs whose scores are averaged]}, the columns or the
-# shares of known labels ("ratios"), and the numbers of the "paper" {data set: {row: {column: mAP}}}
+# Of each table: "rows" {row: [settings of runs whose scores are averaged]}, columns ("ratios" of
+# known labels, or "setups"), and the "paper" {data set: {row: mAPs of the "printed" columns}}
 TABLES = read_json(Path(__file__).with_name("tables.json"))
 # Where the paper is silent, alike. A study shows validation: settings are chosen on it.
-STUDIES = {name: dict(rows=rows, ratios=[0.1], paper={"coco": {}})
+STUDIES = {name: dict(rows=rows, ratios=[0.1], printed=[], paper={"coco": {}})
            for name, rows in read_json(Path(__file__).with_name("studies.json")).items()}
 AVERAGE = "Avg."
 
@@ -51,17 +51,20 @@ def at(ratios):
 def rows_of(own, base):
     """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}."""
     asked = STUDIES[own.study] if own.study else TABLES[own.table]
-    printed = asked["paper"]
-    paper = printed[next(name for name in (base.data, "coco", *printed) if name in printed)]
+    known = asked["paper"]  # where the data set is not in it, another's numbers are shown
+    data = next(name for name in (base.data, "coco", *known) if name in known)
+    paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()}
     captions = base.captions or base.data in ("scenes", "coco")
     rows = {row: runs for row, runs in asked["rows"].items()
             if (captions or "TaI-DPT" not in row)
             and (not own.rows or any(part in row for part in own.rows))}
     if not rows:
         raise UserError(f"no row of this table holds {' or '.join(own.rows)}")
-    if own.table == "2":  # the SPLC setup is defined by published lists
-        return rows, {setup: settings for setup, settings in asked["columns"].items()
-                      if setup != "SPLC setup" or base.data in printed}, paper
+    if own.table == "2":
+        setups = dict(asked["setups"])
+        if data != base.data:
+            del setups["SPLC setup"]  # which published lists define
+        return rows, setups, paper
     if own.table == "3" and base.single_positive:  # which the paper leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}
     fewer = asked.get("ratios of scenes") if base.data == "scenes" else None
@@ -70,22 +73,21 @@ def rows_of(own, base):
 
 # ---- measuring
 
-
 def measure(runs, rows, columns, seeds, split):
     """Trains what is missing -> {row: {column: {seed: mAP}}}, with the mean of the columns."""
     runs.train([(column | settings, seed) for seed in seeds for column in columns.values()
                 for of_row in rows.values() for settings in of_row])
     measured = {}
     for row, of_row in rows.items():
-        measured[row] = cells = {}
+        cells = {}
         for name, column in columns.items():
             found = {seed: runs.mAP([column | settings for settings in of_row], seed, split)
                      for seed in seeds}
             cells[name] = {seed: mAP for seed, mAP in found.items() if mAP is not None}
         if len(columns) > 1:
-            whole = [seed for seed in seeds if all(seed in cell for cell in cells.values())]
             cells[AVERAGE] = {seed: float(np.mean([cell[seed] for cell in cells.values()]))
-                              for seed in whole}
+                              for seed in seeds if all(seed in cell for cell in cells.values())}
+        measured[row] = cells
     return measured
 
 
@@ -98,27 +100,23 @@ def spread(by_seed):
 
 def markdown(columns, rows):
     """rows: lists of a name and its cells, texts."""
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    head = f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}"
+    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def plot(measured, paper, about, file):
     """mAP over the share of known labels, mean and spread over the seeds; the paper's beside."""
-    figure, (left, right) = two_axes(10, 3.8)
-    for row, cells in measured.items():
-        points = {float(name[:-2]): list(cell.values()) for name, cell in cells.items()
-                  if name != AVERAGE and cell}
-        error = [np.std(values, ddof=len(values) > 1) for values in points.values()]
-        left.errorbar(list(points), [np.mean(values) for values in points.values()], error,
-                      marker=".", capsize=2, label=row)
-    for row, cells in paper.items():
-        right.plot([float(name[:-2]) for name in cells], cells.values(), marker=".", label=row)
-    for axis, title in ((left, f"measured here, {about}"), (right, "the paper")):
-        axis.set(xlabel="known labels (%)", ylabel="mAP (%)", title=title)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    save_atomically(lambda buffer: figure.savefig(buffer, dpi=120, format="png"), file)
+    with two_axes(file, 10, 3.8, dpi=120) as (left, right):
+        for row, cells in measured.items():
+            points = {float(name[:-2]): list(cell.values()) for name, cell in cells.items()
+                      if name != AVERAGE and cell}
+            error = [np.std(values, ddof=len(values) > 1) for values in points.values()]
+            left.errorbar(list(points), [np.mean(values) for values in points.values()], error,
+                          marker=".", capsize=2, label=row)
+        for row, cells in paper.items():
+            right.plot([float(name[:-2]) for name in cells], cells.values(), marker=".", label=row)
+        for axis, title in ((left, f"measured here, {about}"), (right, "the paper")):
+            axis.set(xlabel="known labels (%)", ylabel="mAP (%)", title=title)
 
 
 def settings_of(runs, seeds, split):
@@ -130,7 +128,6 @@ def settings_of(runs, seeds, split):
 
 
 # ---- what is reproduced: own options, Config of all rows, file without its ending -> Markdown
-
 
 def table(own, base, file):
     """A line a row, under it the paper's numbers where there are any."""
@@ -151,18 +148,15 @@ def table(own, base, file):
             lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
     for row, cells in measured.items():
         lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
-        printed = paper.get(row, {})
-        told = [f"{printed[name]:.1f}" if name in printed else "" for name in names]
-        if any(told):
-            lines.append(["*the paper*", *told])
+        printed = {name: f"{mAP:.1f}" for name, mAP in paper.get(row, {}).items()}
+        if printed.keys() & set(names):
+            lines.append(["*the paper*", *(printed.get(name, "") for name in names)])
     return settings_of(runs, seeds, split) + markdown(names, lines)
 
 
-def table_5():
-    """Parameters and multiply-adds of inference at RN101, from random weights.
-
-    Total: CLIP without its token embedding and the attention pool's positions, and what is learned.
-    """
+def table_5(*_):
+    """Parameters and multiply-adds of inference at RN101, from random weights. The total counts
+    CLIP, without its token embedding and the attention pool's positions, and what is learned."""
     C = 80
     published = clip.CLIP(512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512)
     published.eval().requires_grad_(False)
@@ -218,7 +212,6 @@ def figure_4(own, base, file):
 
 # ---- command line
 
-
 def parse(argv):
     """Command line -> its own options, and the Config that all rows start from."""
     parser = make_parser("paper.reproduce", __doc__)
@@ -233,7 +226,7 @@ def parse(argv):
     add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")
     add("--image", nargs="+", metavar="PATH", help="of --figure 4 (default: test images)")
     add("--out", default="runs/tables", help="folder (default: runs/tables)")
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(argv)  # the rest is train.py's
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
     if own.ratios and len(at(own.ratios)) < len(own.ratios):
@@ -241,7 +234,7 @@ def parse(argv):
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:
-        raise UserError(f"drop it: rows differ in {' '.join(wrong)}, a stopped table just goes on")
+        raise UserError(f"drop it: rows set {' '.join(wrong)}, and a stopped table just goes on")
     base, _ = parse_config(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
@@ -255,13 +248,11 @@ def parse(argv):
 def reproduce(argv):
     own, base = parse(argv)
     start = time.perf_counter()
-    what = next(f"{kind}-{value}" for kind in ("table", "figure", "study")
-                if (value := getattr(own, kind)))
-    file = Path(own.out, f"{what}-{Path(base.data).stem}")
+    kind = "table" if own.table else "figure" if own.figure else "study"
+    file = Path(own.out, f"{kind}-{getattr(own, kind)}-{Path(base.data).stem}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    work = figure_4 if own.figure else table
-    text = table_5() if own.table == "5" else work(own, base, file)
-    text = f"`python -m paper.reproduce {shlex.join(argv)}`: {text}"
+    work = figure_4 if own.figure else table_5 if own.table == "5" else table
+    text = f"`python -m paper.reproduce {shlex.join(argv)}`: {work(own, base, file)}"
     write_atomically(file.with_suffix(".md"), text + "\n")
     print(f"\n{text}\n\nwrote {file}.md, {time.perf_counter() - start:.0f} s")
 

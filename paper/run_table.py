@@ -48,16 +48,17 @@ class Runs:
         settings = dict(settings)
         if "carl_from" in settings:
             settings["carl_from"] = self.config(settings["carl_from"], seed).out
-        if settings.get("images") == "captions":  # five an image: a fifth of the epochs
+        if settings.get("images") == "captions":  # five an image: as many steps in a fifth
             settings["epochs"] = max(1, self.base.epochs // 5)
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
         result = {name: value for name, value in dataclasses.asdict(cfg).items()
                   if name not in NOT_THE_RESULT | {"score"}}
         identity = json.dumps([self.encoder.sha256, self.data_sha256, result], sort_keys=True)
         labels = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
-        parts = [Path(cfg.data).stem, labels, cfg.matching, cfg.without.replace(",", "-"),
+        words = [Path(cfg.data).stem, labels, cfg.matching, cfg.without.replace(",", "-"),
                  f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]
-        return dataclasses.replace(cfg, out=str(self.out / "runs" / "-".join(filter(None, parts))))
+        cfg.out = str(self.out / "runs" / "-".join(filter(None, words)))
+        return cfg
 
     def train(self, wanted):
         """Trains what is missing among (settings, seed), what others need first."""
@@ -65,15 +66,15 @@ class Runs:
                      if "carl_from" in settings]:
             self.train(first)
         configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in wanted)}
-        todo = [cfg for cfg in configs.values() if len(history(cfg.out)) < cfg.epochs]
+        todo = [cfg for cfg in configs.values() if not finished(cfg)]
         if todo:
             print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
         start = time.perf_counter()
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
         for count, cfg in enumerate(trained, 1):
-            lines = history(cfg.out)
-            done = len(lines) == cfg.epochs
-            told = f"mAP {lines[-1]['test']['mAP']:.2f}" if done else "diverged"
+            told = "diverged"
+            if finished(cfg):
+                told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}"
             left = (time.perf_counter() - start) * (len(todo) / count - 1) / 60
             print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, {left:.0f} minutes left",
                   flush=True)
@@ -95,13 +96,12 @@ class Runs:
     def mAP(self, settings, seed, split):
         """Of the last epoch of a run, or of several's mean scores; None where one diverged."""
         configs = [self.config(one, seed) for one in settings]
-        lines = [history(cfg.out) for cfg in configs]
-        if any(len(epochs) < cfg.epochs for epochs, cfg in zip(lines, configs)):
+        if not all(map(finished, configs)):
             return None
         if len(configs) > 1:
             mean = np.mean([self.scores(cfg.out) for cfg in configs], 0)
             return metrics(mean, self.splits[2].truth)["mAP"]
-        numbers = lines[0][-1][split]
+        numbers = history(configs[0].out)[-1][split]
         return numbers.get(f"mAP_{self.base.score}", numbers["mAP_region"])
 
 
@@ -110,6 +110,10 @@ def history(run):
     file = Path(run, "metrics.jsonl")
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines()]
+
+
+def finished(cfg):
+    return len(history(cfg.out)) == cfg.epochs
 
 
 def in_processes(todo, jobs):
@@ -132,12 +136,11 @@ def share_cores(jobs):
 
 def train_one(cfg):
     """Trains a row, or goes on with it; what it prints goes to its folder. -> cfg"""
-    folder = Path(cfg.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    resume = folder if (folder / "config.json").exists() else None
-    with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    run = Path(cfg.out)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            train.train(cfg, resume)
+            train.train(cfg, resume=run if (run / "config.json").exists() else None)
         except FloatingPointError as error:
             print(error)  # the row stays unfinished
     return cfg

@@ -79,7 +79,6 @@ def train_filmed():
 
 # ---- code, by its marks
 
-
 def listing(file, equation):
     """What cites an equation in a file, as HTML under links to where it stands: functions, and of
     those that are longer than LONGEST the statements."""
@@ -116,7 +115,6 @@ def typeset(text):
 
 
 # ---- tensors
-
 
 def choose(p, peak, verdicts, truth, area):
     """Six of the first FILMED scenes by rule: [(title, rule, image, category)], no image twice.
@@ -170,7 +168,6 @@ def contrast(predictor, memory):
 
 
 # ---- the page
-
 
 def numbers(array):
     """A tensor or an array as lists of numbers for JSON; NaN becomes null."""

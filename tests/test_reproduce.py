@@ -55,7 +55,7 @@ def last_line(run):
 
 def test_the_papers_numbers_agree_with_the_averages_that_it_prints():
     numbers = {
-        name: {data: np.array([[*row.values()] for row in rows.values()]) for data, rows in printed}
+        name: {data: np.array([*rows.values()]) for data, rows in printed}
         for name in "12346"
         for printed in [reproduce.TABLES[name]["paper"].items()]
     }

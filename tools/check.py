@@ -2,8 +2,6 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 import data
 from config import Config
 from datasets import augment, vg200
@@ -24,20 +22,20 @@ def check(cfg, decode=True):
         split = split.used()
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
+        never = []
         for category, column in zip(split.names, split.labels.T):
-            counts = [(column == code).sum() for code in (POSITIVE, NEGATIVE, UNKNOWN)]
-            print(f"{category[:31]:32}" + "".join(f"{count:9}" for count in counts))
-        there = (split.labels == POSITIVE).any(0)  # (C,)
-        never = [repr(split.names[c]) for c in np.flatnonzero(~there)]
+            present, absent, unknown = ((column == code).sum()
+                                        for code in (POSITIVE, NEGATIVE, UNKNOWN))
+            print(f"{category[:31]:32}{present:9}{absent:9}{unknown:9}")
+            never += [] if present else [repr(category)]
         if never and name == "train":
             more = f" and {len(never) - 5} more" if len(never) > 5 else ""
             yield f"train: no image has {', '.join(never[:5])}{more}: none to learn"
         for i, first in enumerate(twins(split.paths)):
             if first != i:
                 differ = (split.labels[first] * split.labels[i] < 0).any()
-                told = "and their labels disagree: " if differ else ""
-                both = f"{split.paths[i]}, {split.paths[first]}"
-                yield f"{both}: the same picture, {told}keep one"
+                yield (f"{split.paths[i]}, {split.paths[first]}: the same picture, "
+                       f"{'and their labels disagree: ' if differ else ''}keep one")
         if decode:
             where = split.where or [cfg.data] * len(split.paths)
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free

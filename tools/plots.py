@@ -2,6 +2,7 @@
 
 N = h*w locations, C categories.
 """
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,18 @@ def save_regions(predictor, split, file):
                for i, p, maps in predictor.iterate(split.paths[:6])], file)
 
 
-def two_axes(width, height):
-    """-> matplotlib's figure, without a window, and its two axes side by side."""
+@contextmanager
+def two_axes(file, width, height, dpi):
+    """Two axes to draw into, side by side; what was drawn is then written as a PNG."""
     from matplotlib.figure import Figure  # takes a second to load
     figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, 2)
+    yield figure.subplots(1, 2)
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    save_atomically(lambda buffer: figure.savefig(buffer, dpi=dpi, format="png"), file)
 
 
 def curves(history, file, weights, best):
@@ -89,29 +97,24 @@ def curves(history, file, weights, best):
     weights  {"L_r": alpha, ...} of Eq. 15, so that the terms that are drawn sum to L
     best     the best epoch, or None
     """
-    figure, (left, right) = two_axes(9, 3.2)
-    for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
-        weight = weights.get(name, 1)
-        points = [(line["epoch"], weight * line[name]) for line in history if name in line]
-        if points and weight:
-            left.plot(*zip(*points), label=name if weight == 1 else f"{weight:g} {name}")
-    for split in ("val", "test"):
-        for score in ("region", "query", "mixed", "zero-shot"):
-            points = [(line["epoch"], line[split][f"mAP_{score}"]) for line in history
-                      if f"mAP_{score}" in line.get(split, {})]
-            if points:
-                right.plot(*zip(*points), label=f"{split} {score}")
-    left.set(ylabel="loss", yscale="log")
-    right.set(ylabel="mAP (%)")
-    two = [line["epoch"] for line in history if line["stage"] == 2]
-    for axis in (left, right):
-        if two and two[0] > 1:
-            axis.axvline(two[0] - 0.5, color="grey", linestyle="--", label="stage two")
-        if best and axis is right:
-            axis.axvline(best, color="grey", linestyle=":", label=f"best epoch {best}")
-        if axis.lines:
-            axis.legend(fontsize=8)
-        axis.set(xlabel="epoch", xlim=(0, history[-1]["epoch"]))
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    save_atomically(lambda buffer: figure.savefig(buffer, dpi=110, format="png"), file)
+    with two_axes(file, 9, 3.2, dpi=110) as (left, right):
+        for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
+            weight = weights.get(name, 1)
+            points = [(line["epoch"], weight * line[name]) for line in history if name in line]
+            if points and weight:
+                left.plot(*zip(*points), label=name if weight == 1 else f"{weight:g} {name}")
+        for split in ("val", "test"):
+            for score in ("region", "query", "mixed", "zero-shot"):
+                points = [(line["epoch"], line[split][f"mAP_{score}"]) for line in history
+                          if f"mAP_{score}" in line.get(split, {})]
+                if points:
+                    right.plot(*zip(*points), label=f"{split} {score}")
+        stage_one = sum(line["stage"] == 1 for line in history)  # epochs
+        for axis in (left, right):
+            axis.set(xlabel="epoch", xlim=(0, history[-1]["epoch"]))
+            if 0 < stage_one < len(history):
+                axis.axvline(stage_one + 0.5, color="grey", linestyle="--", label="stage two")
+        if best:
+            right.axvline(best, color="grey", linestyle=":", label=f"best epoch {best}")
+        left.set(ylabel="loss", yscale="log")
+        right.set(ylabel="mAP (%)")

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from itertools import chain
 
 import numpy as np
 import torch
@@ -37,18 +38,16 @@ def draw(split, count, size, objects, seed=0):
     """-> pictures (count, size, size, 3) uint8, kinds (count, C) 1 or -1, five captions each."""
     pictures = np.empty((count, size, size, 3), np.uint8)
     truth = np.full((count, len(scenes.KINDS)), -1, np.int8)
-    captions = []
+    captions = [None] * count
     for k, drawn in enumerate(scenes.draw_all(split, count, size, objects, seed)):
-        pictures[k], boxes, texts = drawn
+        pictures[k], boxes, captions[k] = drawn
         truth[k, [box.kind for box in boxes]] = 1
-        captions.append(texts)
     return torch.from_numpy(pictures), truth, captions
 
 
 def captions_sha256(captions):
     """Of the first 50 canvases: shows whether scenes.py still draws what the weights saw."""
-    lines = [text for texts in captions[:50] for text in texts]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(chain(*captions[:50])).encode()).hexdigest()
 
 
 def normalised(pictures):
@@ -88,9 +87,12 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
     steps = epochs * (canvases // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # warm-up, then a cosine
-        optimizer, lambda step: (min((step + 1) / min(200, steps), 1)
-                                 * (0.5 + 0.5 * math.cos(math.pi * step / steps))))
+
+    def rate(step):
+        warm_up = min((step + 1) / min(200, steps), 1)
+        return warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for epoch in range(1, epochs + 1):
         model.train()
         losses = []
@@ -114,22 +116,21 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
         tensors = {name: (t.half() if t.ndim > 1 else t).contiguous()  # matrices in float16
                    for name, t in model.state_dict().items() if "num_batches" not in name}
         mAP = score(build(tensors), *held_out)
+        seconds = round(time.time() - start)
         about = dict(command=command, seed=seed, canvases=canvases, epochs=f"{epoch} of {epochs}",
                      dimensions=json.dumps(dimensions), captions_sha256=captions_sha256(captions),
-                     seconds=round(time.time() - start), zero_shot_tune2014_global=mAP["global"],
+                     seconds=seconds, zero_shot_tune2014_global=mAP["global"],
                      zero_shot_tune2014_dense=mAP["dense"])
         write_atomically(out, as_bytes(tensors, {k: str(v) for k, v in about.items()}))
         print(f"epoch {epoch}: loss {np.mean(losses):.3f}, zero-shot mAP on {tune} scenes of "
-              f"tune2014: global {mAP['global']:.1f}, dense {mAP['dense']:.1f}; "
-              f"{about['seconds']} s, written to {out}", flush=True)
+              f"tune2014: global {mAP['global']:.1f}, dense {mAP['dense']:.1f}; {seconds} s, "
+              f"written to {out}", flush=True)
     return mAP
 
 
 def main(argv=None):
-    parser = make_parser("tools.pretrain", __doc__)
-
     def work():
-        parser.parse_args(words(argv))
+        make_parser("tools.pretrain", __doc__).parse_args(words(argv))
         pretrain()
     return run_main(work)
 

@@ -1,4 +1,4 @@
-"""Suggestions to a person and answers into the sheet.
+"""Brings a run's suggestions to a person, and the person's answers into the sheet.
 
     python -m tools.review new-sheet photos --categories dog,cat     an empty photos/labels.csv
     python eval.py RUN --suggest out.csv                             out.html asks, saves answers
@@ -6,8 +6,8 @@
     python -m tools.review export out.csv tasks.json                 the same for Label Studio
     python -m tools.review merge photos/labels.csv export.json       its answers, JSON as it exports
 
-A merge touches empty cells only: all else stays byte for byte, and a copy of the sheet is kept.
-Where the sheet says otherwise it keeps its label, and the conflict is told.
+A merge fills empty cells only: all else stays byte for byte, and a copy of the sheet is kept. Where
+an answer contradicts the sheet, the sheet keeps its label and the conflict is printed.
 """
 import collections
 import csv
@@ -24,7 +24,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json
-from datasets.csv_sheet import CODES, SIGNED, UNCERTAIN, sheet_text, table
+from datasets.csv_sheet import CODES, MEANING, sheet_text, table
 from support import UserError
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
@@ -62,25 +62,19 @@ def write_page(file, title, cells, photos, grid):
 
 # ---- answers into the sheet
 
-def rows_of(path):
-    """[(line, image, category, label)] of suggestions or answers."""
+def read_answers(path):
+    """[(image, category, code)] of a CSV with these columns: suggestions or answers."""
     header, body = table(path)
     columns = ("image", "category", "label")
     if missing := set(columns) - set(header):
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
-    rows = [(line, dict(zip(header, map(unguard, row)))) for line, row in body]
-    return [(line, *(cells.get(name, "") for name in columns)) for line, cells in rows]
-
-
-def read_answers(path):
-    """[(image, category, code)] of a CSV with these columns."""
     answers = []
-    for line, image, category, label in rows_of(path):
-        code = CODES.get(label.lower())
-        if code is None:
+    for line, row in body:
+        cells = dict(zip(header, map(unguard, row)))
+        image, category, label = (cells.get(name, "") for name in columns)
+        if label.lower() not in CODES:
             raise UserError(f"{path}:{line}: a label is 1, 0 or empty, got {label!r}: correct it")
-        if code != UNKNOWN:
-            answers.append((image, category, code))
+        answers.append((image, category, CODES[label.lower()]))
     return answers
 
 
@@ -89,16 +83,16 @@ def read_label_studio(path, names, unlisted):
     the categories that could have been chosen, is `unlisted`."""
     if unlisted is None:
         raise UserError(f"{path}: what was not chosen is --unlisted absent or --unlisted unknown?")
+    rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     answers = []
     try:
         for task in read_json(path):
             image = urllib.parse.unquote(task["data"]["image"].split("?d=")[-1])
             done = [note for note in task["annotations"] if not note.get("was_cancelled")]
-            chosen = {name for note in done for part in note["result"]
-                      for name in part["value"].get("choices", ())}
-            others = set(names) - chosen if unlisted == "absent" and done else ()
+            parts = [part["value"] for note in done for part in note["result"]]
+            chosen = {name for value in parts for name in value.get("choices", ())}
             answers += [(image, name, POSITIVE) for name in sorted(chosen)]
-            answers += [(image, name, NEGATIVE) for name in sorted(others)]
+            answers += [(image, name, rest) for name in names if done and name not in chosen]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected Label Studio's export as JSON ({error!r})") from None
     return answers
@@ -126,15 +120,16 @@ def merge(args):
     table(sheet)  # refuses what is no sheet
     skipped, text, delimiter, encoding = sheet_text(sheet)
     rows = split_cells(text, delimiter)
-    codes = {"absent": SIGNED, "unknown": UNCERTAIN}.get(args.minus_one, CODES)
     column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
     image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
     if args.answers.lower().endswith(".json"):
         answers = read_label_studio(args.answers, column, args.unlisted)
     else:
         answers = read_answers(args.answers)
+    answers = [answer for answer in answers if answer[2] != UNKNOWN]
 
     # 1 and 0 are written as this sheet mostly writes them
+    codes = MEANING[args.minus_one]
     used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
     word = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
     word |= {codes[w]: w for w, _ in reversed(used.most_common()) if w in codes}
@@ -157,8 +152,8 @@ def merge(args):
         raise UserError(f"{args.answers}: none of its {len(answers)} answers has a cell in {sheet} "
                         f"(first {strangers[0]}): is it the answers' sheet? (-1: --minus-one)")
     if filled:
-        kept = next(name for k in itertools.count(1)
-                    if not (name := sheet.with_name(f"{sheet.name}.{k}.bak")).exists())
+        backups = (sheet.with_name(f"{sheet.name}.{k}.bak") for k in itertools.count(1))
+        kept = next(file for file in backups if not file.exists())
         write_atomically(kept, sheet.read_bytes())
         text = skipped + "".join(cell + end for row in rows for cell, end in row)
         write_atomically(sheet, text.encode(encoding))
@@ -178,14 +173,13 @@ def new_sheet(args):
     rows, skipped = [], []
     categories = [name.strip() for name in args.categories.split(",") if name.strip()]
     for path in images_in([folder]):
-        try:
-            Image.open(path).close()
-        except Exception:  # whatever a decoder raises
-            skipped.append(path)
-            continue
         name = Path(path).relative_to(folder).as_posix()
         name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
-        rows.append([name, *[""] * len(categories)])
+        try:
+            Image.open(path).close()
+            rows.append([name, *[""] * len(categories)])
+        except Exception:  # whatever a decoder raises
+            skipped.append(path)
     write_atomically(file, csv_text(["image", *categories], rows))
     print(f"{file}: {len(rows)} images, {len(categories)} categories, every cell empty")
     if skipped:
@@ -196,8 +190,8 @@ def export(args):
     """Suggestions -> Label Studio's tasks; what is likely present is chosen beforehand."""
     file = new(args.tasks, "TASKS")
     chosen, categories = collections.defaultdict(list), set()
-    for _, image, category, label in rows_of(args.suggestions):
-        chosen[image] += [category] if CODES.get(label) == POSITIVE else []
+    for image, category, code in read_answers(args.suggestions):
+        chosen[image] += [category] if code == POSITIVE else []
         categories.add(category)
     tasks = []
     for image, names in chosen.items():
@@ -216,14 +210,15 @@ def main(argv=None):
     parser = make_parser("tools.review", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     known = dict(choices=("absent", "unknown"), help="as train.py has it")
-    for work, arguments in (
-            (new_sheet, {"folder": {}, "--categories": dict(required=True, help="a,b,c")}),
-            (merge, {"sheet": {}, "answers": {}, "--minus-one": known, "--unlisted": known}),
-            (export, {"suggestions": {}, "tasks": {}})):
+    options = {"--categories": dict(required=True, help="a,b,c"), "--minus-one": known,
+               "--unlisted": known}
+    for work, arguments in ((new_sheet, ("folder", "--categories")),
+                            (merge, ("sheet", "answers", "--minus-one", "--unlisted")),
+                            (export, ("suggestions", "tasks"))):
         command = commands.add_parser(work.__name__.replace("_", "-"), help=work.__doc__)
         command.set_defaults(work=work)
-        for name, how in arguments.items():
-            command.add_argument(name, **how)
+        for name in arguments:
+            command.add_argument(name, **options.get(name, {}))
 
     def run():
         args = parser.parse_args(words(argv))

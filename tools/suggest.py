@@ -38,11 +38,12 @@ def choose_cells(p, labels, threshold, most=MOST):
     believed = p[image, category]
     margin = logit(believed) - logit(threshold)[category]
     order = np.argsort(-believed, kind="stable")
-    passed = order[margin[order] >= 0]
-    below = order[::-1][margin[order[::-1]] < 0][:len(passed)]
-    nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, len(passed) // 2)]
-    chosen = {"present": passed[~np.isin(passed, nearest)], "uncertain": nearest,
-              "absent": below[~np.isin(below, nearest)]}
+    passes = margin[order] >= 0
+    nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, passes.sum() // 2)]
+    chosen = {"present": order[passes], "uncertain": nearest,
+              "absent": order[~passes][::-1][:passes.sum()]}
+    for kind in ("present", "absent"):
+        chosen[kind] = chosen[kind][~np.isin(chosen[kind], nearest)]
     return {kind: (image[cells[:most]], category[cells[:most]]) for kind, cells in chosen.items()}
 
 
@@ -82,16 +83,19 @@ def suggest(predictor, args):
     labels = np.concatenate([part.labels for part in parts])
     truth = np.concatenate([part.truth for part in parts])
     chosen = choose_cells(p, labels, predictor.threshold)
-
-    # images are named as the sheet does, or below the root
     root = predictor.cfg.root or data.SCENES
-    paths = [path for part in parts for path in part.paths]
-    listed = [name for part in parts
-              for name in part.listed or [os.path.relpath(path, root) for path in part.paths]]
+    paths, listed = [], []
+    for part in parts:  # images are named as in the sheet, or else below the root
+        paths += part.paths
+        listed += part.listed or [os.path.relpath(path, root) for path in part.paths]
+
     most = 200 if args.pictures is None else args.pictures  # cells on the page
-    shares = {"present": most // 2, "uncertain": most // 4, "absent": most // 4}
-    shown = [(kind, int(i), int(c)) for kind, cells in chosen.items()
-             for i, c in zip(*(index[:shares[kind]] for index in cells))]
+    rows, shown = [], []
+    for kind, (images, categories) in chosen.items():
+        cells = list(zip(images.tolist(), categories.tolist()))
+        rows += [[listed[i], predictor.names[c], LABELS[kind], f"{p[i, c]:.4f}", kind]
+                 for i, c in cells]
+        shown += [(kind, i, c) for i, c in cells[:most // (2 if kind == "present" else 4)]]
     photos = {i: jpeg(paths[i]) for i in sorted({i for _, i, _ in shown})}
     maps = region_maps(predictor, loaders, list(photos))
     cells = []
@@ -100,8 +104,6 @@ def suggest(predictor, args):
         cells.append({"photo": i, "image": listed[i], "category": predictor.names[c], "kind": kind,
                       "probability": round(float(p[i, c]), 2),
                       "region": (255 * region).astype(int).tolist()})
-    rows = [[listed[i], predictor.names[c], LABELS[kind], f"{p[i, c]:.4f}", kind]
-            for kind, index in chosen.items() for i, c in zip(*index)]
     write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
     write_page(page, Path(predictor.cfg.data).name, cells, photos, predictor.grid)
 
