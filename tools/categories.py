@@ -20,7 +20,7 @@ def suspects(scores, truth):
 
 
 def table(split, scores, precision, threshold, rests_on):
-    """Lines of text: the categories, the worst AP first, then at most ten suspect labels.
+    """Lines of text: the categories, the worst AP first, ten suspect labels, the worst five images.
 
     scores (n, C) probabilities, precision (C,) AP in 0..1 or NaN, threshold (C,), rests_on (C,)
     positives of validation behind each threshold
@@ -43,4 +43,7 @@ def table(split, scores, precision, threshold, rests_on):
         label = "present" if truth[i, c] == 1 else "absent"
         lines.append(f"  {split.paths[i]}: {split.names[c]} is labelled {label}, "
                      f"probability {scores[i, c]:.2f}")
+    error = np.where(truth == 0, 0, np.abs(scores - (truth == 1))).sum(1)  # (n,)
+    lines.append("the images that it gets most wrong, |probability - label| summed over the known:")
+    lines += [f"  {split.paths[i]}: {error[i]:.2f}" for i in np.argsort(-error)[:5]]
     return lines
