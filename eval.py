@@ -138,10 +138,12 @@ class PseudoCount:
 
 
 @torch.no_grad()
-def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
-    """positives (C,): known ones of training -> {split: metrics of `score`, mAP of each score}, and
-    what inference takes from the splits but test: zero_shot_scale, threshold (C,) and rests_on
-    (C,), the positives of validation behind each threshold."""
+def evaluate(model, encoder, g_zero, train_split, loaders, score):
+    """Scores the splits of `loaders`, {name: loader} -> {name: metrics of `score`, mAP of every
+    score}, and what inference needs: the texts g_pos and g_neg (C, D), zero_shot_scale (3, C) or
+    None, threshold (C,) and rests_on (C,), the positives of validation behind each threshold."""
+    g_pos, g_neg = model.prompts(encoder)
+    positives = (train_split.labels == 1).sum(0)  # (C,)
     numbers, scale = {}, None
     threshold, rests_on = np.full(len(g_pos), 0.5), np.zeros(len(g_pos), int)
     for name, loader in loaders.items():
@@ -159,8 +161,8 @@ def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
         if name == "val":
             threshold, rests_on = best_thresholds(chosen, truth), (truth == 1).sum(0)
-    return numbers, dict(threshold=threshold.tolist(), rests_on=rests_on.tolist(),
-                         zero_shot_scale=scale)
+    return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), zero_shot_scale=scale,
+                         threshold=threshold.tolist(), rests_on=rests_on.tolist())
 
 
 # ---- command line
@@ -226,26 +228,28 @@ def table(predictors, split, args):
         print(*of_categories(split, scores, precision, threshold, predictors[0].rests_on), sep="\n")
 
 
+def run(args):
+    """What `python eval.py` does with its options."""
+    if args.zero_shot:
+        size = {"size": args.size} if args.size else {}
+        return suggest(ZeroShot(Config(**preset(args.data) | args.places | size)), args)
+    runs = [args.run, *(args.ensemble or args.compare or ())]
+    predictors = load_runs(runs, args.checkpoint, args.places)
+    if args.image:
+        return predict(predictors[0], images_in(args.image), args)
+    if args.suggest:
+        return suggest(predictors[0], args)
+    splits = predictors[0].splits()
+    name = args.split or ("test" if splits["test"] else "val")
+    if splits[name] is None:
+        raise UserError(f"{args.run} has no {name} split: choose another --split")
+    if args.compare:
+        return compare(predictors, splits[name])
+    table(predictors, splits[name], args)
+
+
 def main(argv=None):
-    def work():
-        args = parse(argv, __doc__)
-        if args.zero_shot:
-            size = {"size": args.size} if args.size else {}
-            return suggest(ZeroShot(Config(**preset(args.data) | args.places | size)), args)
-        runs = [args.run, *(args.ensemble or args.compare or ())]
-        predictors = load_runs(runs, args.checkpoint, args.places)
-        if args.image:
-            return predict(predictors[0], images_in(args.image), args)
-        if args.suggest:
-            return suggest(predictors[0], args)
-        splits = predictors[0].splits()
-        name = args.split or ("test" if splits["test"] else "val")
-        if splits[name] is None:
-            raise UserError(f"{args.run} has no {name} split: choose another --split")
-        if args.compare:
-            return compare(predictors, splits[name])
-        table(predictors, splits[name], args)
-    return run_main(work)
+    return run_main(lambda: run(parse(argv, __doc__)))
 
 
 if __name__ == "__main__":

@@ -194,3 +194,12 @@ class TRM(nn.Module):
         if not self.training:  # only for pictures
             similarity = (F.normalize(f, dim=-1) @ g_pos.T).mT  # (B, C, N)
         return Output(match(whole[:, None], g_pos, g_neg, scale), energy=similarity)
+
+    def contrastive_samples(self, regions, present, memory):
+        """What Eq. 13 compares the texts with, each through its MLP: the regions (B, C, D) of the
+        categories that are present (B, C) bool, and all prototypes of a memory.MemoryBank.
+        Returns samples (S, D) and the category of each (S,)."""
+        filled = memory.filled()  # (C, L)
+        samples = torch.cat([self.heads["region"](regions[present]),
+                             self.heads["pixel"](memory.bank[filled])])  # (S, D)
+        return samples, torch.cat([present.nonzero()[:, 1], filled.nonzero()[:, 0]])

@@ -73,12 +73,9 @@ def inspect(predictor, image, labels=None):
                  "L_r": losses.asymmetric(logits_r, labels, **asl),
                  "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature)}
         if cfg.uses("mmcl"):
-            filled, present = memory.filled(), labels == 1
-            samples = torch.cat([model.heads["region"](regions[present]),
-                                 model.heads["pixel"](memory.bank[filled])])
-            classes = torch.cat([present.nonzero()[:, 1], filled.nonzero()[:, 0]])
-            anchors = model.heads["text"](g_pos)
-            terms["L_NCE"] = losses.contrastive(anchors, samples, classes, cfg.tau)
+            samples, classes = model.contrastive_samples(regions, labels == 1, memory)
+            terms["L_NCE"] = losses.contrastive(model.heads["text"](g_pos), samples, classes,
+                                                cfg.tau)
         terms["L"] = losses.total(terms, cfg.alpha, cfg.beta, cfg.gamma)
         seen["losses"] = terms
     return seen
