@@ -141,8 +141,8 @@ def flag(name):
 
 
 def type_of(f):
-    """int, float, str or bool of a field; `str | None` is str."""
-    return (*get_args(f.type), f.type)[0]
+    """int, float, str or bool of a field; of `str | None` it is str."""
+    return get_args(f.type)[0] if get_args(f.type) else f.type
 
 
 def checked(f, value):
@@ -164,9 +164,10 @@ def checked(f, value):
     return value
 
 
-# Settings that do not change the numbers, and those that say where things lie: --resume takes both.
-NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}
+# --resume takes what says where things lie and how the machine is used: no number depends on it.
 PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
+MACHINE = {"workers", "cache_dir", "kernels"}
+NOT_THE_RESULT = MACHINE | {"out"}
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2,
@@ -200,14 +201,14 @@ def parse(argv, about=""):
     run = given.pop("resume", None)
     if run is None:
         return Config(**preset(given.get("data", "scenes")) | given), None
-    if kept := given.keys() - (NOT_THE_RESULT - {"out"} | PLACES):
+    if kept := given.keys() - PLACES - MACHINE:
         raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
     file = Path(run, "config.json")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} holds no run: restore it, or give another folder") from None
-    return dataclasses.replace(restored(settings, file), **given), Path(run)
+    return restored(settings | given, file), Path(run)
 
 
 def is_path(name, value):
@@ -218,7 +219,7 @@ def is_path(name, value):
 
 
 def restored(settings, file):
-    """dict of settings as `file` holds it -> Config; what is missing takes its default."""
+    """Settings that `file` holds, as a dict -> Config; what is missing takes its default."""
     try:
         return Config(**settings)
     except TypeError as error:  # an unknown setting

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from clip.model import MEAN, STD
@@ -74,7 +75,7 @@ def hold_out(count, share, seed=1200):
 
 def hold_out_by_name(split, share):
     """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
-    move leave the others where they are. One picture under two names stays on one side."""
+    move leave the others where they are. Copies of one picture go where the first name goes."""
     first = twins(split.paths)
     name = {}
     for i, listed in zip(first, split.listed):
@@ -135,7 +136,7 @@ def splc_lists(cfg, parts):
         folder, lists[0] = folder.parent, folder.name
     lists = [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
                   hint=": give its folder as --lists") for name in lists]
-    # the complete training labels are not published: the truth is what the list tells
+    # The complete labels of these training images are not published: the list is the truth.
     if cfg.data == "nuswide":
         names, observed = positive_list(lists[0], 81, single=True)
         train = nuswide.photos(cfg.root, names, observed, lists[0])
@@ -176,7 +177,8 @@ def load(cfg):
     if cfg.single_positive == "splc":
         train, labels, parts["test"] = splc_lists(cfg, parts)
     elif largeloss:
-        # the sampler never had a row for images without labels; for photos lost since, it had
+        # Cole et al. left out images without labels before they sampled, but none whose photo has
+        # been lost since (NUS-WIDE): their rows move the random stream.
         train = train if cfg.data == "nuswide" else train.used()
         labels = single_positives(train.labels, 1200 + cfg.seed)
     elif cfg.mask:
@@ -242,11 +244,13 @@ class Images(Dataset):
 
     augment: "none" (the test transform: bicubic to size x size), "flip" (half of the images
     mirrored too) or "taidpt" (datasets/augment.py). All randomness comes from (seed, epoch, index):
-    any number of workers, or a resumed run, gives the same images.
+    any number of workers, or a resumed run, gives the same images. An unreadable image raises, or
+    if lenient, is zeros under the negative index -1 - index.
     """
 
-    def __init__(self, split, size, augment="none", seed=0):
+    def __init__(self, split, size, augment="none", seed=0, lenient=False):
         self.split, self.size, self.augment, self.seed = split, size, augment, seed
+        self.lenient = lenient
         self.mean, self.std = MEAN, STD  # a FeatureLoader sets those of its CLIP
         # share of the area; TaI-DPT's rn101_nus.yaml
         self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5
@@ -261,6 +265,8 @@ class Images(Dataset):
         try:
             image = augment.read(path)
         except Exception as error:  # whatever a broken file makes a decoder raise
+            if self.lenient:
+                return torch.zeros(3, self.size, self.size), -1 - index
             raise UserError(f"{path}: not a readable image ({error}): replace it") from None
         if self.augment == "taidpt":
             image = augment.taidpt(image, self.size, rng, self.smallest_crop)

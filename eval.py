@@ -8,8 +8,9 @@
     python eval.py runs/demo --compare runs/other             zero-shot CLIP and runs side by side
     python eval.py runs/demo --ensemble runs/other            averaged scores of several runs
 
-A probability is the sigmoid of Eq. 5's logit. The asymmetric loss and the few known labels leave it
-uncalibrated: it ranks, it is no frequency. What is called present passes the category's threshold.
+A probability is the sigmoid of Eq. 5's logit. It ranks images, but is no frequency: the asymmetric
+loss and the few known labels leave it uncalibrated. "Present" is what passes a category's
+threshold.
 n images, C categories, N = h*w locations. Labels: 1 present, -1 absent, 0 unknown.
 """
 import sys
@@ -51,8 +52,9 @@ def average_precision(scores, positive):
 
 
 def interpolated_precision(scores, positive):
-    """VOC's AP (2010 and later; SARB's code): precision made monotone. Targets by rank 0, 1, 1, 0:
-    plain (1/2 + 2/3) / 2 = 0.5833, interpolated (2/3 + 2/3) / 2."""
+    """VOC's AP (2010 and later; SARB's code): at each recall the best precision from there on. Of
+    images ranked absent, present, present, absent: (2/3 + 2/3) / 2, the plain AP (1/2 + 2/3) / 2.
+    """
     positive = positive[np.argsort(-scores, kind="stable")]
     if not positive.any():
         return float("nan")
@@ -66,22 +68,24 @@ def precision_per_category(scores, truth, one=average_precision):
     return np.array([one(s[k], t[k] == 1) for s, t, k in zip(scores.T, truth.T, known.T)])
 
 
+def f1(precision, recall):
+    return 2 * precision * recall / max(precision + recall, 1e-12)
+
+
 def metrics(scores, truth, threshold=0.5):
     """scores (n, C) probabilities, truth (n, C) in {1, -1, 0}; 0 is left out of every number.
 
-    mAP      mean plain AP over the categories that have a positive; `left_out` counts the others,
-             `positives` what the number rests on;  mAP_voc  the interpolated one
-    CP CR CF1 by category, OP OR OF1 over all decisions at `threshold`. All in percent.
+    mAP       mean plain AP over the categories that have a positive; mAP_voc: the interpolated AP
+    CP CR CF1 precision, recall, F1 of the decisions at `threshold` (a number, or (C,)), mean over
+              the categories; OP OR OF1 of all decisions together. All in percent
+    left_out  categories without a positive; positives: how many labels the numbers rest on
     """
-    def f1(precision, recall):
-        return 2 * precision * recall / max(precision + recall, 1e-12)
-
     positive = truth == 1
     exist = positive.sum(0)  # (C,)
     there = exist > 0
     count = max(there.sum(), 1)
     decided = (scores >= threshold) & (truth != 0)
-    hit, said = (decided & positive).sum(0), decided.sum(0)
+    hit, said = (decided & positive).sum(0), decided.sum(0)  # (C,) each
     CP, CR = np.mean(hit / np.maximum(said, 1)), (hit[there] / exist[there]).sum() / count
     OP, OR = hit.sum() / max(said.sum(), 1), hit.sum() / max(exist.sum(), 1)
     mAP, mAP_voc = (precision_per_category(scores, truth, one)[there].sum() / count
@@ -93,8 +97,8 @@ def metrics(scores, truth, threshold=0.5):
 
 
 def best_thresholds(scores, truth, k=2):
-    """(C,) threshold with the best F1 on a validation split, shrunk towards 0.5: with n positives
-    (n t + 2 * 0.5) / (n + 2), since a threshold of one positive says little (docs/readings.md)."""
+    """(C,) thresholds with the best F1 on a validation split, shrunk towards 0.5, since few
+    positives say little: t of n positives becomes (n t + 0.5 k) / (n + k) (docs/readings.md)."""
     thresholds = np.full(truth.shape[1], 0.5)
     for c, known in enumerate((truth != 0).T):
         s, positive = scores[known, c], truth[known, c] == 1
@@ -115,7 +119,7 @@ class PseudoCount:
     pseudo_coverage         share of all unknown cells that got any
     """
 
-    def __init__(self, device):  # of 1 and -1: hidden, given, right
+    def __init__(self, device):  # (positive, negative) x (hidden, given, right)
         self.count = torch.zeros(2, 3, dtype=torch.int64, device=device)
 
     def add(self, pseudo, labels, truth):
@@ -126,6 +130,7 @@ class PseudoCount:
             count += torch.stack([hidden.sum(), given.sum(), (hidden & given).sum()])
 
     def report(self):
+        """The numbers above; empty in stage one, and where no label was hidden."""
         def share(a, b):
             return round(100 * a / b, 2) if b else None
 
@@ -133,7 +138,7 @@ class PseudoCount:
         for name, (hidden, given, right) in zip(("pos", "neg"), self.count.tolist()):
             line |= {f"pseudo_{name}": given, f"pseudo_{name}_precision": share(right, given),
                      f"pseudo_{name}_coverage": share(right, hidden)}
-        hidden, given, _ = self.count.sum(0).tolist()  # none where nothing was hidden, or stage one
+        hidden, given, _ = self.count.sum(0).tolist()
         return line | {"pseudo_coverage": share(given, hidden)} if hidden else {}
 
 

@@ -120,7 +120,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     pseudo_count, sums = PseudoCount(device), {}
     start, steps = time.perf_counter(), math.ceil(len(loader) / cfg.batch)
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
-               leave=False, disable=loader.rank > 0 or not sys.stderr.isatty())
+               leave=False, disable=loader.rank > 0 or None)  # None: off where no terminal is
     for i, (index, f, x) in enumerate(bar, 1):
         if stop.asked:
             raise KeyboardInterrupt
