@@ -36,6 +36,10 @@ from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.suggest import suggest
 from tools.zero_shot import mixed_scores, zero_shot, zero_shot_scale, zero_shot_text
 
+# Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
+# choice is worse than the last epoch (docs/readings.md).
+ENOUGH = 10
+
 # ---- metrics: numpy only; scores are probabilities or anything that ranks
 
 
@@ -168,6 +172,18 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
             threshold, rests_on = best_thresholds(chosen, truth), (truth == 1).sum(0)
     return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), zero_shot_scale=scale,
                          threshold=threshold.tolist(), rests_on=rests_on.tolist())
+
+
+def is_best(state, numbers):
+    """Whether this epoch is the best so far, on validation or else on test; the state notes it."""
+    split = "val" if "val" in numbers else "test"
+    enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1
+    if split not in numbers or numbers[split]["positives"] < enough:
+        return False
+    if state.best and numbers[split]["mAP"] <= state.best["mAP"]:
+        return False
+    state.best = {"epoch": state.epoch, "chosen_on": split, "mAP": numbers[split]["mAP"]}
+    return True
 
 
 # ---- command line

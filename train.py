@@ -28,7 +28,7 @@ import data
 import kernels
 import losses
 from clip.features import autocast_dtype
-from eval import PseudoCount, evaluate
+from eval import PseudoCount, evaluate, is_best
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
@@ -39,10 +39,6 @@ from tools import report
 from tools.build import build_model, evaluation_loaders, load_carl, load_data, training_loader
 from tools.zero_shot import zero_shot_text
 from trm import Output
-
-# Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
-# choice is worse than the last epoch (docs/readings.md).
-ENOUGH = 10
 
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
@@ -210,18 +206,6 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
         held.release()
     return state.history
-
-
-def is_best(state, numbers):
-    """Whether this epoch is the best so far, on validation or else on test; the state notes it."""
-    split = "val" if "val" in numbers else "test"
-    enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1
-    if split not in numbers or numbers[split]["positives"] < enough:
-        return False
-    if state.best and numbers[split]["mAP"] <= state.best["mAP"]:
-        return False
-    state.best = {"epoch": state.epoch, "chosen_on": split, "mAP": numbers[split]["mAP"]}
-    return True
 
 
 def main(argv=None):

@@ -80,7 +80,7 @@ class CARL(nn.Module):
 
     queries  (C, D) start of the category queries Q, or None: random
     dropout  of the attention's weights, the three residuals and the feed-forward
-    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes a number)
+    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes each)
     """
     at_once = 2**25
 
@@ -102,7 +102,7 @@ class CARL(nn.Module):
 
     def forward(self, f):
         """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions and queries (B, C, D)."""
-        # The queries meet no image before the cross-attention: one self-attention serves all.
+        # Self-attention sees no image: it is computed once for the whole batch.
         Q = self.Q[None]
         attended = self.self_att(Q, Q, Q, need_weights=False)[0]
         Q = self.norm1(Q + self.dropout(attended))[0]  # (C, D)
@@ -159,8 +159,6 @@ class TRM(nn.Module):
               "average"         the mean dense feature ("omitting the attention module", Table 3)
               "global"          CLIP's global image feature
     """
-    MATCHING = ("carl", "dualcoop", "dualcoop-fixed", "average", "global")
-
     def __init__(self, C, D, prompts: Optional[Prompts] = None, matching="carl", queries=None,
                  contrastive=True, dropout=0.0):
         super().__init__()
