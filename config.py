@@ -19,7 +19,8 @@ CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
 
 
 def option(default, help, low=0, high=2**31, above=None, choices=""):
-    """A field with its help: a number from low, or above a number, up to high; one of choices."""
+    """A setting and its help. A number is from low to high, and more than `above` where that is
+    given; a word is one of choices, "a|b"."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above,
                                                 choices=choices))
 
@@ -54,7 +55,7 @@ class Config:
     # ---- model
     clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
                        "in Hugging Face's local cache")
-    activation: str | None = option(None, "of a CLIP that does not tell", choices="quickgelu|gelu")
+    activation: str | None = option(None, "of weights that do not say", choices="quickgelu|gelu")
     matching: str = option("carl", "carl is the paper's method, the others its baselines",
                            choices="carl|dualcoop|dualcoop-fixed|average|global")
     without: str = option("", "parts to leave out: any of kd,mmcp,mmcl or a prototype, visual,text")
@@ -94,7 +95,7 @@ class Config:
     # ---- machine
     amp: str = option("auto", "auto: bf16 on a GPU that has it", choices="auto|none|bf16|fp16")
     kernels: str = option("auto", "auto takes Triton on a GPU", choices="auto|reference|triton")
-    workers: int = option(min(8, os.cpu_count() or 1), "to decode; 0: the main process", 0, 1000)
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode; 0: none", 0, 1000)
     cache_features: int = option(0, "augmented views whose features are kept on disk, instead of "
                                  "running the backbone in every epoch")
     cache_dir: str = option("generated/features", "where they are kept")

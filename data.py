@@ -45,7 +45,8 @@ LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
 # ---- which labels are seen
 
 def partial_mask(shape, ratio, seed=0):
-    """(N, C) bool; seed 0: SARB's published masks. One draw serves all ratios: 0.1 is in 0.2."""
+    """(N, C) bool, the cells that are seen; those of ratio 0.1 are among those of 0.2. Seed 0 gives
+    SARB's published masks."""
     return np.random.RandomState(seed).random_sample(shape) < ratio
 
 

@@ -159,6 +159,7 @@ class TRM(nn.Module):
               "average"         the mean dense feature ("omitting the attention module", Table 3)
               "global"          CLIP's global image feature
     """
+
     def __init__(self, C, D, prompts: Optional[Prompts] = None, matching="carl", queries=None,
                  contrastive=True, dropout=0.0):
         super().__init__()

@@ -39,7 +39,7 @@ def words(argv):
 
 
 def stop(*_):
-    """Ctrl-C and SIGTERM. Python drops an exception that meets a fork: `asked` remembers it."""
+    """Ctrl-C and SIGTERM. Python loses an exception raised in a fork: `asked` remembers it."""
     stop.asked = True
     raise KeyboardInterrupt
 

@@ -20,7 +20,7 @@ from trm import match
 
 
 def memory_of(predictor):
-    """The memory bank of a run's last epoch, which the predictor has to hold."""
+    """The memory bank of a run's last epoch; the predictor must be of that epoch, too."""
     state = read_checkpoint(predictor.run / "last.pt")
     if predictor.cfg.matching != "carl" or state["epoch"] != predictor.epoch:
         raise UserError(f"expected the last epoch of a run with --matching carl, got epoch "

@@ -130,8 +130,8 @@ class Predictor:
                 "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
 
     def iterate(self, images, batch=32, workers=0, unreadable=None):
-        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. What cannot
-        be decoded goes into the list `unreadable`; without one it raises UserError."""
+        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. One that
+        cannot be decoded goes into the list `unreadable`; without a list it raises UserError."""
         labels = np.zeros((len(images), len(self.names)), np.int8)
         split = data.Split("images", images, self.names, labels)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
