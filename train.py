@@ -181,8 +181,9 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     held = begin(run, cfg, encoder.sha256, splits, resume) if rank == 0 else None
     if (run / "last.pt").is_file():
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
+        if rank == 0:
+            write_metrics(run, state.history)  # a kill may have come between the two files
     if rank == 0:
-        write_metrics(run, state.history)  # a kill may have come between the two files
         count = sum(p.numel() for p in trainable) / 2**20
         print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
               f"{count:.2f} Mi trainable; {kernels.chosen()}")

@@ -36,7 +36,7 @@ def zero_shot(g, batches):
 
 
 def zero_shot_scale(scores, positives):
-    """What `mixed` needs -> (3, C) float32: slope and offset, which bring the zero-shot score to the
+    """What `mixed` needs -> (3, C) float32: slope and offset, which give the zero-shot score the
     mean and the deviation of the run's logit over some images, and its weight, (n + 3) / (2 n + 3)
     for n known positives in training (docs/readings.md).
     scores: those images' as `score_split` gives them, positives (C,)"""
