@@ -102,8 +102,9 @@ def read_mask(path, split):
     if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
         raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
                         f"{array.shape} of type {array.dtype}")
-    if not (codes := np.isin(array, (-1, 0, 1))).all():
-        raise UserError(f"{path}: a cell is 1, 0 or -1, got {array[~codes][0]}")
+    odd = array[~np.isin(array, (-1, 0, 1))]
+    if len(odd):
+        raise UserError(f"{path}: a cell is 1, 0 or -1, got {odd[0]}")
     wrong = (array != split.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -188,14 +189,14 @@ def load(cfg):
         labels = train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
 
     prompts = prompts_for(cfg, train)
-    rows, held = np.arange(len(labels)), parts.get("val")
-    if share is None and held is None and (largeloss or sheet):
+    rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")
+    if share is None and val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
         rows, held_rows = hold_out_by_name(train, share) if sheet else hold_out(len(rows), share)
         held_rows = held_rows[~train.unused[held_rows]]
-        held = train.subset(held_rows) if len(held_rows) else None
-        if cfg.val and share and not held:
+        val = train.subset(held_rows) if len(held_rows) else None
+        if cfg.val and share and not val:
             raise UserError(f"--val {share} of {len(labels)} training images holds none out")
     rows = rows[~train.unused[rows]][:cfg.train_images]
     mask_sha256 = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
@@ -203,12 +204,11 @@ def load(cfg):
     if not (train.labels == POSITIVE).any():
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
-    test = parts.get("test")
-    splits = {"train": train, "val": held and held.used(), "test": test and test.used()}
-    for name, split in splits.items():
+    splits = train, val and val.used(), test and test.used()
+    for name, split in zip(("train", "val", "test"), splits):
         if split:
             split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
-    return tuple(splits.values())
+    return splits
 
 
 def prompts_for(cfg, split):

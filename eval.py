@@ -72,10 +72,6 @@ def precision_per_category(scores, truth, one=average_precision):
     return np.array([one(s[k], t[k] == 1) for s, t, k in zip(scores.T, truth.T, known.T)])
 
 
-def f1(precision, recall):
-    return 2 * precision * recall / max(precision + recall, 1e-12)
-
-
 def metrics(scores, truth, threshold=0.5):
     """scores (n, C) probabilities, truth (n, C) in {1, -1, 0}; 0 is left out of every number.
 
@@ -84,6 +80,9 @@ def metrics(scores, truth, threshold=0.5):
               the categories; OP OR OF1 of all decisions together. All in percent
     left_out  categories without a positive; positives: how many labels the numbers rest on
     """
+    def f1(precision, recall):
+        return 2 * precision * recall / max(precision + recall, 1e-12)
+
     positive = truth == 1
     exist = positive.sum(0)  # (C,)
     there = exist > 0

@@ -141,7 +141,8 @@ def train_one_epoch(state, encoder, loader, cfg):
     means = {name: round(float(value) / steps, 6) for name, value in sums.items()}
     return dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
                 lr=state.scheduler.get_last_lr()[0], **means, **pseudo_count.report(),
-                images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2))
+                images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2),
+                waiting=round(loader.waited / seconds, 3))
 
 
 def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
@@ -178,7 +179,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     state = State(model, memory, optimizer, scheduler, scaler)
 
     distributed.barrier()  # each process has looked into the folder: now it may be written
-    held = begin(run, cfg, encoder.sha256, splits, resume) if rank == 0 else None
+    lock = begin(run, cfg, encoder.sha256, splits, resume) if rank == 0 else None
     if (run / "last.pt").is_file():
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
@@ -187,8 +188,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         count = sum(p.numel() for p in trainable) / 2**20
         print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
               f"{count:.2f} Mi trainable; {kernels.chosen()}")
-    kept = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
-                clip_sha256=encoder.sha256, g_zero=g_zero.cpu())
+    fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
+                 clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # of what inference needs
     while state.epoch < cfg.epochs:
         line = train_one_epoch(state, encoder, loader, cfg)
         state.epoch += 1
@@ -199,13 +200,13 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         state.history.append(line)
         improved = is_best(state, numbers)
         if rank == 0:
-            save(run, state, kept | found, improved)
+            save(run, state, fixed | found, improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
     if rank == 0:
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
-        held.release()
+        lock.release()
     return state.history
 
 

@@ -45,9 +45,7 @@ def autocast_dtype(amp, device):
 
 
 class FeatureLoader:
-    """images: Dataset, (epoch, index) -> (float32 (3, size, size), index), that tells its split,
-    size, augment and seed; its fingerprint() names all that the pixels depend on
-
+    """images: a data.Images (a Dataset with split, size, augment, seed and fingerprint())
     clip: clip.CLIP, whose mean and std the images then take;  batch: images over all processes
     workers: processes that decode;  views: 0 computes on the fly, V > 0 caches V augmented views
     amp: autocast's dtype or None;  rank of world: this process
@@ -60,7 +58,7 @@ class FeatureLoader:
         self.workers, self.device, self.amp = workers, torch.device(device), amp
         self.rank, self.world, self.need_global = rank, world, need_global
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
-        self.keys, self.loader = [], None
+        self.keys, self.loader, self.waited = [], None, 0.0
         self.grid = clip.grid(images.size, images.size)
         images.mean, images.std = clip.mean, clip.std
         self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
@@ -69,10 +67,10 @@ class FeatureLoader:
         return len(self.images)
 
     def batches(self, epoch, shuffle=True):
-        """One pass. f is float32, or autocast's dtype when training (shuffle).
+        """One pass. f is float32, or autocast's dtype in training (shuffle).
 
-        Training: all processes get equally many rows; a batch that does not divide repeats its
-        first image, and distributed.gather cuts that off again. Evaluation: each image once.
+        In training all processes get equally many rows: a batch that does not divide repeats its
+        first image, which distributed.gather cuts off again. In evaluation each image comes once.
         """
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
@@ -82,7 +80,7 @@ class FeatureLoader:
         parts = [part[self.rank::self.world] for part in parts if len(part) > self.rank]
         dtype = self.amp if shuffle and self.amp else torch.float32
         source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
-        for data, index in source:
+        for data, index in self.timed(source):
             if self.stored is None:
                 f, x = self.encode(data, self.need_global)
             else:
@@ -117,6 +115,14 @@ class FeatureLoader:
                                      persistent_workers=self.workers > 0,
                                      generator=torch.Generator())  # leaves the run's numbers alone
         return iter(self.loader)
+
+    def timed(self, iterator):
+        """The iterator; `waited` counts the seconds that it takes."""
+        self.waited, start = 0.0, time.perf_counter()
+        for item in iterator:
+            self.waited += time.perf_counter() - start
+            yield item
+            start = time.perf_counter()
 
     def encode(self, images, need_global=True):
         """images (B, 3, H, W) -> f (B, N, D) and x (B, D) float32 or None. A CPU gives each core

@@ -71,7 +71,8 @@ def inspect(predictor, image, labels=None):
         asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift)
         terms = {"L_q": losses.asymmetric(logits_q, labels, **asl),
                  "L_r": losses.asymmetric(logits_r, labels, **asl),
-                 "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature)}
+                 "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature,
+                                             cfg.kd_teacher)}
         if cfg.uses("mmcl"):
             samples, classes = model.contrastive_samples(regions, labels == 1, memory)
             terms["L_NCE"] = losses.contrastive(model.heads["text"](g_pos), samples, classes,
