@@ -209,7 +209,7 @@ def parse(argv, about=""):
         settings = json.loads(file.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} holds no run: restore it, or give another folder") from None
-    return restored(settings | given, file), Path(run)
+    return restored(settings, file, given), Path(run)
 
 
 def is_path(name, value):
@@ -219,9 +219,9 @@ def is_path(name, value):
     return name in PLACES and (name != "clip" or value not in CLIPS and os.path.exists(value))
 
 
-def restored(settings, file):
-    """Settings that `file` holds, as a dict -> Config; what is missing takes its default."""
+def restored(settings, file, given):
+    """Settings that `file` holds, and those given anew, dicts -> Config; the rest is default."""
     try:
-        return Config(**settings)
+        return Config(**(settings | given))
     except TypeError as error:  # an unknown setting
         raise UserError(f"{file} is of another version, restore it: {error}") from None

@@ -71,7 +71,7 @@ class Predictor:
         kind = checkpoint or ("best" if (self.run / "best.pt").exists() else "last")
         file = self.run / f"{kind}.pt"
         state = read_checkpoint(file)
-        cfg = restored(json.loads(state["config"]) | (places or {}), file)
+        cfg = restored(json.loads(state["config"]), file, places or {})
         self.cfg, self.names, self.epoch = cfg, state["names"], state["epoch"]
         self.device = torch.device(device or best_device())
         if encoder is None or encoder.sha256 != state["clip_sha256"]:
