@@ -19,7 +19,8 @@ CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
 
 
 def option(default, help, low=0, high=2**31, above=None, choices=""):
-    """A field with its help: a number from low, or above a number, up to high; one of choices."""
+    """A setting and its help. A number is from low to high, and more than `above` where that is
+    given; a word is one of choices, "a|b"."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above,
                                                 choices=choices))
 
@@ -54,7 +55,7 @@ class Config:
     # ---- model
     clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
                        "in Hugging Face's local cache")
-    activation: str | None = option(None, "of a CLIP that does not tell", choices="quickgelu|gelu")
+    activation: str | None = option(None, "of weights that do not say", choices="quickgelu|gelu")
     matching: str = option("carl", "carl is the paper's method, the others its baselines",
                            choices="carl|dualcoop|dualcoop-fixed|average|global")
     without: str = option("", "parts to leave out: any of kd,mmcp,mmcl or a prototype, visual,text")
@@ -94,7 +95,7 @@ class Config:
     # ---- machine
     amp: str = option("auto", "auto: bf16 on a GPU that has it", choices="auto|none|bf16|fp16")
     kernels: str = option("auto", "auto takes Triton on a GPU", choices="auto|reference|triton")
-    workers: int = option(min(8, os.cpu_count() or 1), "to decode; 0: the main process", 0, 1000)
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode; 0: none", 0, 1000)
     cache_features: int = option(0, "augmented views whose features are kept on disk, instead of "
                                  "running the backbone in every epoch")
     cache_dir: str = option("generated/features", "where they are kept")
@@ -141,8 +142,8 @@ def flag(name):
 
 
 def type_of(f):
-    """int, float, str or bool of a field; `str | None` is str."""
-    return (*get_args(f.type), f.type)[0]
+    """int, float, str or bool of a field; of `str | None` it is str."""
+    return get_args(f.type)[0] if get_args(f.type) else f.type
 
 
 def checked(f, value):
@@ -164,9 +165,10 @@ def checked(f, value):
     return value
 
 
-# Settings that do not change the numbers, and those that say where things lie: --resume takes both.
-NOT_THE_RESULT = {"out", "workers", "cache_dir", "kernels"}
+# --resume takes what says where things lie and how the machine is used: no number depends on it.
 PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
+MACHINE = {"workers", "cache_dir", "kernels"}
+NOT_THE_RESULT = MACHINE | {"out"}
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2,
@@ -200,14 +202,14 @@ def parse(argv, about=""):
     run = given.pop("resume", None)
     if run is None:
         return Config(**preset(given.get("data", "scenes")) | given), None
-    if kept := given.keys() - (NOT_THE_RESULT - {"out"} | PLACES):
+    if kept := given.keys() - PLACES - MACHINE:
         raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
     file = Path(run, "config.json")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} holds no run: restore it, or give another folder") from None
-    return dataclasses.replace(restored(settings, file), **given), Path(run)
+    return restored(settings, file, given), Path(run)
 
 
 def is_path(name, value):
@@ -217,9 +219,9 @@ def is_path(name, value):
     return name in PLACES and (name != "clip" or value not in CLIPS and os.path.exists(value))
 
 
-def restored(settings, file):
-    """dict of settings as `file` holds it -> Config; what is missing takes its default."""
+def restored(settings, file, given):
+    """Settings that `file` holds, and those given anew, dicts -> Config; the rest is default."""
     try:
-        return Config(**settings)
+        return Config(**(settings | given))
     except TypeError as error:  # an unknown setting
         raise UserError(f"{file} is of another version, restore it: {error}") from None

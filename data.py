@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from clip.model import MEAN, STD
@@ -44,7 +45,8 @@ LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
 # ---- which labels are seen
 
 def partial_mask(shape, ratio, seed=0):
-    """(N, C) bool; seed 0: SARB's published masks. One draw serves all ratios: 0.1 is in 0.2."""
+    """(N, C) bool, the cells that are seen; those of ratio 0.1 are among those of 0.2. Seed 0 gives
+    SARB's published masks."""
     return np.random.RandomState(seed).random_sample(shape) < ratio
 
 
@@ -74,7 +76,7 @@ def hold_out(count, share, seed=1200):
 
 def hold_out_by_name(split, share):
     """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
-    move leave the others where they are. One picture under two names stays on one side."""
+    move leave the others where they are. Copies of one picture go where the first name goes."""
     first = twins(split.paths)
     name = {}
     for i, listed in zip(first, split.listed):
@@ -100,8 +102,9 @@ def read_mask(path, split):
     if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
         raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
                         f"{array.shape} of type {array.dtype}")
-    if not (codes := np.isin(array, (-1, 0, 1))).all():
-        raise UserError(f"{path}: a cell is 1, 0 or -1, got {array[~codes][0]}")
+    odd = array[~np.isin(array, (-1, 0, 1))]
+    if len(odd):
+        raise UserError(f"{path}: a cell is 1, 0 or -1, got {odd[0]}")
     wrong = (array != split.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -135,7 +138,7 @@ def splc_lists(cfg, parts):
         folder, lists[0] = folder.parent, folder.name
     lists = [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
                   hint=": give its folder as --lists") for name in lists]
-    # the complete training labels are not published: the truth is what the list tells
+    # The complete labels of these training images are not published: the list is the truth.
     if cfg.data == "nuswide":
         names, observed = positive_list(lists[0], 81, single=True)
         train = nuswide.photos(cfg.root, names, observed, lists[0])
@@ -176,7 +179,8 @@ def load(cfg):
     if cfg.single_positive == "splc":
         train, labels, parts["test"] = splc_lists(cfg, parts)
     elif largeloss:
-        # the sampler never had a row for images without labels; for photos lost since, it had
+        # Cole et al. left out images without labels before they sampled, but none whose photo has
+        # been lost since (NUS-WIDE): their rows move the random stream.
         train = train if cfg.data == "nuswide" else train.used()
         labels = single_positives(train.labels, 1200 + cfg.seed)
     elif cfg.mask:
@@ -185,14 +189,14 @@ def load(cfg):
         labels = train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
 
     prompts = prompts_for(cfg, train)
-    rows, held = np.arange(len(labels)), parts.get("val")
-    if share is None and held is None and (largeloss or sheet):
+    rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")
+    if share is None and val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
         rows, held_rows = hold_out_by_name(train, share) if sheet else hold_out(len(rows), share)
         held_rows = held_rows[~train.unused[held_rows]]
-        held = train.subset(held_rows) if len(held_rows) else None
-        if cfg.val and share and not held:
+        val = train.subset(held_rows) if len(held_rows) else None
+        if cfg.val and share and not val:
             raise UserError(f"--val {share} of {len(labels)} training images holds none out")
     rows = rows[~train.unused[rows]][:cfg.train_images]
     mask_sha256 = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
@@ -200,12 +204,11 @@ def load(cfg):
     if not (train.labels == POSITIVE).any():
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
-    test = parts.get("test")
-    splits = {"train": train, "val": held and held.used(), "test": test and test.used()}
-    for name, split in splits.items():
+    splits = train, val and val.used(), test and test.used()
+    for name, split in zip(("train", "val", "test"), splits):
         if split:
             split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
-    return tuple(splits.values())
+    return splits
 
 
 def prompts_for(cfg, split):
@@ -242,11 +245,13 @@ class Images(Dataset):
 
     augment: "none" (the test transform: bicubic to size x size), "flip" (half of the images
     mirrored too) or "taidpt" (datasets/augment.py). All randomness comes from (seed, epoch, index):
-    any number of workers, or a resumed run, gives the same images.
+    any number of workers, or a resumed run, gives the same images. An unreadable image raises, or
+    if lenient, is zeros under the negative index -1 - index.
     """
 
-    def __init__(self, split, size, augment="none", seed=0):
+    def __init__(self, split, size, augment="none", seed=0, lenient=False):
         self.split, self.size, self.augment, self.seed = split, size, augment, seed
+        self.lenient = lenient
         self.mean, self.std = MEAN, STD  # a FeatureLoader sets those of its CLIP
         # share of the area; TaI-DPT's rn101_nus.yaml
         self.smallest_crop = 0.6 if split.name.startswith("nuswide") else 0.5
@@ -261,6 +266,8 @@ class Images(Dataset):
         try:
             image = augment.read(path)
         except Exception as error:  # whatever a broken file makes a decoder raise
+            if self.lenient:
+                return torch.zeros(3, self.size, self.size), -1 - index
             raise UserError(f"{path}: not a readable image ({error}): replace it") from None
         if self.augment == "taidpt":
             image = augment.taidpt(image, self.size, rng, self.smallest_crop)

@@ -8,8 +8,9 @@
     python eval.py runs/demo --compare runs/other             zero-shot CLIP and runs side by side
     python eval.py runs/demo --ensemble runs/other            averaged scores of several runs
 
-A probability is the sigmoid of Eq. 5's logit. The asymmetric loss and the few known labels leave it
-uncalibrated: it ranks, it is no frequency. What is called present passes the category's threshold.
+A probability is the sigmoid of Eq. 5's logit. It ranks images, but is no frequency: the asymmetric
+loss and the few known labels leave it uncalibrated. "Present" is what passes a category's
+threshold.
 n images, C categories, N = h*w locations. Labels: 1 present, -1 absent, 0 unknown.
 """
 import sys
@@ -35,6 +36,10 @@ from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.suggest import suggest
 from tools.zero_shot import mixed_scores, zero_shot, zero_shot_scale, zero_shot_text
 
+# Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
+# choice is worse than the last epoch (docs/readings.md).
+ENOUGH = 10
+
 # ---- metrics: numpy only; scores are probabilities or anything that ranks
 
 
@@ -51,8 +56,9 @@ def average_precision(scores, positive):
 
 
 def interpolated_precision(scores, positive):
-    """VOC's AP (2010 and later; SARB's code): precision made monotone. Targets by rank 0, 1, 1, 0:
-    plain (1/2 + 2/3) / 2 = 0.5833, interpolated (2/3 + 2/3) / 2."""
+    """VOC's AP (2010 and later; SARB's code): at each recall the best precision from there on. Of
+    images ranked absent, present, present, absent: (2/3 + 2/3) / 2, the plain AP (1/2 + 2/3) / 2.
+    """
     positive = positive[np.argsort(-scores, kind="stable")]
     if not positive.any():
         return float("nan")
@@ -69,9 +75,10 @@ def precision_per_category(scores, truth, one=average_precision):
 def metrics(scores, truth, threshold=0.5):
     """scores (n, C) probabilities, truth (n, C) in {1, -1, 0}; 0 is left out of every number.
 
-    mAP      mean plain AP over the categories that have a positive; `left_out` counts the others,
-             `positives` what the number rests on;  mAP_voc  the interpolated one
-    CP CR CF1 by category, OP OR OF1 over all decisions at `threshold`. All in percent.
+    mAP       mean plain AP over the categories that have a positive; mAP_voc: the interpolated AP
+    CP CR CF1 precision, recall, F1 of the decisions at `threshold` (a number, or (C,)), mean over
+              the categories; OP OR OF1 of all decisions together. All in percent
+    left_out  categories without a positive; positives: how many labels the numbers rest on
     """
     def f1(precision, recall):
         return 2 * precision * recall / max(precision + recall, 1e-12)
@@ -81,7 +88,7 @@ def metrics(scores, truth, threshold=0.5):
     there = exist > 0
     count = max(there.sum(), 1)
     decided = (scores >= threshold) & (truth != 0)
-    hit, said = (decided & positive).sum(0), decided.sum(0)
+    hit, said = (decided & positive).sum(0), decided.sum(0)  # (C,) each
     CP, CR = np.mean(hit / np.maximum(said, 1)), (hit[there] / exist[there]).sum() / count
     OP, OR = hit.sum() / max(said.sum(), 1), hit.sum() / max(exist.sum(), 1)
     mAP, mAP_voc = (precision_per_category(scores, truth, one)[there].sum() / count
@@ -93,8 +100,8 @@ def metrics(scores, truth, threshold=0.5):
 
 
 def best_thresholds(scores, truth, k=2):
-    """(C,) threshold with the best F1 on a validation split, shrunk towards 0.5: with n positives
-    (n t + 2 * 0.5) / (n + 2), since a threshold of one positive says little (docs/readings.md)."""
+    """(C,) thresholds with the best F1 on a validation split, shrunk towards 0.5, since few
+    positives say little: t of n positives becomes (n t + 0.5 k) / (n + k) (docs/readings.md)."""
     thresholds = np.full(truth.shape[1], 0.5)
     for c, known in enumerate((truth != 0).T):
         s, positive = scores[known, c], truth[known, c] == 1
@@ -115,7 +122,7 @@ class PseudoCount:
     pseudo_coverage         share of all unknown cells that got any
     """
 
-    def __init__(self, device):  # of 1 and -1: hidden, given, right
+    def __init__(self, device):  # (positive, negative) x (hidden, given, right)
         self.count = torch.zeros(2, 3, dtype=torch.int64, device=device)
 
     def add(self, pseudo, labels, truth):
@@ -126,6 +133,7 @@ class PseudoCount:
             count += torch.stack([hidden.sum(), given.sum(), (hidden & given).sum()])
 
     def report(self):
+        """The numbers above; empty in stage one, and where no label was hidden."""
         def share(a, b):
             return round(100 * a / b, 2) if b else None
 
@@ -133,15 +141,17 @@ class PseudoCount:
         for name, (hidden, given, right) in zip(("pos", "neg"), self.count.tolist()):
             line |= {f"pseudo_{name}": given, f"pseudo_{name}_precision": share(right, given),
                      f"pseudo_{name}_coverage": share(right, hidden)}
-        hidden, given, _ = self.count.sum(0).tolist()  # none where nothing was hidden, or stage one
+        hidden, given, _ = self.count.sum(0).tolist()
         return line | {"pseudo_coverage": share(given, hidden)} if hidden else {}
 
 
 @torch.no_grad()
-def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
-    """positives (C,): known ones of training -> {split: metrics of `score`, mAP of each score}, and
-    what inference takes from the splits but test: zero_shot_scale, threshold (C,) and rests_on
-    (C,), the positives of validation behind each threshold."""
+def evaluate(model, encoder, g_zero, train_split, loaders, score):
+    """Scores the splits of `loaders`, {name: loader} -> {name: metrics of `score`, mAP of every
+    score}, and what inference needs: the texts g_pos and g_neg (C, D), zero_shot_scale (3, C) or
+    None, threshold (C,) and rests_on (C,), the positives of validation behind each threshold."""
+    g_pos, g_neg = model.prompts(encoder)
+    positives = (train_split.labels == 1).sum(0)  # (C,)
     numbers, scale = {}, None
     threshold, rests_on = np.full(len(g_pos), 0.5), np.zeros(len(g_pos), int)
     for name, loader in loaders.items():
@@ -159,8 +169,20 @@ def evaluate(model, g_pos, g_neg, g_zero, positives, loaders, score):
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
         if name == "val":
             threshold, rests_on = best_thresholds(chosen, truth), (truth == 1).sum(0)
-    return numbers, dict(threshold=threshold.tolist(), rests_on=rests_on.tolist(),
-                         zero_shot_scale=scale)
+    return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), zero_shot_scale=scale,
+                         threshold=threshold.tolist(), rests_on=rests_on.tolist())
+
+
+def is_best(state, numbers):
+    """Whether this epoch is the best so far, on validation or else on test; the state notes it."""
+    split = "val" if "val" in numbers else "test"
+    enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1
+    if split not in numbers or numbers[split]["positives"] < enough:
+        return False
+    if state.best and numbers[split]["mAP"] <= state.best["mAP"]:
+        return False
+    state.best = {"epoch": state.epoch, "chosen_on": split, "mAP": numbers[split]["mAP"]}
+    return True
 
 
 # ---- command line
@@ -226,26 +248,28 @@ def table(predictors, split, args):
         print(*of_categories(split, scores, precision, threshold, predictors[0].rests_on), sep="\n")
 
 
+def run(args):
+    """What `python eval.py` does with its options."""
+    if args.zero_shot:
+        size = {"size": args.size} if args.size else {}
+        return suggest(ZeroShot(Config(**preset(args.data) | args.places | size)), args)
+    runs = [args.run, *(args.ensemble or args.compare or ())]
+    predictors = load_runs(runs, args.checkpoint, args.places)
+    if args.image:
+        return predict(predictors[0], images_in(args.image), args)
+    if args.suggest:
+        return suggest(predictors[0], args)
+    splits = predictors[0].splits()
+    name = args.split or ("test" if splits["test"] else "val")
+    if splits[name] is None:
+        raise UserError(f"{args.run} has no {name} split: choose another --split")
+    if args.compare:
+        return compare(predictors, splits[name])
+    table(predictors, splits[name], args)
+
+
 def main(argv=None):
-    def work():
-        args = parse(argv, __doc__)
-        if args.zero_shot:
-            size = {"size": args.size} if args.size else {}
-            return suggest(ZeroShot(Config(**preset(args.data) | args.places | size)), args)
-        runs = [args.run, *(args.ensemble or args.compare or ())]
-        predictors = load_runs(runs, args.checkpoint, args.places)
-        if args.image:
-            return predict(predictors[0], images_in(args.image), args)
-        if args.suggest:
-            return suggest(predictors[0], args)
-        splits = predictors[0].splits()
-        name = args.split or ("test" if splits["test"] else "val")
-        if splits[name] is None:
-            raise UserError(f"{args.run} has no {name} split: choose another --split")
-        if args.compare:
-            return compare(predictors, splits[name])
-        table(predictors, splits[name], args)
-    return run_main(work)
+    return run_main(lambda: run(parse(argv, __doc__)))
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="re
     """Eq. 6, KL(p^r || p^q), mean over B: the region scores teach the query scores.
 
     logits_r, logits_q (B, C)
-    how       "softmax": as printed, p over the C categories; "bernoulli": present / absent, summed
-    teacher   "region" as in the paper; "query": KL(p^q || p^r); no gradient reaches the teacher;
-              "both": as "region", but both learn
+    how       "softmax": as printed, p over the C categories; "bernoulli": one KL of (present,
+              absent) a category, summed
+    teacher   "region": as in the paper; "query": KL(p^q || p^r); both without a gradient to the
+              teacher. "both": as "region", with that gradient
     Multiplied by temperature squared, so that the gradient keeps its size (Hinton et al., 2015).
     """
     # (teacher, student)

@@ -5,8 +5,8 @@
     python train.py --resume runs/NAME                             goes on, bit for bit
     torchrun --nproc-per-node 4 train.py --data coco ...           several GPUs
 
-A run folder holds config.json, metrics.jsonl (a line an epoch), last.pt, best.pt, curves.png,
-regions.png. B images, C categories, N locations, D dims. Labels: 1 present, -1 absent, 0 unknown.
+support/run_folder.py says what a run folder holds. B images of a batch, C categories, N locations,
+D dims. Labels: 1 present, -1 absent, 0 unknown.
 """
 import sys
 
@@ -17,7 +17,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import dataclasses
 import json
-import os
+import math
 import time
 
 import torch
@@ -28,7 +28,7 @@ import data
 import kernels
 import losses
 from clip.features import autocast_dtype
-from eval import PseudoCount, evaluate
+from eval import PseudoCount, evaluate, is_best
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
@@ -40,30 +40,28 @@ from tools.build import build_model, evaluation_loaders, load_carl, load_data, t
 from tools.zero_shot import zero_shot_text
 from trm import Output
 
-# Positives a category that validation needs to choose the best epoch: with fewer, what it chooses
-# is on average worse than the last epoch (docs/readings.md).
-ENOUGH = 10
-
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
     """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) or None.
 
-    f (b, N, D) dense and x (b, D) global features of this process's images; labels (B, C) int8 of
-    the batch (processes share it: b < B, and what the losses need is gathered on each of them)
+    f (b, N, D) dense and x (b, D) global features of this process's images, b = B in one process;
+    labels (B, C) int8 of the whole batch, as each process computes the losses of all of it.
     """
     with torch.autocast(f.device.type, amp or torch.bfloat16, enabled=amp is not None):
         g_pos, g_neg = model.prompts(encoder)  # Sec. 3.1   (C, D)
         out = model(f, x, g_pos, g_neg)  # Eq. 1-5
+    # From here on: the whole batch, in float32.
     out = Output(*(part if part is None else gather(part.float(), len(labels)) for part in out))
 
-    # Sec. 3.4: the batch's prototypes enter the bank, its similarities move the thresholds, the
-    # unknown is estimated. In this order, so that an image meets its own prototypes among those of
-    # its categories.
+    # Sec. 3.4: the prototypes of the batch enter the bank, its similarities move the thresholds,
+    # and the unknown labels are estimated. In this order, so that the bank already holds the
+    # prototypes of the images that are compared with it.
     pseudo = None
     if cfg.uses("mmcp") or cfg.uses("mmcl"):
         memory.enqueue(out.energy, gather(f, len(labels)), labels, cfg.topk)  # Eq. 7
     if cfg.uses("mmcp") and stage_two:
         s = memory.similarities(out.regions)  # Eq. 8   (2, B, C)
+        # Single positive has no known negatives: without assumed ones no theta_negative exists.
         assumed = torch.where(labels == 0, -1, labels) if cfg.assume_negative else labels
         memory.update_thresholds(s, assumed)  # Eq. 9, 11
         modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
@@ -81,29 +79,18 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
                                             cfg.kd_teacher)  # Eq. 6
     if cfg.uses("mmcl") and stage_two:
         present = (completed if cfg.pseudo_in_contrastive else labels) == 1  # (B, C)
-        samples, classes = contrastive_samples(model, memory, out.regions, present)
+        samples, classes = model.contrastive_samples(out.regions, present, memory)
         # Eq. 13
         terms["L_NCE"] = losses.contrastive(model.heads["text"](g_pos), samples, classes, cfg.tau)
     return losses.total(terms, cfg.alpha, cfg.beta, cfg.gamma), terms, pseudo  # Eq. 15
 
 
-def contrastive_samples(model, memory, regions, present):
-    """What Eq. 13 compares the texts with: regions of present categories and all prototypes, each
-    through its MLP. regions (B, C, D), present (B, C) bool -> samples (S, D), categories (S,)."""
-    filled = memory.filled()  # (C, L)
-    region_class = present.nonzero()[:, 1]
-    pixel_class = filled.nonzero()[:, 0]
-    samples = [model.heads["region"](regions[present]), model.heads["pixel"](memory.bank[filled])]
-    return torch.cat(samples), torch.cat([region_class, pixel_class])
-
-
 def update(state, loss, cfg):
-    """A step of AdamW on the gradient of all processes, its norm clipped, and of the schedule.
-    Returns the norm before it was clipped."""
+    """One step of the optimizer and of its schedule -> norm of the gradient before clipping."""
     parameters = state.optimizer.param_groups[0]["params"]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
-    average_gradients(parameters)  # first, so that one process's overflow is seen by all
+    average_gradients(parameters)  # before unscale_, so that all processes see an overflow
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad)
     state.scaler.step(state.optimizer)
@@ -112,54 +99,50 @@ def update(state, loss, cfg):
     return norm
 
 
-def train_one_epoch(state, encoder, loader, cfg, rank=0):
-    """One pass over the training images; returns the epoch's line of metrics.jsonl."""
-    device = state.memory.bank.device
+def train_one_epoch(state, encoder, loader, cfg):
+    """One pass over the training images -> the epoch's line of metrics.jsonl."""
+    model, memory, device = state.model, state.memory, state.memory.bank.device
     labels = torch.from_numpy(loader.split.labels).to(device)  # (n, C) what training sees
     truth = torch.from_numpy(loader.split.truth).to(device)  # (n, C) what is known
     amp = autocast_dtype(cfg.amp, device)
     stage_two = state.epoch >= cfg.first_stage
-    if stage_two and state.memory.text_prototypes.isnan().any():
+    if stage_two and memory.text_prototypes.isnan().any():
         # the end of stage one: "the text representation trained in the first stage"
         with torch.no_grad():
-            state.memory.set_text_prototypes(state.model.prompts(encoder)[0])
-    state.model.train()
-    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + rank)  # so dropout resumes
-    pseudo_count = PseudoCount(device)
-    sums, start, steps = {}, time.perf_counter(), -(-len(loader) // cfg.batch)
+            memory.set_text_prototypes(model.prompts(encoder)[0])
+    model.train()
+    # A resumed run continues with the same dropout.
+    torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + loader.rank)
+    pseudo_count, sums = PseudoCount(device), {}
+    start, steps = time.perf_counter(), math.ceil(len(loader) / cfg.batch)
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
-               leave=False, disable=rank > 0 or not sys.stderr.isatty())
-    for i, (index, f, x) in enumerate(bar):
+               leave=False, disable=loader.rank > 0 or None)  # None: off where no terminal is
+    for i, (index, f, x) in enumerate(bar, 1):
         if stop.asked:
             raise KeyboardInterrupt
-        index = gather(index, min(cfg.batch, len(loader) - i * cfg.batch))  # (B,)
-        loss, terms, pseudo = training_step(state.model, state.memory, encoder, cfg, f, x,
-                                            labels[index], stage_two, amp)
+        index = gather(index, min(cfg.batch, len(loader) - (i - 1) * cfg.batch))  # (B,)
+        loss, terms, pseudo = training_step(model, memory, encoder, cfg, f, x, labels[index],
+                                            stage_two, amp)
         norm = update(state, loss, cfg)
         if pseudo is not None:
             pseudo_count.add(pseudo, labels[index], truth[index])
         for name, term in {**terms, "L": loss, "gradient_norm": norm}.items():
             sums[name] = sums.get(name, 0) + term.detach()
-        # asking makes the host wait for a GPU
-        if device.type == "cpu" or i % 50 == 0 or i + 1 == steps:
-            require_finite([sums["L"]], f"the loss is not finite after step {i + 1} of {steps}",
-                           state, terms)
-            bar.set_postfix(loss=f"{float(sums['L']) / (i + 1):.3f}")
-    require_finite(state.model.parameters(), "a weight is not finite after the last step", state,
-                   terms)
+        if device.type == "cpu" or i % 50 == 1 or i == steps:  # reading a value waits for a GPU
+            weights = model.parameters() if i == steps else ()
+            if not all(tensor.isfinite().all() for tensor in (sums["L"], *weights)):
+                values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+                raise FloatingPointError(
+                    f"epoch {state.epoch + 1}: the loss or a weight is not finite after step {i} "
+                    f"of {steps} ({values}); {state.epoch} epochs are kept; train anew with a "
+                    "lower --lr or --amp none")
+            bar.set_postfix(loss=f"{float(sums['L']) / i:.3f}")
     seconds = time.perf_counter() - start
     means = {name: round(float(value) / steps, 6) for name, value in sums.items()}
     return dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
                 lr=state.scheduler.get_last_lr()[0], **means, **pseudo_count.report(),
                 images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2),
                 waiting=round(loader.waited / seconds, 3))
-
-
-def require_finite(tensors, what, state, terms):
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-        raise FloatingPointError(f"epoch {state.epoch + 1}: {what} ({values}); {state.epoch} "
-                                 "epochs are kept; train anew with a lower --lr or --amp none")
 
 
 def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
@@ -170,7 +153,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     on_epoch  called as on_epoch(state, line) after each epoch, with support.checkpoint.State
     """
     rank, world = distributed.start()
-    device = best_device(int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0, world)
+    device = best_device(world)
     if cfg.batch % world:
         raise UserError(f"--batch {cfg.batch} does not divide among {world} processes")
     kernels.use(cfg.kernels)
@@ -178,15 +161,12 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     splits = splits or load_data(cfg)
     train_split = splits[0]
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
-
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
-    positives = (train_split.labels == 1).sum(0)  # (C,)
+
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, train_split, encoder).to(device)
-    if cfg.carl_from:
-        model.carl.requires_grad_(False)
-        if not resume:
-            load_carl(model, cfg.carl_from, train_split, encoder)
+    if cfg.carl_from and not (run / "last.pt").is_file():
+        load_carl(model, cfg.carl_from, train_split, encoder)
     memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
     start = time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
@@ -194,13 +174,13 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * -(-len(loader) // cfg.batch))
+        optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * math.ceil(len(loader) / cfg.batch))
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     state = State(model, memory, optimizer, scheduler, scaler)
 
-    distributed.barrier()
-    held = begin(run, cfg, encoder.sha256, splits, resume) if rank == 0 else None
-    if resume and (run / "last.pt").is_file():
+    distributed.barrier()  # each process has looked into the folder: now it may be written
+    lock = begin(run, cfg, encoder.sha256, splits, resume) if rank == 0 else None
+    if (run / "last.pt").is_file():
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
@@ -208,48 +188,31 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         count = sum(p.numel() for p in trainable) / 2**20
         print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
               f"{count:.2f} Mi trainable; {kernels.chosen()}")
-
+    fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
+                 clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # of what inference needs
     while state.epoch < cfg.epochs:
-        line = train_one_epoch(state, encoder, loader, cfg, rank)
+        line = train_one_epoch(state, encoder, loader, cfg)
         state.epoch += 1
-        with torch.no_grad():
-            g_pos, g_neg = model.prompts(encoder)
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
-        numbers, found = evaluate(model, g_pos, g_neg, g_zero, positives, loaders if due else {},
+        numbers, found = evaluate(model, encoder, g_zero, train_split, loaders if due else {},
                                   cfg.score)
         line |= numbers
         state.history.append(line)
         improved = is_best(state, numbers)
         if rank == 0:
-            save(run, state, found | dict(
-                config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
-                clip_sha256=encoder.sha256, model=model.state_dict(), g_pos=g_pos.cpu(),
-                g_neg=g_neg.cpu(), g_zero=g_zero.cpu(), epoch=state.epoch), improved)
+            save(run, state, fixed | found, improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
     if rank == 0:
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
-        held.release()
+        lock.release()
     return state.history
 
 
-def is_best(state, numbers):
-    """Whether this epoch is the best so far, on validation or else on test; the state notes it."""
-    split = "val" if "val" in numbers else "test"
-    enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1
-    if split not in numbers or numbers[split]["positives"] < enough:
-        return False
-    if state.best and numbers[split]["mAP"] <= state.best["mAP"]:
-        return False
-    state.best = {"epoch": state.epoch, "chosen_on": split, "mAP": numbers[split]["mAP"]}
-    return True
-
-
 def main(argv=None):
-    def work():
-        train(*parse(argv, __doc__))
-    return run_main(work, "stopped; last.pt holds what was finished: go on with --resume RUN")
+    return run_main(lambda: train(*parse(argv, __doc__)),
+                    "stopped; last.pt holds what was finished: go on with --resume RUN")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class CARL(nn.Module):
 
     queries  (C, D) start of the category queries Q, or None: random
     dropout  of the attention's weights, the three residuals and the feed-forward
-    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes a number)
+    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes each)
     """
     at_once = 2**25
 
@@ -102,7 +102,7 @@ class CARL(nn.Module):
 
     def forward(self, f):
         """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions and queries (B, C, D)."""
-        # The queries meet no image before the cross-attention: one self-attention serves all.
+        # Self-attention sees no image: it is computed once for the whole batch.
         Q = self.Q[None]
         attended = self.self_att(Q, Q, Q, need_weights=False)[0]
         Q = self.norm1(Q + self.dropout(attended))[0]  # (C, D)
@@ -159,7 +159,6 @@ class TRM(nn.Module):
               "average"         the mean dense feature ("omitting the attention module", Table 3)
               "global"          CLIP's global image feature
     """
-    MATCHING = ("carl", "dualcoop", "dualcoop-fixed", "average", "global")
 
     def __init__(self, C, D, prompts: Optional[Prompts] = None, matching="carl", queries=None,
                  contrastive=True, dropout=0.0):
@@ -194,3 +193,12 @@ class TRM(nn.Module):
         if not self.training:  # only for pictures
             similarity = (F.normalize(f, dim=-1) @ g_pos.T).mT  # (B, C, N)
         return Output(match(whole[:, None], g_pos, g_neg, scale), energy=similarity)
+
+    def contrastive_samples(self, regions, present, memory):
+        """What Eq. 13 compares the texts with, each through its MLP: the regions (B, C, D) of the
+        categories that are present (B, C) bool, and all prototypes of a memory.MemoryBank.
+        Returns samples (S, D) and the category of each (S,)."""
+        filled = memory.filled()  # (C, L)
+        samples = torch.cat([self.heads["region"](regions[present]),
+                             self.heads["pixel"](memory.bank[filled])])  # (S, D)
+        return samples, torch.cat([present.nonzero()[:, 1], filled.nonzero()[:, 0]])

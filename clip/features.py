@@ -10,7 +10,6 @@ transform and CLIP's weights; labels and masks do not enter. A cache is complete
 import hashlib
 import math
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
@@ -46,9 +45,7 @@ def autocast_dtype(amp, device):
 
 
 class FeatureLoader:
-    """images: Dataset, (epoch, index) -> (float32 (3, size, size), index), that tells its split,
-    size, augment and seed; its fingerprint() names all that the pixels depend on
-
+    """images: a data.Images (a Dataset with split, size, augment, seed and fingerprint())
     clip: clip.CLIP, whose mean and std the images then take;  batch: images over all processes
     workers: processes that decode;  views: 0 computes on the fly, V > 0 caches V augmented views
     amp: autocast's dtype or None;  rank of world: this process
@@ -70,10 +67,10 @@ class FeatureLoader:
         return len(self.images)
 
     def batches(self, epoch, shuffle=True):
-        """One pass. f is float32, or autocast's dtype when training (shuffle).
+        """One pass. f is float32, or autocast's dtype in training (shuffle).
 
-        Training: all processes get equally many rows; a batch that does not divide repeats its
-        first image, and distributed.gather cuts that off again. Evaluation: each image once.
+        In training all processes get equally many rows: a batch that does not divide repeats its
+        first image, which distributed.gather cuts off again. In evaluation each image comes once.
         """
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
@@ -106,7 +103,7 @@ class FeatureLoader:
 
         with ThreadPoolExecutor(1) as pool:
             jobs = (pool.submit(ready, part) for part in parts)
-            for job, _ in pairwise(chain(jobs, [None])):  # the next one has begun
+            for job, _ in pairwise(chain(jobs, [None])):  # a pair: the next job has begun
                 yield job.result()
 
     def load(self, epoch, parts):
@@ -155,19 +152,20 @@ class FeatureLoader:
         depends_on = repr((shape, self.clip.sha256, str(self.amp))).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"
-        begun = [not file.is_file() and time.time_ns()]
+        # The first process says whether the file has to be made, and under which temporary name.
+        made_as = [None if file.is_file() else f"{file.name}.{time.time_ns()}.part"]
         if dist.is_initialized():
-            dist.broadcast_object_list(begun)  # what the first process saw
-        if begun[0]:
-            self.fill(file, file.with_name(f"{file.name}.{begun[0]}.part"), shape)
+            dist.broadcast_object_list(made_as)
+        if made_as[0]:
+            self.fill(file, folder / made_as[0], shape)
         return torch.from_file(str(file), False, math.prod(shape), dtype=torch.bfloat16).view(shape)
 
     def fill(self, file, temporary, shape):
         """Writes the file under a temporary name, each process its chunks, then renames it."""
-        views, n = shape[:2]
-        size = 2 * math.prod(shape)  # bytes
+        views, n, *of_image = shape
+        row = 2 * math.prod(of_image)  # bytes
+        size, folder = views * n * row, file.parent
         name = f"features of {self.split.name}"
-        folder = file.parent
         if self.rank == 0:
             print(f"{name}: {n} images x {views} views = {size / 2**20:,.0f} MiB in {folder}",
                   flush=True)
@@ -183,15 +181,14 @@ class FeatureLoader:
             temporary.touch()
         barrier()
         chunks = torch.arange(n).split(CHUNK)[self.rank::self.world]
-        bar = tqdm(total=views * n, desc=name, leave=False,
-                   disable=self.rank > 0 or not sys.stderr.isatty())
+        bar = tqdm(total=views * n, desc=name, leave=False, disable=self.rank > 0 or None)
         try:
             with open(temporary, "r+b") as handle, bar:
                 for view in range(views):
                     for images, index in self.load(view, chunks):
                         f, x = self.encode(images)
                         both = torch.cat([x[:, None], f.float()], 1).to(torch.bfloat16)
-                        handle.seek((view * n + int(index[0])) * (size // (views * n)))
+                        handle.seek((view * n + int(index[0])) * row)
                         handle.write(both.cpu().view(torch.int16).numpy())
                         bar.update(len(index) * self.world)
             barrier()

@@ -17,7 +17,7 @@ from support import UserError
 TOKENS = r"(text_model\.embeddings\.|text\.)?token_embedding\.weight$"  # a name that all CLIPs have
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text())
 RENAMED = TABLES["renamed"]  # parts of CLIPModel's names, in this order, and OpenAI's
-FREE = TABLES["free"]  # open_clip's settings that the tensors tell, that are obeyed, or of training
+FREE = TABLES["free"]  # open_clip's settings that are not checked: obeyed, or training's alone
 
 
 def openai_names(saved):

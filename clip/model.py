@@ -174,7 +174,7 @@ class Block(nn.Module):
         self.activation = activation
 
     def forward(self, x, causal=False, values_only=False, at=None):
-        """x (B, S, C) -> the same, or with at (B,) token at[b] alone, as if causal: (B, C)."""
+        """x (B, S, C) -> (B, S, C); with at (B,) only the tokens at[b], causal -> (B, C)."""
         y = self.ln_1(x)
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at] + self.attn.last(y, at)

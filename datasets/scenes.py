@@ -28,7 +28,7 @@ from tqdm import tqdm
 from datasets import coco
 from datasets.shapes import COLOURS, DISTRACTORS, IDS, INI, KINDS, NAMES, PAINT, sections, stamp
 from support import UserError
-from support.cli import end_with_parent, make_parser, run_main, words
+from support.cli import end_with_parent, make_parser, run_command
 
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
 # val2014 is the held-out test, as for COCO; tune2014 is for tuning
@@ -260,7 +260,7 @@ def main(argv=None):
     parser = make_parser("datasets.scenes", __doc__)
     parser.add_argument("--root", default="generated/scenes",
                         help="folder to make; it must not hold anything else")
-    return run_main(lambda: write(parser.parse_args(words(argv)).root))
+    return run_command(write, parser, argv)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from config import Config, preset
 from datasets import augment
 from paper.run_table import history
 from support.checkpoint import save_atomically, write_atomically
-from support.cli import best_device, make_parser, run_main, words
+from support.cli import best_device, make_parser, run_command
 from tools.build import training_loader
 from tools.equation_map import ROOT, cited
 from tools.inspection import inspect, memory_of, origins
@@ -256,8 +256,9 @@ def write(text_only):
 
 def main(argv=None):
     parser = make_parser("paper.walkthrough", __doc__)
-    parser.add_argument("--text", action="store_true", help="no tensors, only text and code anew")
-    return run_main(lambda: write(parser.parse_args(words(argv)).text))
+    parser.add_argument("--text", action="store_true", dest="text_only",
+                        help="no tensors, only text and code anew")
+    return run_command(write, parser, argv)
 
 
 if __name__ == "__main__":

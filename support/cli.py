@@ -39,7 +39,7 @@ def words(argv):
 
 
 def stop(*_):
-    """Ctrl-C and SIGTERM. Python drops an exception that meets a fork: `asked` remembers it."""
+    """Ctrl-C and SIGTERM. Python loses an exception raised in a fork: `asked` remembers it."""
     stop.asked = True
     raise KeyboardInterrupt
 
@@ -47,8 +47,14 @@ def stop(*_):
 stop.asked = False
 
 
+def run_command(work, parser, argv):
+    """work(option=value, ...) of a command whose options are all of its parser's -> exit status."""
+    return run_main(lambda: work(**vars(parser.parse_args(words(argv)))))
+
+
 def run_main(work, stopped="stopped"):
-    """work() -> exit status. What `explain` does not know is our fault and keeps its traceback."""
+    """work() -> exit status, 0 where it returns none. An error that `explain` does not know is a
+    fault of the project and keeps its traceback."""
     stop.asked = False
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
@@ -56,9 +62,9 @@ def run_main(work, stopped="stopped"):
         if hasattr(stream, "reconfigure"):  # a name that a terminal cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = work() or 0
+        status = work()
         sys.stdout.flush()
-        return status
+        return status if isinstance(status, int) else 0
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
@@ -103,9 +109,9 @@ def end_with_parent(_=None):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def best_device(rank=0, world=1):
-    """CUDA's device of this rank; Apple's mps for a single process; else the CPU."""
+def best_device(world=1):
+    """This process's GPU (distributed.start chose it); Apple's, for one process; else the CPU."""
     import torch
     if torch.cuda.is_available():
-        return torch.device(f"cuda:{rank}")
+        return torch.device("cuda")
     return torch.device("mps" if world == 1 and torch.backends.mps.is_available() else "cpu")

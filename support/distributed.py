@@ -77,4 +77,4 @@ def gather_scores(scores, n, batch):
     batches = np.split(np.arange(n), range(batch, n, batch))
     place = np.concatenate([rows[r::world] for r in range(world) for rows in batches])
     return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(place)]
-            for name in parts[0]}  # a late rank has none where images are few
+            for name in parts[0]}  # of few images the last ranks have none

@@ -63,10 +63,12 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
 
 def save(run, state, inference, improved):
     """Writes last.pt and metrics.jsonl, and best.pt if improved. state: support.checkpoint.State;
-    inference: dict of what a prediction needs beside CLIP."""
+    inference: dict of what a prediction needs beside CLIP and the model."""
+    parts = state.state_dict()
     if improved:
-        save_checkpoint(inference, run / "best.pt")
-    save_checkpoint(inference | state.state_dict(), run / "last.pt")
+        save_checkpoint(inference | {"model": parts["model"], "epoch": state.epoch},
+                        run / "best.pt")
+    save_checkpoint(inference | parts, run / "last.pt")
     write_metrics(run, state.history)
 
 

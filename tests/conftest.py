@@ -31,8 +31,7 @@ def triton_path():
 @pytest.fixture(autouse=True)
 def small_worlds_may_choose(monkeypatch):
     """A dozen validation images choose the best epoch in tests; test_train.py has the real rule."""
-    import train
-    monkeypatch.setattr(train, "ENOUGH", 0)
+    monkeypatch.setattr("eval.ENOUGH", 0)
 
 
 def pytest_terminal_summary(terminalreporter):

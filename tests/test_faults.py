@@ -189,7 +189,7 @@ def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(
             patch.setattr(train, "training_step", spoilt)
             words = [
                 "epoch 3",
-                "loss is not finite after step 1 of 3",
+                "the loss or a weight is not finite after step 1 of 3",
                 "L_r nan",
                 "L_q nan",
                 "2 epochs are kept",
@@ -202,7 +202,7 @@ def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(
                 return total(*arguments) if len(calls) < 9 else _Overflow.apply(total(*arguments))
 
             patch.setattr(train.losses, "total", overflow)
-            words = ["epoch 3", "weight is not finite", "L_r ", "2 epochs are kept"]
+            words = ["epoch 3", "not finite after step 3 of 3", "L_r ", "2 epochs are kept"]
         line = one_line(train.main, options(world, tmp_path / "run", epochs=4), capfd, *words)
     assert "--lr" in line
     state = read_checkpoint(tmp_path / "run" / "last.pt")

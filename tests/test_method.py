@@ -101,7 +101,7 @@ def test_an_empty_slot_is_no_sample_of_the_contrastive_loss():
     memory.bank[0, 0] = 1
     present = torch.tensor([[True, False], [False, True]])
     regions = torch.randn(2, 2, 4)
-    samples, classes = train.contrastive_samples(Model, memory, regions, present)
+    samples, classes = TRM.contrastive_samples(Model, regions, present, memory)
     assert classes.tolist() == [0, 1, 0]
     assert torch.equal(samples, torch.stack([regions[0, 0], regions[1, 1], memory.bank[0, 0]]))
 

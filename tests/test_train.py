@@ -167,7 +167,7 @@ def test_a_sheet_brings_its_recipe(tmp_path, rows, batch):
 
 def test_few_positives_choose_no_epoch(monkeypatch):
     """Ten a category on average let validation choose; a test split chooses with any."""
-    monkeypatch.setattr(train, "ENOUGH", 10)
+    monkeypatch.setattr("eval.ENOUGH", 10)
     for split, positives, chosen in (("val", 19, False), ("val", 20, True), ("test", 1, True),
                                      ("test", 0, False)):
         state = SimpleNamespace(memory=SimpleNamespace(cursor=[0, 0]), best=None, epoch=3)

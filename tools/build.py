@@ -41,14 +41,17 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
 
 
 def build_model(cfg, split, encoder):
-    """The TRM of a run for the categories of a data.Split: prompts, queries, regions, heads."""
+    """The TRM of a run for the categories of a data.Split, with what of it is trained."""
     queries = None
     if cfg.queries == "text":
         texts = [f"a photo of a {name}" for name in split.prompts]
         queries = encoder.encode_text(encoder.tokenize(texts))
     prompts = Prompts(encoder, split.prompts, cfg.context)
-    return TRM(len(split.names), encoder.D, prompts, cfg.matching, queries,
-               contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
+    model = TRM(len(split.names), encoder.D, prompts, cfg.matching, queries,
+                contrastive=cfg.uses("mmcl"), dropout=cfg.dropout)
+    if cfg.carl_from:
+        model.carl.requires_grad_(False)
+    return model
 
 
 def load_carl(model, run, split, encoder):

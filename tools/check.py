@@ -7,7 +7,7 @@ from config import Config
 from datasets import augment, vg200
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, twins
 from support import UserError
-from support.cli import make_parser, run_main, words
+from support.cli import make_parser, run_command
 
 
 def check(cfg, decode=True):
@@ -58,18 +58,19 @@ def main(argv=None):
         parser.add_argument(f"--{name}", help="of sheets, as for train.py")
     parser.add_argument("--no-decode", action="store_true", help="do not open every image")
     parser.add_argument("--objects", help="vg200: objects.json, to find the names in")
+    return run_command(report, parser, argv)
 
-    def work():
-        args = vars(parser.parse_args(words(argv)))
-        objects, decode = args.pop("objects"), not args.pop("no_decode")
-        if objects:
-            if not args["root"] or args["data"] != "vg200":
-                raise UserError("--objects needs vg200 and --root, the folder of Visual Genome")
-            return print("\n".join(vg200.match_names(args["root"], objects)))
-        problems = list(check(Config(**args), decode))
-        for line in problems:  # a cell of a sheet may hold line breaks
-            print("error: " + " ".join(line.split()), file=sys.stderr)
-        if problems:
-            return 2
-        print("\nno problems found")
-    return run_main(work)
+
+def report(objects, no_decode, **settings):
+    """What `python data.py` does with its options -> exit status."""
+    cfg = Config(**settings)
+    if objects:
+        if not cfg.root or cfg.data != "vg200":
+            raise UserError("--objects needs vg200 and --root, the folder of Visual Genome")
+        return print("\n".join(vg200.match_names(cfg.root, objects)))
+    problems = list(check(cfg, not no_decode))
+    for line in problems:  # a cell of a sheet may hold line breaks
+        print("error: " + " ".join(line.split()), file=sys.stderr)
+    if problems:
+        return 2
+    print("\nno problems found")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from support import UserError
-from support.cli import make_parser, run_main, words
+from support.cli import make_parser, run_command
 from tools.predict import new
 from tools.predictor import Predictor
 
@@ -62,7 +62,7 @@ def main(argv=None):
     parser = make_parser("tools.export", __doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", type=Path, help="where to write: .pt2 or .onnx")
-    return run_main(lambda: export(**vars(parser.parse_args(words(argv)))))
+    return run_command(export, parser, argv)
 
 
 if __name__ == "__main__":

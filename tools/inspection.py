@@ -20,7 +20,7 @@ from trm import match
 
 
 def memory_of(predictor):
-    """The memory bank of a run's last epoch, which the predictor has to hold."""
+    """The memory bank of a run's last epoch; the predictor must be of that epoch, too."""
     state = read_checkpoint(predictor.run / "last.pt")
     if predictor.cfg.matching != "carl" or state["epoch"] != predictor.epoch:
         raise UserError(f"expected the last epoch of a run with --matching carl, got epoch "
@@ -71,14 +71,12 @@ def inspect(predictor, image, labels=None):
         asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift)
         terms = {"L_q": losses.asymmetric(logits_q, labels, **asl),
                  "L_r": losses.asymmetric(logits_r, labels, **asl),
-                 "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature)}
+                 "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature,
+                                             cfg.kd_teacher)}
         if cfg.uses("mmcl"):
-            filled, present = memory.filled(), labels == 1
-            samples = torch.cat([model.heads["region"](regions[present]),
-                                 model.heads["pixel"](memory.bank[filled])])
-            classes = torch.cat([present.nonzero()[:, 1], filled.nonzero()[:, 0]])
-            anchors = model.heads["text"](g_pos)
-            terms["L_NCE"] = losses.contrastive(anchors, samples, classes, cfg.tau)
+            samples, classes = model.contrastive_samples(regions, labels == 1, memory)
+            terms["L_NCE"] = losses.contrastive(model.heads["text"](g_pos), samples, classes,
+                                                cfg.tau)
         terms["L"] = losses.total(terms, cfg.alpha, cfg.beta, cfg.gamma)
         seen["losses"] = terms
     return seen

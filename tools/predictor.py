@@ -61,16 +61,6 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
             {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
 
-class Lenient(data.Images):
-    """Images in which an unreadable one becomes zeros under a negative index."""
-
-    def __getitem__(self, key):
-        try:
-            return super().__getitem__(key)
-        except UserError:
-            return torch.zeros(3, self.size, self.size), -1 - key[1]
-
-
 class Predictor:
     """A trained run that scores images. checkpoint: "best" (chosen on validation), "last", or None:
     best where there is one. places: settings that say where data and weights lie now."""
@@ -81,7 +71,7 @@ class Predictor:
         kind = checkpoint or ("best" if (self.run / "best.pt").exists() else "last")
         file = self.run / f"{kind}.pt"
         state = read_checkpoint(file)
-        cfg = dataclasses.replace(restored(json.loads(state["config"]), file), **(places or {}))
+        cfg = restored(json.loads(state["config"]), file, places or {})
         self.cfg, self.names, self.epoch = cfg, state["names"], state["epoch"]
         self.device = torch.device(device or best_device())
         if encoder is None or encoder.sha256 != state["clip_sha256"]:
@@ -140,13 +130,13 @@ class Predictor:
                 "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
 
     def iterate(self, images, batch=32, workers=0, unreadable=None):
-        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. What cannot
-        be decoded goes into the list `unreadable`; without one it raises UserError."""
+        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. One that
+        cannot be decoded goes into the list `unreadable`; without a list it raises UserError."""
         labels = np.zeros((len(images), len(self.names)), np.int8)
         split = data.Split("images", images, self.names, labels)
-        kind = data.Images if unreadable is None else Lenient
-        loader = FeatureLoader(kind(split, self.cfg.size), self.clip, batch, workers,
-                               device=self.device, amp=autocast_dtype(self.cfg.amp, self.device),
+        pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
+        loader = FeatureLoader(pixels, self.clip, batch, workers, device=self.device,
+                               amp=autocast_dtype(self.cfg.amp, self.device),
                                need_global=self.cfg.needs_global)
         for index, f, x in loader.batches(0, shuffle=False):
             p, out = self.score(f, x)

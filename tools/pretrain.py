@@ -25,7 +25,7 @@ from clip.weights import TINY
 from datasets import scenes
 from eval import metrics
 from support.checkpoint import write_atomically
-from support.cli import make_parser, run_main, words
+from support.cli import make_parser, run_command
 from tools.zero_shot import zero_shot, zero_shot_text
 
 DIMENSIONS = dict(embed_dim=128, resolution=128, layers=(1, 1, 1, 1), vision_width=16, patch=None,
@@ -129,10 +129,7 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
 
 
 def main(argv=None):
-    def work():
-        make_parser("tools.pretrain", __doc__).parse_args(words(argv))
-        pretrain()
-    return run_main(work)
+    return run_command(pretrain, make_parser("tools.pretrain", __doc__), argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def of_epoch(run, line, epochs):
         from torch.utils.tensorboard import SummaryWriter
         with SummaryWriter(run / "tensorboard") as writer:
             for name, value in line.items():
-                for part, number in value.items() if isinstance(value, dict) else (("", value),):
+                numbers = value if isinstance(value, dict) else {"": value}
+                for part, number in numbers.items():
                     if isinstance(number, (int, float)):
                         writer.add_scalar(f"{name}/{part}".strip("/"), number, line["epoch"])
 

@@ -25,8 +25,8 @@ def zero_shot_score(f, x, g):
 
 @torch.no_grad()
 def zero_shot(g, batches):
-    """{"global", "dense", "both": (n, C)}: cosines to g (C, D), of the best location; their sum.
-    batches: (index, f, x) of a loader."""
+    """batches, the (index, f, x) of a loader -> {"global": cosine of the whole image to g (C, D),
+    "dense": that of its best location, "both": their sum}, each (n, C)."""
     whole, both = [], []
     for _, f, x in batches:
         whole.append(F.normalize(x, dim=-1) @ g.T)
@@ -36,10 +36,10 @@ def zero_shot(g, batches):
 
 
 def zero_shot_scale(scores, positives):
-    """How the mixed score mixes: slope and offset give the zero-shot score mean and deviation of
-    the run's logit over some images; its weight is (n + 3) / (2 n + 3) for a category of n known
-    positives in training (docs/readings.md). scores: of `score_split`, positives (C,) -> slope,
-    offset and weight of each category, (3, C) float32."""
+    """What `mixed` needs -> (3, C) float32: slope and offset, which give the zero-shot score the
+    mean and the deviation of the run's logit over some images, and its weight, (n + 3) / (2 n + 3)
+    for n known positives in training (docs/readings.md).
+    scores: those images' as `score_split` gives them, positives (C,)"""
     logit, zero = logit_and_zero_shot(scores)
     n = torch.as_tensor(positives, dtype=torch.float32)
     slope = logit.std(0, correction=0) / zero.std(0, correction=0).clamp(min=1e-6)
