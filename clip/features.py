@@ -25,7 +25,6 @@ from support.cli import end_with_parent
 from support.distributed import barrier
 
 CHUNK = 64  # images that enter the cache together
-ON_CPU = 4  # images at once on a core: what a layer leaves is still in its cache for the next
 
 
 def epoch_order(n, epoch, seed):
@@ -42,6 +41,12 @@ def autocast_dtype(amp, device):
     torch.set_float32_matmul_precision("highest" if amp == "none" else "high")
     torch.backends.cudnn.allow_tf32 = amp != "none"
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def at_once(images):
+    """Images (B, 3, H, W) that a core encodes together: 4 of 256 pixels, 1 of 448, so that what a
+    layer leaves is still in its cache for the next (docs/speed.md)."""
+    return max(1, min(4, 2**18 // images[0, 0].numel()))
 
 
 class FeatureLoader:
@@ -131,7 +136,8 @@ class FeatureLoader:
         cores = torch.get_num_threads()
         if self.device.type != "cpu" or len(images) < cores:
             return self.encode_part(images, need_global)
-        parts = images.split(min(ON_CPU, -(-len(images) // cores)))  # no core stays without work
+        share = -(-len(images) // cores)  # no core stays without work
+        parts = images.split(min(at_once(images), share))
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             f, x = zip(*pool.map(lambda part: self.encode_part(part, need_global), parts))
         return torch.cat(f), torch.cat(x) if need_global else None

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 
 import losses
 import train
+from clip.features import at_once
 from clip.model import CLIP
 from config import Config
 from fake_datasets import COCO
@@ -203,6 +204,11 @@ def stages(folded):
     def ours(_, images):
         return folded.encode_dense(images.contiguous(memory_format=torch.channels_last))
 
+    @torch.no_grad()
+    def chunked(_, images):
+        images = images.contiguous(memory_format=torch.channels_last)
+        return torch.cat([folded.encode_dense(part) for part in images.split(at_once(images))])
+
     return [
         (
             "plain",
@@ -222,6 +228,7 @@ def stages(folded):
         ),
         ("BatchNorm and projections folded, channels-last", dict(image=folded_with_pool)),
         ("no attention pool", dict(image=ours)),
+        ("images in parts that fit a core's cache", dict(image=chunked)),
         (
             "self-attention once, queries projected instead of locations",
             dict(carl=lambda carl, f: carl(f)),

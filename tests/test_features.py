@@ -322,3 +322,9 @@ if __name__ == "__main__":  # a process to kill: fills the cache, slowly
     split = data.Split("photos", paths, ["a", "b"], np.ones((21, 2), np.int8))
     FeatureLoader(data.Images(split, SIZE, "taidpt"), make_clip(), batch=8, views=2,
                   cache=Path(sys.argv[2]))
+
+
+@pytest.mark.parametrize("size, images", ((64, 4), (224, 4), (256, 4), (448, 1), (1024, 1)))
+def test_a_core_takes_fewer_large_images_at_once(size, images):
+    from clip.features import at_once
+    assert at_once(torch.empty(2, 3, size, size)) == images
