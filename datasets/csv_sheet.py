@@ -164,7 +164,8 @@ def image_files(path, root, body, problems):
         try:
             if not name:
                 raise UserError(f"{where}: no image name in the first column")
-            file = os.path.realpath(name if os.path.isabs(name) else safe_join(root, name, where))
+            absolute = os.path.isabs(name) and "\0" not in name
+            file = os.path.realpath(name if absolute else safe_join(root, name, where))
             if file in first:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
                                 "rows (README, docs/data.md: long)")

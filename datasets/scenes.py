@@ -208,7 +208,9 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
     marker = json.dumps({"version": VERSION, "size": size, "seed": seed, **counts})
     note = root / "scenes.json"
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
-        found = note.read_text() if note.is_file() else "something else (no scenes.json)"
+        found = "something else (no scenes.json)"
+        if note.is_file():
+            found = note.read_text(errors="replace")
         if found == marker:
             return
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found[:200]}: "

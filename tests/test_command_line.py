@@ -303,8 +303,9 @@ def test_a_wrong_call_of_a_side_command_is_one_line(words, told, capfd, monkeypa
     one_line(main, arguments, capfd, told)
 
 
-def test_scenes_beside_a_broken_note_are_left_alone(tmp_path):
-    (tmp_path / "scenes.json").write_text("{")
+@pytest.mark.parametrize("note", (b"{", b"\xff\xfe"))
+def test_scenes_beside_a_broken_note_are_left_alone(tmp_path, note):
+    (tmp_path / "scenes.json").write_bytes(note)
     done = subprocess.run(
         [sys.executable, "-m", "datasets.scenes", "--root", tmp_path], cwd=ROOT,
         capture_output=True, text=True
@@ -312,7 +313,7 @@ def test_scenes_beside_a_broken_note_are_left_alone(tmp_path):
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1
-        and (tmp_path / "scenes.json").read_text() == "{"
+        and (tmp_path / "scenes.json").read_bytes() == note
     )
 
 

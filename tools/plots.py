@@ -2,6 +2,7 @@
 
 N = h*w locations, C categories.
 """
+import os
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,7 @@ def save_regions(predictor, split, file):
 
 def two_axes(width, height):
     """-> matplotlib's figure, without a window, and its two axes side by side."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be unknown here
     from matplotlib.figure import Figure  # takes a second to load
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, 2)
