@@ -119,6 +119,9 @@ def read(path, root, cfg):
     problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
                  "one of its own, capitals aside"
                  for name, count in Counter(map(str.lower, names)).items() if count > 1 or not name]
+    if not (body and names):
+        problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
+                        "empty, for each category")
     files = image_files(path, root, body, problems)
     if problems:
         told = problems[0]

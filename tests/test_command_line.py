@@ -13,7 +13,7 @@ from PIL import Image
 from small_world import command, one_line, options, posix, ROOT, run, sheet, start, trained, world
 
 import data
-from tools import check
+from tools import check, review
 import fake_datasets as fake
 import eval as evaluation
 from support import distributed as ranks
@@ -290,6 +290,7 @@ def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
     [
         ([scenes.main, "--rot", "x"], "--root"),
         ([scenes.main, "--root", "README.md"], "README.md"),
+        ([review.main, "merge"], "sheet, answers"),
         ([check.main], "data"),
         ([check.main, "coco", "--rot", "x"], "--root"),
         ([check.main, "x.csv"], "x.csv"),

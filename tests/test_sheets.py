@@ -15,7 +15,7 @@ HEAD = "image,dog,cat\n"
 SHEETS = {
     "empty": ("", "the sheet is empty"),
     "commas only": (",,\n,\n", "the sheet is empty"),
-    "header only": (HEAD, "no positive label is left in 0 training images"),
+    "header only": (HEAD, "expected a row for each image"),
     "no classes": ("image\n0.jpg\n", ":1: expected a header"),
     "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
     "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
@@ -38,6 +38,7 @@ SHEETS = {
     "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg; --root"),
     "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*sub; --root"),
     "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
+    "no labels": (HEAD + "".join(f"{i}.jpg,0.7,a\n" for i in range(4)), "a column of labels"),
     "zero byte": (HEAD + "/a\0b.jpg,1,0\n", ":2: "),
     "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image name"),
     "short prompt row": (

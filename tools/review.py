@@ -222,6 +222,7 @@ def main(argv=None):
             (export, {"suggestions": {}, "tasks": {}})):
         command = commands.add_parser(work.__name__.replace("_", "-"), help=work.__doc__)
         command.set_defaults(work=work)
+        command.error = parser.error
         for name, how in arguments.items():
             command.add_argument(name, **how)
 
