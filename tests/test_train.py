@@ -425,3 +425,9 @@ def test_a_sheet_without_a_test_split_gets_its_picture(tmp_path, capsys):
     assert "regions.png" in announced and all(
         (tmp_path / "run" / name).is_file() for name in announced
     )
+
+
+def test_loader_processes_end_without_a_word(world, tmp_path):
+    process = start("train.py", *options(world, tmp_path / "run", epochs=1, workers=2,
+                                         cache_features=0))
+    assert process.communicate()[1] == "" and process.returncode == 0
