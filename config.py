@@ -4,7 +4,6 @@
 """
 import argparse
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import get_args
 
 from support import UserError
 from support.cli import make_parser, words
+from support.run_folder import begun
 
 PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
 CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
@@ -204,12 +204,8 @@ def parse(argv, about=""):
         return Config(**preset(given.get("data", "scenes")) | given), None
     if kept := given.keys() - PLACES - MACHINE:
         raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
-    file = Path(run, "config.json")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} holds no run: restore it, or give another folder") from None
-    return restored(settings, file, given), Path(run)
+    run = Path(run)
+    return restored(begun(run)["config"], run / "config.json", given), run
 
 
 def is_path(name, value):

@@ -171,7 +171,7 @@ def load(cfg):
     sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
     share = None
     if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
-        if not re.fullmatch(r"0|0?\.\d+", cfg.val):
+        if not re.fullmatch(r"\d*\.?\d+(e-\d+)?", cfg.val) or float(cfg.val) >= 1:
             raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {cfg.val}")
         share = float(cfg.val)
     parts = complete(cfg)
@@ -223,7 +223,8 @@ def prompts_for(cfg, split):
         return split.prompts
     if cfg.data == "cub" and cfg.prompt_names != "official":
         # SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill'
-        names = [f"{name.split('::')[1].split('_(')[0]} {name.split('_')[1]}" for name in names]
+        names = [f"{name.split('::')[1].split('_(')[0]} {name.split('_')[1]}"
+                 if re.match("[^:]*_.*::.", name) else name for name in names]
     table = PROMPTS.get((cfg.data, cfg.prompt_names), {})
     return [table.get(name, name).replace("_", " ") for name in names]
 

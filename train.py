@@ -204,6 +204,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
+    loader.loader = None  # ends its processes; at Python's exit torch reports them as killed
     if rank == 0:
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
         lock.release()

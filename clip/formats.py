@@ -23,14 +23,15 @@ FREE = TABLES["free"]  # open_clip's settings that are not checked: obeyed, or t
 def openai_names(saved):
     """What a file holds -> CLIP's state dict with OpenAI's names, and whether Hugging Face named
     it. A training program may have put it under a key, and its names under a prefix."""
-    saved = saved.get("state_dict", saved)
+    saved = saved.get("state_dict") or saved
     found = [part for part in (saved, *saved.values()) if isinstance(part, dict)
              and any(re.search(TOKENS, str(name)) for name in part)]
     if len(found) != 1:
         raise UserError(f"it holds {', '.join(map(str, saved))[:80] or 'nothing'}, expected one "
                         "state dict of CLIP: save that alone")
     prefix = next(re.sub(TOKENS, "", n) for n in found[0] if re.search(TOKENS, n))  # "module."
-    state = {name.removeprefix(prefix).removeprefix("text."): t for name, t in found[0].items()}
+    state = {str(name).removeprefix(prefix).removeprefix("text."): t
+             for name, t in found[0].items() if isinstance(t, torch.Tensor)}
     if not any(name.startswith("text_model.") for name in state):
         return state, False
     renamed = {}
@@ -56,7 +57,9 @@ def configuration(folder, hugging_face, shape):
     try:
         of_them = of_hugging_face if hugging_face else of_open_clip
         activation, heads, mean, std = of_them(json.loads(file.read_bytes()), shape, folder)
-        mean, std = tuple(map(float, mean or MEAN)), tuple(map(float, std or STD))
+        if mean is None or std is None:
+            mean, std = MEAN, STD
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean} and std {std} of three channels")
         return activation, heads, mean, std

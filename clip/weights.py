@@ -97,7 +97,10 @@ def read(file):
         return torch.jit.load(file, map_location="cpu").state_dict()
     if sum(part.file_size for part in parts) > file.stat().st_size:  # torch.save does not pack
         raise ValueError("it would unpack to more than its size")
-    return torch.load(file, map_location="cpu", weights_only=True)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        raise UserError(f"it holds a {type(saved).__name__}, expected a state dict")
+    return saved
 
 
 def load(name_or_path="tiny", activation=None):

@@ -120,6 +120,9 @@ def read(path, root, cfg):
     problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
                  "one of its own, capitals aside"
                  for name, count in Counter(map(str.lower, names)).items() if count > 1 or not name]
+    if not (body and names):
+        problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
+                        "empty, for each category")
     files = image_files(path, root, body, problems)
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
@@ -162,7 +165,8 @@ def image_files(path, root, body, problems):
         try:
             if not name:
                 raise UserError(f"{where}: no image name in the first column")
-            file = os.path.realpath(name if os.path.isabs(name) else safe_join(root, name, where))
+            absolute = os.path.isabs(name) and "\0" not in name
+            file = os.path.realpath(name if absolute else safe_join(root, name, where))
             if file in first:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
                                 "rows (README, docs/data.md: long)")

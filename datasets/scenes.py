@@ -9,6 +9,7 @@ not a house, a ring is not a clock). What there is to draw stands in scenes.ini.
 own seed (seed, split, index): splits share no scene, and the number of workers changes no byte.
 Labels, boxes and captions are about what is visible in the end.
 """
+import argparse
 import contextlib
 import json
 import math
@@ -202,12 +203,18 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
     A root that holds these very scenes is left as it is, one that holds anything else is refused.
     All is written beside it, links followed, and renamed at the end: it is complete or absent.
     """
+    if not 64 <= size <= 512 or min(train, val, test, workers or 1) < 1 or seed < 0:
+        raise UserError("expected 64 to 512 pixels, at least 1 image a split and 1 worker, and a "
+                        f"seed from 0; got {size} pixels, {train}, {val} and {test} images, "
+                        f"workers {workers}, seed {seed}")
     root = Path(os.path.realpath(root))
     counts = dict(zip(SPLITS, (train, val, test)))
     marker = json.dumps({"version": VERSION, "size": size, "seed": seed, **counts})
     note = root / "scenes.json"
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
-        found = note.read_text() if note.is_file() else "something else (no scenes.json)"
+        found = "something else (no scenes.json)"
+        if note.is_file():
+            found = note.read_text(errors="replace")
         if found == marker:
             return
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found[:200]}: "
@@ -257,9 +264,11 @@ def annotate(folder, split, drawn, size):
 
 
 def main(argv=None):
-    parser = make_parser("datasets.scenes", __doc__)
+    parser = make_parser("datasets.scenes", __doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("--root", default="generated/scenes",
                         help="folder to make; it must not hold anything else")
+    for name in ("train", "val", "test", "size", "seed", "workers"):
+        parser.add_argument(f"--{name}", type=int, help="as `write` in this file has it")
     return run_command(write, parser, argv)
 
 

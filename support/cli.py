@@ -86,7 +86,7 @@ def explain(error):
         return f"the locale cannot write {error.object!a}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     if isinstance(error, (UserError, FloatingPointError)):
         return text
-    if isinstance(error, BrokenExecutor) or "DataLoader worker" in text:
+    if isinstance(error, BrokenExecutor) or "DataLoader worker (" in text:
         return ("a worker process was ended, mostly for want of memory (in a container also of "
                 "shared memory: --shm-size): fewer --jobs or --workers")
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:

@@ -36,6 +36,18 @@ def new_run(cfg):
     return run
 
 
+def begun(run):
+    """What config.json says of a run that was begun."""
+    file = run / "config.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if about["config"] and about["clip_sha256"] and about["data"]:
+            return about
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file} holds no run: restore it, or give another folder")
+
+
 def begin(run, cfg, clip_sha256, splits, resume=False):
     """Locks the folder, writes config.json; on resume CLIP and data must be the same -> lock."""
     run.mkdir(parents=True, exist_ok=True)
@@ -51,11 +63,11 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
             raise UserError(f"{run} holds a run already: choose another --out")
         write_atomically(run / "config.json", json.dumps(about, indent=1))
         return lock
-    begun = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    if begun["clip_sha256"] != clip_sha256:
+    before = begun(run)
+    if before["clip_sha256"] != clip_sha256:
         raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
     for name, info in about["data"].items():
-        if begun["data"].get(name, {}).get("sha256") != info["sha256"]:
+        if before["data"].get(name, {}).get("sha256") != info["sha256"]:
             raise UserError(f"{run} was begun on other data: names, labels or images of {name} "
                             "have changed: put them back, or train anew")
     return lock

@@ -31,12 +31,13 @@ def test_weights_that_are_no_numbers(tmp_path, change, word):
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize("content", ("[]", '{"config": []}', "{", ""))
+@pytest.mark.parametrize("content", ("[]", '{"config": []}', '{"config": {}}', "{", ""))
 def test_a_damaged_config_is_no_run(trained, tmp_path, capfd, content):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(content)
     before = snapshot(tmp_path)
     one_line(train.main, ["--resume", tmp_path / "run"], capfd, "config.json", "restore it")
+    one_line(evaluation.main, [tmp_path / "run"], capfd, "config.json", "restore it")
     assert snapshot(tmp_path) == before
 
 

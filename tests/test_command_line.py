@@ -13,7 +13,7 @@ from PIL import Image
 from small_world import command, one_line, options, posix, ROOT, run, sheet, start, trained, world
 
 import data
-from tools import check
+from tools import check, review
 import fake_datasets as fake
 import eval as evaluation
 from support import distributed as ranks
@@ -290,6 +290,7 @@ def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
     [
         ([scenes.main, "--rot", "x"], "--root"),
         ([scenes.main, "--root", "README.md"], "README.md"),
+        ([review.main, "merge"], "sheet, answers"),
         ([check.main], "data"),
         ([check.main, "coco", "--rot", "x"], "--root"),
         ([check.main, "x.csv"], "x.csv"),
@@ -303,8 +304,9 @@ def test_a_wrong_call_of_a_side_command_is_one_line(words, told, capfd, monkeypa
     one_line(main, arguments, capfd, told)
 
 
-def test_scenes_beside_a_broken_note_are_left_alone(tmp_path):
-    (tmp_path / "scenes.json").write_text("{")
+@pytest.mark.parametrize("note", (b"{", b"\xff\xfe"))
+def test_scenes_beside_a_broken_note_are_left_alone(tmp_path, note):
+    (tmp_path / "scenes.json").write_bytes(note)
     done = subprocess.run(
         [sys.executable, "-m", "datasets.scenes", "--root", tmp_path], cwd=ROOT,
         capture_output=True, text=True
@@ -312,7 +314,7 @@ def test_scenes_beside_a_broken_note_are_left_alone(tmp_path):
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1
-        and (tmp_path / "scenes.json").read_text() == "{"
+        and (tmp_path / "scenes.json").read_bytes() == note
     )
 
 

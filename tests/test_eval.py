@@ -200,6 +200,8 @@ def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd
     assert strict[0] == 2 and strict[2][-1].startswith("error: 3 of 16")
     with pytest.raises(UserError, match="broken.jpg"):
         Predictor(trained).predict([photos / "grey.png", photos / "broken.jpg"])
+    with pytest.raises(UserError, match="put it in brackets"):
+        Predictor(trained).predict(photos / "grey.png")
 
 
 def test_thresholds_come_from_validation_and_decide_what_is_present(trained, capfd):

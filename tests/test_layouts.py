@@ -463,6 +463,9 @@ def test_arrays_are_known_by_their_content(tmp_path):
 
 def test_cub(tmp_path):
     fake.cub(tmp_path)
+    names = tmp_path / "attributes.txt"
+    names.write_text(names.read_text().replace("::", "="))
+    assert "=" in fake.load("cub", tmp_path)[0].prompts[0]  # names of another form stay
     path = tmp_path / "CUB_200_2011/attributes/image_attribute_labels.txt"
     keep = path.read_bytes()
     path.write_bytes(keep.replace(b"1 3 0", b"1 3 2", 1))

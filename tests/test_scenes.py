@@ -180,6 +180,8 @@ def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
     with pytest.raises(scenes.UserError, match="no scenes.json"):
         scenes.write(tmp_path / "mine", **SMALL)
+    with pytest.raises(scenes.UserError, match="64 to 512"):
+        scenes.write(tmp_path / "huge", **{**SMALL, "size": 2000})
     monkeypatch.setattr(scenes, "annotate", lambda *a: 1 / 0)  # dies on the way
     with pytest.raises(ZeroDivisionError):
         scenes.write(tmp_path / "killed", **SMALL)

@@ -15,7 +15,7 @@ HEAD = "image,dog,cat\n"
 SHEETS = {
     "empty": ("", "the sheet is empty"),
     "commas only": (",,\n,\n", "the sheet is empty"),
-    "header only": (HEAD, "no positive label is left in 0 training images"),
+    "header only": (HEAD, "expected a row for each image"),
     "no classes": ("image\n0.jpg\n", ":1: expected a header"),
     "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
     "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
@@ -38,6 +38,8 @@ SHEETS = {
     "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image .*none.jpg; --root"),
     "folder as image": (HEAD + "sub,1,0\n", ":2: no image .*sub; --root"),
     "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
+    "no labels": (HEAD + "".join(f"{i}.jpg,0.7,a\n" for i in range(4)), "a column of labels"),
+    "zero byte": (HEAD + "/a\0b.jpg,1,0\n", ":2: "),
     "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image name"),
     "short prompt row": (
         HEAD + "#prompt,a dog\n0.jpg,1,0\n",
@@ -120,7 +122,9 @@ def test_a_share_that_holds_nothing_out(folder):
     # not asked for
     assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None
     refused("lower --val, or", folder / "s.csv", val=0.9)
-    refused("--val is a share .* got most", folder / "s.csv", val="most")
+    for wrong in ("most", "1", "1e0", "-0.1", "nan"):
+        refused(f"--val is a share .* got {wrong}", folder / "s.csv", val=wrong)
+    refused("lower --val, or", folder / "s.csv", val="9e-1")
 
 
 def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys):

@@ -3,8 +3,11 @@ files end in one line."""
 
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -76,6 +79,13 @@ def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_
     first = next(line["epoch"] for line in history if line["stage"] == 2)
     assert drawn["stage two"] == first - 0.5 and drawn["best epoch 2"] == 2
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_the_backend_of_a_notebook_does_not_stop_a_run_that_it_starts():
+    pytest.importorskip("matplotlib")
+    backend = os.environ | {"MPLBACKEND": "module://of.a.notebook"}
+    subprocess.run([sys.executable, "-c", "from tools.plots import two_axes; two_axes(1, 1)"],
+                   cwd=ROOT, env=backend, check=True)
 
 
 @pytest.mark.parametrize(
@@ -415,3 +425,9 @@ def test_a_sheet_without_a_test_split_gets_its_picture(tmp_path, capsys):
     assert "regions.png" in announced and all(
         (tmp_path / "run" / name).is_file() for name in announced
     )
+
+
+def test_loader_processes_end_without_a_word(world, tmp_path):
+    process = start("train.py", *options(world, tmp_path / "run", epochs=1, workers=2,
+                                         cache_features=0))
+    assert process.communicate()[1] == "" and process.returncode == 0

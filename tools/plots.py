@@ -2,6 +2,7 @@
 
 N = h*w locations, C categories.
 """
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def save_regions(predictor, split, file):
 @contextmanager
 def two_axes(file, width, height, dpi):
     """Two axes to draw into, side by side; what was drawn is then written as a PNG."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be unknown here
     from matplotlib.figure import Figure  # takes a second to load
     figure = Figure(figsize=(width, height))
     yield figure.subplots(1, 2)

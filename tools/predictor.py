@@ -19,6 +19,7 @@ from config import restored
 from support import UserError
 from support.checkpoint import read_checkpoint
 from support.cli import best_device
+from support.run_folder import begun
 from tools import inspection
 from tools.zero_shot import mixed, mixed_scores, zero_shot, zero_shot_score, zero_shot_text
 from trm import TRM, Output
@@ -120,6 +121,8 @@ class Predictor:
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
         of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
         UserError for one that is no image."""
+        if isinstance(images, (str, Path)):
+            raise UserError(f"expected a list of images, got {str(images)!r}: put it in brackets")
         return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
 
     def row(self, image, p):
@@ -154,9 +157,9 @@ class Predictor:
             changed = ", ".join(sorted(set(parts[0].names) ^ set(self.names))[:5])
             raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run}"
                             f" ({changed or 'in another order'}): put the data back, or train anew")
-        begun = json.loads((self.run / "config.json").read_text(encoding="utf-8"))["data"]
+        before = begun(self.run)["data"]
         for split in parts:
-            if split and begun.get(split.name, {}).get("sha256") != split.info["sha256"]:
+            if split and before.get(split.name, {}).get("sha256") != split.info["sha256"]:
                 print(f"note: {split.name} is not what {self.run} was trained with: names, labels "
                       "or images have changed", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))

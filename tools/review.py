@@ -217,6 +217,7 @@ def main(argv=None):
                             (export, ("suggestions", "tasks"))):
         command = commands.add_parser(work.__name__.replace("_", "-"), help=work.__doc__)
         command.set_defaults(work=work)
+        command.error = parser.error
         for name in arguments:
             command.add_argument(name, **options.get(name, {}))
 
