@@ -81,10 +81,12 @@ def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_
     assert Image.open(tmp_path / "curves.png").size[0] > 500
 
 
-def test_the_backend_of_a_notebook_does_not_stop_a_run_that_it_starts():
+def test_the_backend_of_a_notebook_does_not_stop_a_run_that_it_starts(tmp_path):
     pytest.importorskip("matplotlib")
     backend = os.environ | {"MPLBACKEND": "module://of.a.notebook"}
-    subprocess.run([sys.executable, "-c", "from tools.plots import two_axes; two_axes(1, 1)"],
+    code = ("from pathlib import Path; from tools.plots import two_axes\n"
+            f"with two_axes(Path({str(tmp_path)!r}, 'curves.png'), 1, 1, 100): pass")
+    subprocess.run([sys.executable, "-c", code],
                    cwd=ROOT, env=backend, check=True)
 
 
@@ -275,9 +277,10 @@ def test_resume_is_refused_with_what_is_wrong(world, whole, tmp_path, capfd):
     one_line(train.main, options(world, whole), capfd, "holds a run already", "--resume")
     for content, word in (
         ("{", "config.json"),
-        ('{"config": {"colour": 1}}', "colour"),
+        ('{"config": {"colour": 1}, "clip_sha256": "1", "data": {"train": 1}}', "colour"),
         ("[]", "config.json"),
-        ('{"config": {"epochs": "4"}}', "--epochs expects int"),
+        ('{"config": {"epochs": "4"}, "clip_sha256": "1", "data": {"train": 1}}',
+         "--epochs expects int"),
     ):
         (tmp_path / "config.json").write_text(content)
         one_line(train.main, ["--resume", tmp_path], capfd, word)
