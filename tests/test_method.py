@@ -85,6 +85,27 @@ def test_dualcoop_weights_its_locations_by_the_positive_similarity():
             assert shown[b, c].tolist() == pytest.approx(pos, abs=1e-5)
 
 
+def test_a_baseline_without_regions_matches_one_feature_of_the_whole_image():
+    """Table 3's first row, "omitting the attention module": the mean of the dense features."""
+    torch.manual_seed(0)
+    f, x = torch.randn(3, 7, 16), torch.randn(3, 16)
+    g_pos, g_neg = F.normalize(torch.randn(2, 4, 16), dim=-1)
+    for matching, whole in (("average", sum(f[:, n] for n in range(7)) / 7), ("global", x)):
+        logits = TRM(4, 16, matching=matching)(f, x, g_pos, g_neg).logits_r
+        for b in range(3):
+            cosines = [[float(F.cosine_similarity(whole[b], g[c], dim=0)) for c in range(4)]
+                       for g in (g_pos, g_neg)]
+            want = float(np.exp(3.91)) * (np.array(cosines[0]) - cosines[1])
+            assert np.allclose(logits[b].detach(), want, atol=1e-4), matching
+
+
+@pytest.mark.parametrize("matching, learned", (("dualcoop", True), ("dualcoop-fixed", False)))
+def test_dualcoops_spatial_temperature_starts_at_a_twentieth_and_is_learned_or_not(matching,
+                                                                                   learned):
+    scale = TRM(4, 16, matching=matching).log_spatial_scale
+    assert scale.exp().item() == pytest.approx(20) and scale.requires_grad == learned
+
+
 def test_a_slot_is_filled_from_the_first_row_on_and_not_before():
     memory = MemoryBank(4, 3, 2)
     memory.cursor.copy_(torch.tensor([0, 1, 3, 7]))
