@@ -4,6 +4,7 @@
 """
 import argparse
 import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,7 @@ from support.cli import make_parser, words
 from support.run_folder import begun
 
 PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
-CLIPS = ("tiny", "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
-         "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+CLIPS = ("tiny", *json.loads(Path(__file__).with_name("clip").joinpath("openai.json").read_text()))
 
 
 def option(default, help, low=0, high=2**31, above=None, choices=""):

@@ -10,7 +10,6 @@ into tensors. N images, C categories.
 import hashlib
 import os
 import random
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -171,9 +170,7 @@ def load(cfg):
     sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
     share = None
     if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
-        if not re.fullmatch(r"\d*\.?\d+(e-\d+)?", cfg.val) or float(cfg.val) >= 1:
-            raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {cfg.val}")
-        share = float(cfg.val)
+        share = held_share(cfg.val)
     parts = complete(cfg)
     train = parts.get("train")
     if cfg.single_positive == "splc":
@@ -211,6 +208,17 @@ def load(cfg):
     return splits
 
 
+def held_share(text):
+    """The share of the training rows that --val asks to hold out."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {text}")
+    return share
+
+
 def prompts_for(cfg, split):
     """What the classes are called in prompts: by --names, one a line, or else by --prompt-names."""
     names = split.names
@@ -222,11 +230,17 @@ def prompts_for(cfg, split):
     if is_sheet(cfg.data):
         return split.prompts
     if cfg.data == "cub" and cfg.prompt_names != "official":
-        # SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill'
-        names = [f"{name.split('::')[1].split('_(')[0]} {name.split('_')[1]}"
-                 if re.match("[^:]*_.*::.", name) else name for name in names]
+        names = [cub_prompt(name) for name in names]
     table = PROMPTS.get((cfg.data, cfg.prompt_names), {})
     return [table.get(name, name).replace("_", " ") for name in names]
+
+
+def cub_prompt(name):
+    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill', else as it is."""
+    group, _, value = name.partition("::")
+    if not value or "_" not in group:
+        return name
+    return f"{value.split('_(')[0]} {group.split('_')[1]}"
 
 
 def describe(split):

@@ -1,6 +1,6 @@
 """CLIP (Radford et al. 2021), the frozen backbone: global, dense and text features.
 
-Parameters carry the names of OpenAI's files, and `build` infers the architecture from the tensors.
+Parameters carry the names of OpenAI's files (weights.py).
 TRM-ML asks for more than the original: dense features f, a D-vector for each location of the last
 map (section 3.1), and prompts that enter as embeddings, so that context tokens can be learned.
 
@@ -329,44 +329,3 @@ class CLIP(nn.Module):
             pool.folded.weight.copy_(c.weight.double() @ v.weight.double())
             pool.folded.bias.copy_(c.weight.double() @ v.bias.double() + c.bias)
         return self.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-# ---- from tensors
-
-def dimensions(state):
-    """State dict with OpenAI's names -> the keyword arguments of CLIP, read off the shapes."""
-    def depth(prefix):  # number of blocks prefix0., prefix1., ...
-        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-
-    blocks = "transformer.resblocks."
-    text_width, embed_dim = state["text_projection"].shape
-    shape = dict(embed_dim=embed_dim, context_length=len(state["positional_embedding"]),
-                 vocab_size=len(state["token_embedding.weight"]), text_width=text_width,
-                 text_layers=depth(blocks), text_mlp=len(state[blocks + "0.mlp.c_fc.weight"]))
-    if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-        mlp = len(state[f"visual.{blocks}0.mlp.c_fc.weight"])
-        return shape | dict(layers=depth("visual." + blocks), vision_width=width, vision_mlp=mlp,
-                            patch=patch, resolution=grid * patch)
-    grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-    layers = [depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
-    width = len(state["visual.layer1.0.conv1.weight"])
-    return shape | dict(layers=layers, vision_width=width, patch=None, resolution=32 * grid)
-
-
-def build(state_dict, fold=False, activation="quickgelu", **heads):
-    """State dict with OpenAI's names -> CLIP in evaluation mode, float32, its tensors copied.
-    heads: text_heads, vision_heads, see CLIP. Raises where a tensor is missing, left over, of
-    another shape than the others show, or not finite."""
-    skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask", "logit_bias")
-    state = {name: t for name, t in state_dict.items()  # the encoders' weights alone
-             if name not in skipped and not name.endswith("num_batches_tracked")}
-    for name, t in state.items():
-        dense = (t.layout == torch.strided and t.is_floating_point()
-                 and 0 < t.numel() * t.element_size() <= t.untyped_storage().nbytes())
-        if not (dense and t.isfinite().all()):
-            raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected dense finite numbers")
-    model = CLIP(**dimensions(state), activation=activation, **heads).eval()
-    model.load_state_dict(state)
-    return model.fold() if fold else model

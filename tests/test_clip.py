@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from clip.model import dimensions, resize_positions
+from clip.model import resize_positions
+from clip.weights import dimensions
 from support import UserError
 
 TEXTS = ["a photo of a cat", "two dogs", "a red boat on the sea behind a house"]

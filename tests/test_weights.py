@@ -292,7 +292,7 @@ def test_wide_transformers_of_open_clip(tmp_path):
     shape = dict(embed_dim=24, resolution=48, layers=3, vision_width=104, patch=16, vision_mlp=512,
                  context_length=20, vocab_size=2514, text_width=128, text_layers=2, text_mlp=300)
     state = clip.CLIP(**shape, vision_heads=2).state_dict()
-    assert clip.model.dimensions(state) == shape
+    assert weights.dimensions(state) == shape
     folder = oc_folder(tmp_path, state, vision_cfg=dict(width=104, head_width=52, mlp_ratio=4.9231))
     model = clip.load(folder)
     assert model.visual.transformer.resblocks[0].attn.num_heads == 2

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import save as as_bytes
 from tqdm import tqdm
 
-from clip.model import CLIP, MEAN, STD, build
-from clip.weights import TINY
+from clip.model import CLIP, MEAN, STD
+from clip.weights import TINY, build
 from datasets import scenes
 from eval import metrics
 from support.checkpoint import write_atomically
