@@ -240,7 +240,7 @@ def cub_prompt(name):
     group, _, value = name.partition("::")
     if not value or "_" not in group:
         return name
-    return f"{value.split('_(')[0]} {group.split('_')[1]}"
+    return f"{value.split('_(')[0]} {name.split('_')[1]}"  # of the whole name: 'size::large' stays
 
 
 def describe(split):
