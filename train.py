@@ -194,13 +194,13 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         line = train_one_epoch(state, encoder, loader, cfg)
         state.epoch += 1
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
-        numbers, found = evaluate(model, encoder, g_zero, train_split, loaders if due else {},
-                                  cfg.score)
+        numbers, inference = evaluate(model, encoder, g_zero, train_split, loaders if due else {},
+                                      cfg.score)
         line |= numbers
         state.history.append(line)
         improved = is_best(state, numbers)
         if rank == 0:
-            save(run, state, fixed | found, improved)
+            save(run, state, fixed | inference, improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
