@@ -1,6 +1,6 @@
 # make demo    the whole method on drawn scenes, minutes on two cores      make test    the tests
 # make bench   timings: kernels, training step, loader                     make map     the README's map of equations
-# make clean   forget environment and generated data
+# make clean   delete the environment and generated data; runs stay
 PY := .venv/bin/python
 PYTHON ?= python3
 
@@ -33,4 +33,4 @@ bench: .venv/done
 	$(PY) -m pytest -q -s tests/bench_*.py
 
 clean:
-	rm -rf .venv generated runs
+	rm -rf .venv generated

@@ -64,7 +64,7 @@ class Config:
                             "known labels", 0, 0.9)
     queries: str = option("text", "start of the category queries", choices="random|text")
     context: int = option(16, "learned tokens of a prompt", 1)
-    score: str = option("region", "score of inference; mixed: the mean of the run's and CLIP's own",
+    score: str = option("region", "score of inference; mixed: the run's and zero-shot CLIP's",
                         choices="region|query|mean|mixed")
     # ---- losses
     alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)")
@@ -133,7 +133,7 @@ class Config:
 
     @property
     def first_stage(self):
-        """Epochs of the first stage, which trains without MMCP and MMCL."""
+        """Epochs of stage one: no pseudo-labels and no contrastive loss; the bank fills already."""
         return round(self.stage_one * self.epochs)
 
 
@@ -165,7 +165,8 @@ def checked(f, value):
     return value
 
 
-# --resume takes what says where things lie and how the machine is used: no number depends on it.
+# --resume takes new places and machine settings: they change nothing that is computed (kernels: up
+# to rounding).
 PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
 MACHINE = {"workers", "cache_dir", "kernels"}
 NOT_THE_RESULT = MACHINE | {"out"}

@@ -30,7 +30,7 @@ LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc20
 SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
 
 # How a class is called in a prompt, where that is not its name: --prompt-names "peers" (TaI-DPT,
-# DualCoOp; the default) or "words" (VOC's joined names split).
+# DualCoOp; the default), "words" (VOC's joined names split) or "official" (the data set's own).
 VOC_WORDS = {"diningtable": "dining table", "pottedplant": "potted plant",
              "tvmonitor": "tv monitor"}
 PROMPTS = {("coco", "peers"): {"motorcycle": "motor bike", "airplane": "aeroplane"},
@@ -137,8 +137,7 @@ def splc_lists(cfg, parts):
         folder, lists[0] = folder.parent, folder.name
     lists = [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
                   hint=": give its folder as --lists") for name in lists]
-    # The complete labels of these training images are not published: the list is the truth.
-    if cfg.data == "nuswide":
+    if cfg.data == "nuswide":  # whose list is the truth: complete labels are not published
         names, observed = positive_list(lists[0], 81, single=True)
         train = nuswide.photos(cfg.root, names, observed, lists[0])
         names, test = positive_list(lists[1], 81)
@@ -215,14 +214,15 @@ def held_share(text):
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UserError(f"--val is a share in [0, 1), or a sheet's second sheet; got {text}")
+        raise UserError("--val expects a share in [0, 1), or for a sheet the CSV of its validation "
+                        f"images; got {text}")
     return share
 
 
 def prompts_for(cfg, split):
     """What the classes are called in prompts: by --names, one a line, or else by --prompt-names."""
     names = split.names
-    if cfg.names and cfg.data != "vg200":  # which read it as its own names
+    if cfg.names and cfg.data != "vg200":  # vg200 has read them as its category names
         prompts = read_lines(cfg.names)
         if len(prompts) != len(names):
             raise UserError(f"{cfg.names}: expected {len(names)} lines, got {len(prompts)}")
@@ -240,7 +240,8 @@ def cub_prompt(name):
     group, _, value = name.partition("::")
     if not value or "_" not in group:
         return name
-    return f"{value.split('_(')[0]} {name.split('_')[1]}"  # of the whole name: 'size::large' stays
+    # as there, the whole name is split: 'has_size::large_(16_-_32_in)' -> 'large size::large'
+    return f"{value.split('_(')[0]} {name.split('_')[1]}"
 
 
 def describe(split):
@@ -277,7 +278,7 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         path = self.split.paths[index]
-        rng = random.Random(f"{self.seed},{epoch},{index}")  # text seeds alike everywhere
+        rng = random.Random(f"{self.seed},{epoch},{index}")  # the same numbers on every machine
         try:
             image = augment.read(path)
         except Exception as error:  # whatever a broken file makes a decoder raise

@@ -1,4 +1,4 @@
-"""Metrics, evaluation of a split, and a trained run that scores images (paper, Sec. 4.1).
+"""Metrics, evaluation after an epoch, and the command that uses a run (paper, Sec. 4.1).
 
     python eval.py runs/demo                                  the table of its test split
     python eval.py runs/demo --categories                     a line a category, doubtful labels
@@ -40,7 +40,7 @@ from tools.zero_shot import mixed_scores, zero_shot, zero_shot_scale, zero_shot_
 # choice is worse than the last epoch (docs/readings.md).
 ENOUGH = 10
 
-# ---- metrics: numpy only; scores are probabilities or anything that ranks
+# ---- metrics; scores are probabilities or anything that ranks
 
 
 def average_precision(scores, positive):
@@ -76,8 +76,9 @@ def metrics(scores, truth, threshold=0.5):
     """scores (n, C) probabilities, truth (n, C) in {1, -1, 0}; 0 is left out of every number.
 
     mAP       mean plain AP over the categories that have a positive; mAP_voc: the interpolated AP
-    CP CR CF1 precision, recall, F1 of the decisions at `threshold` (a number, or (C,)), mean over
-              the categories; OP OR OF1 of all decisions together. All in percent
+    CP CR CF1 of the decisions at `threshold` (a number, or (C,)): mean precision of all categories
+              (0 where nothing is found), mean recall of those with a positive, and the harmonic
+              mean of the two; OP OR OF1 of all decisions together. All in percent
     left_out  categories without a positive; positives: how many labels the numbers rest on
     """
     def f1(precision, recall):
@@ -113,6 +114,8 @@ def best_thresholds(scores, truth, k=2):
             thresholds[c] = (n * s[rank[f1.argmax()]] + k * 0.5) / (n + k)
     return thresholds
 
+
+# ---- in training
 
 class PseudoCount:
     """Pseudo-labels of an epoch against the truth that training may not see, in percent.
@@ -173,8 +176,9 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
                          threshold=threshold.tolist(), rests_on=rests_on.tolist())
 
 
-def is_best(state, numbers):
-    """Whether this epoch is the best so far, on validation or else on test; the state notes it."""
+def note_best(state, numbers):
+    """Notes the best epoch so far, on validation or else on test -> whether best.pt keeps it: a
+    choice on test is only told, as the peers tell it."""
     split = "val" if "val" in numbers else "test"
     enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1
     if split not in numbers or numbers[split]["positives"] < enough:
@@ -182,7 +186,7 @@ def is_best(state, numbers):
     if state.best and numbers[split]["mAP"] <= state.best["mAP"]:
         return False
     state.best = {"epoch": state.epoch, "chosen_on": split, "mAP": numbers[split]["mAP"]}
-    return True
+    return split == "val"
 
 
 # ---- command line

@@ -1,4 +1,4 @@
-"""The four losses and their sum, scalars (paper, Sec. 3.3, 3.5, 3.6; Eq. 6, 13, 14, 15).
+"""Three losses and their sum, scalars (paper, Sec. 3.3, 3.5, 3.6; Eq. 6, 13, 14, 15).
 
 B images, C categories, E width of the contrastive space, S samples.
 Labels: 1 present, -1 absent, 0 unknown.
@@ -10,7 +10,7 @@ from support.recompute import checkpointed
 
 
 def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_negative=0.0):
-    """Eq. 14, asymmetric loss: known labels only, easy ones damped. The print omits the minus.
+    """Eq. 14, asymmetric loss: easy labels are damped. The print omits the minus.
 
     logits (B, C) float;  labels (B, C) int, 1 / -1 / 0;  shift: the paper's c
     assume_negative   weight of the negative term on unknown labels (0: they contribute nothing)

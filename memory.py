@@ -51,7 +51,8 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def similarities(self, regions):
-        """Eq. 8, averaged over the l prototypes of the category: regions (B, C, D) -> s (2, B, C).
+        """Eq. 8 averaged over the l prototypes of a category: regions (B, C, D) -> s (2, B, C), the
+        inner mean of Eq. 9 and the s^u of Eq. 10.
 
         mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product a category,
         whatever the queue's length. NaN where nothing is stored.

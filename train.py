@@ -28,7 +28,7 @@ import data
 import kernels
 import losses
 from clip.features import autocast_dtype
-from eval import PseudoCount, evaluate, is_best
+from eval import PseudoCount, evaluate, note_best
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, read_checkpoint
@@ -44,8 +44,9 @@ from trm import Output
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
     """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) or None.
 
-    f (b, N, D) dense and x (b, D) global features of this process's images, b = B in one process;
-    labels (B, C) int8 of the whole batch, as each process computes the losses of all of it.
+    f (b, N, D) dense and x (b, D) global features (or None, where they are not asked for) of this
+    process's images, b = B in one process; labels (B, C) int8 of the whole batch: each process
+    computes the losses of all of it.
     """
     with torch.autocast(f.device.type, amp or torch.bfloat16, enabled=amp is not None):
         g_pos, g_neg = model.prompts(encoder)  # Sec. 3.1   (C, D)
@@ -53,9 +54,9 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
     # From here on: the whole batch, in float32.
     out = Output(*(part if part is None else gather(part.float(), len(labels)) for part in out))
 
-    # Sec. 3.4: the prototypes of the batch enter the bank, its similarities move the thresholds,
-    # and the unknown labels are estimated. In this order, so that the bank already holds the
-    # prototypes of the images that are compared with it.
+    # Sec. 3.4: the prototypes of the batch enter the bank, in stage one too. In stage two the
+    # similarities to the bank move the thresholds, then the unknown labels are estimated. In this
+    # order, so that the bank already holds the prototypes of the images that are compared with it.
     pseudo = None
     if cfg.uses("mmcp") or cfg.uses("mmcl"):
         memory.enqueue(out.energy, gather(f, len(labels)), labels, cfg.topk)  # Eq. 7
@@ -116,7 +117,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     pseudo_count, sums = PseudoCount(device), {}
     start, steps = time.perf_counter(), math.ceil(len(loader) / cfg.batch)
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
-               leave=False, disable=loader.rank > 0 or None)  # None: off where no terminal is
+               leave=False, disable=loader.rank > 0 or None)  # None: no bar without a terminal
     for i, (index, f, x) in enumerate(bar, 1):
         if stop.asked:
             raise KeyboardInterrupt
@@ -189,7 +190,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
               f"{count:.2f} Mi trainable; {kernels.chosen()}")
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
-                 clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # of what inference needs
+                 clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # the same in every epoch
     while state.epoch < cfg.epochs:
         line = train_one_epoch(state, encoder, loader, cfg)
         state.epoch += 1
@@ -198,7 +199,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
                                       cfg.score)
         line |= numbers
         state.history.append(line)
-        improved = is_best(state, numbers)
+        improved = note_best(state, numbers)
         if rank == 0:
             save(run, state, fixed | inference, improved)
             report.of_epoch(run, line, cfg.epochs)

@@ -1,9 +1,8 @@
 r"""Text-region matching: prompts, category-aware regions, their matching (Sec. 3.1-3.2, Eq. 1-5).
 
-    frozen CLIP image -> f (B, N, D) --CARL--> energy (B, C, N) --sigmoid, pool--> regions F^r --\
-                                         \--> queries F^q
-                                         ---------------------------------------match--> logits
-    learned prompts -> frozen CLIP text -> g_pos, g_neg (C, D) ---------------------------------/
+    image -> frozen CLIP -> f --CARL--> energy --sigmoid, pool f--> F^r --\
+                                  \-------------------------------> F^q --match--> logits r, q
+    learned prompts -> frozen CLIP -> g_pos, g_neg -----------------------/
 
 B images, C categories, N = h*w locations, D joint dimension of CLIP, W width of CLIP's text
 transformer, M context tokens (the paper's L). This file knows nothing of files, arguments or
@@ -21,9 +20,9 @@ from support.recompute import checkpointed
 
 
 def match(x, g_pos, g_neg, scale):
-    """Eq. 1 with dual prompts: cosine over tau to the positive text minus that to the negative one.
+    """Eq. 1 with dual prompts: (cosine to the positive text - cosine to the negative text) / tau.
 
-    x       (..., C, D)  visual feature of each category, any length
+    x       (..., C, D)  visual feature of each category, of any norm; (..., 1, D) one for all
     g_pos   (C, D)       text features of "category present";  g_neg (C, D) of "category absent"
     scale   scalar       1 / tau
     returns (..., C)     logits; the probability is sigmoid(logit), the two-way softmax over
@@ -39,15 +38,15 @@ class Prompts(nn.Module):
 
     clip     a frozen clip.CLIP, used here for the embeddings of the names only
     texts    C category names
+    M        context tokens of a prompt
     context  (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1
-    at_once  most prompts whose activations are kept for the backward pass (some 10 MB each in CLIP)
     """
-    at_once = 512
+    at_once = 512  # most prompts whose activations are kept for backward, some 10 MB each in CLIP
 
     def __init__(self, clip, texts, M=16):
         super().__init__()
         self.context = nn.Parameter(0.02 * torch.randn(2, len(texts), M, clip.W))
-        tokens = clip.tokenize(texts)  # (C, S) SOT, name, EOT, zeros
+        tokens = clip.tokenize(texts)  # (C, context_length) SOT, name, EOT, zeros
         eot = tokens.argmax(-1)  # EOT has the largest id
         longest = int(eot.max()) + 1
         if M + longest > clip.context_length:
@@ -55,7 +54,7 @@ class Prompts(nn.Module):
                              f"({texts[int(eot.argmax())]!r}) need {M + longest} tokens, CLIP "
                              f"reads {clip.context_length}: use fewer or a shorter name")
         # Nothing after EOT can reach it under the causal mask: the longest name gives the length.
-        embedded = clip.token_embedding(tokens[:, :longest]).detach()  # (C, S, W)
+        embedded = clip.token_embedding(tokens[:, :longest]).detach()  # (C, S, W)  S = longest
         self.register_buffer("sot", embedded[:, :1].clone(), persistent=False)
         self.register_buffer("name_eot", embedded[:, 1:].clone(), persistent=False)
         self.register_buffer("eot", eot + M, persistent=False)
@@ -64,7 +63,7 @@ class Prompts(nn.Module):
         """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context."""
         sot = self.sot.expand(2, -1, -1, -1)
         name = self.name_eot.expand(2, -1, -1, -1)
-        prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)  # (2C, 1+M+S, W)
+        prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)  # (2C, M+S, W)
         eot = self.eot.repeat(2)  # (2C,)
         parts = list(zip(prompts.split(self.at_once), eot.split(self.at_once)))
         g = torch.cat(checkpointed(clip.encode_prompts, parts))  # (2C, D)
@@ -79,10 +78,9 @@ class CARL(nn.Module):
     in CLIP's joint space. The layer's output is F^q (Eq. 3).
 
     queries  (C, D) start of the category queries Q, or None: random
-    dropout  of the attention's weights, the three residuals and the feed-forward
-    at_once  largest B*C*D whose activations are kept for the backward pass (some 60 bytes each)
+    dropout  of the cross-attention's weights, the three residuals and the feed-forward
     """
-    at_once = 2**25
+    at_once = 2**25  # largest B*C*D whose activations are kept for backward, some 60 bytes each
 
     def __init__(self, C, D, queries: Optional[Tensor] = None, dropout=0.0):
         super().__init__()
@@ -93,7 +91,7 @@ class CARL(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Dropout(dropout),
                                  nn.Linear(4 * D, D))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(D) for _ in range(3))
-        # Ours: with queries from the text encoder the energies start as CLIP's own similarity map.
+        # Ours: with queries from the text encoder the energies start close to CLIP's similarities.
         nn.init.eye_(self.q.weight)
         nn.init.eye_(self.k.weight)
         nn.init.xavier_uniform_(self.v.weight)
@@ -123,7 +121,8 @@ class CARL(nn.Module):
         # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: project C queries instead of B*N keys.
         q = self.q(Q)  # (C, D)
         energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5  # (B, C, N)   R of Eq. 3
-        # Softmax weights sum to one, so W_v may follow the sum over the locations as well.
+        # W_v may follow the sum over the locations: without dropout the weights sum to one, and
+        # with it the bias of W_v stays whole.
         mixed = self.dropout(energy.softmax(-1)) @ x  # (B, C, D)
         attended = self.out(self.v(mixed))  # (B, C, D)   Cross_Att(Q, f)
         h = self.norm2(Q + self.dropout(attended))
@@ -177,7 +176,8 @@ class TRM(nn.Module):
             self.log_spatial_scale = nn.Parameter(torch.tensor(20.0).log(), requires_grad=learned)
 
     def forward(self, f, x, g_pos, g_neg) -> Output:
-        """f (B, N, D) dense, x (B, D) global features, g_pos, g_neg (C, D) unit text features."""
+        """f (B, N, D) dense, x (B, D) global features (None where matching is not "global"),
+        g_pos, g_neg (C, D) unit text features."""
         scale = self.log_scale.exp()
         if self.matching == "carl":
             energy, regions, queries = self.carl(f)

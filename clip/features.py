@@ -2,10 +2,11 @@
 
     for index, f, x in FeatureLoader(images, clip).batches(epoch): ...
 
-index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` they are computed
+index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` both are computed
 once for V augmented views and written, bf16, to a memory-mapped file of V * n * (1 + N) * D * 2
 bytes (the global feature first); epoch e reads view e mod V. The file's name is a hash of images,
-transform and CLIP's weights; labels and masks do not enter. A cache is complete or absent.
+transform, CLIP's weights, --amp and shape; labels and masks do not enter. A cache is complete or
+absent.
 """
 import hashlib
 import math

@@ -50,7 +50,7 @@ class Tokenizer:
 
     @functools.cache
     def word(self, word):
-        """Its ids: of its byte symbols the most frequent pair is joined, until none is."""
+        """Ids of a word: the most frequent pair is joined, until no pair is in the table."""
         parts = [self.bytes[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:

@@ -124,7 +124,8 @@ POLICIES = [[(float(step[:-4]), step[-4:-1], int(step[-1])) for step in row.spli
 ENHANCE = {"col": ImageEnhance.Color, "con": ImageEnhance.Contrast, "sha": ImageEnhance.Sharpness,
            "bri": ImageEnhance.Brightness}
 PLAIN = {"aut": ImageOps.autocontrast, "equ": ImageOps.equalize, "inv": ImageOps.invert}
-# What the levels mean: slope, share of the side, change of the factor 1; degrees, threshold, bits.
+# Values of the levels 0..9: slope of a shear, shift as a share of the side, factor 1 +- change;
+# degrees, threshold of solarize, bits of posterize.
 SLOPE, SHIFT, FACTOR = (np.linspace(0, top, 10) for top in (0.3, 150 / 331, 0.9))
 SIGNED = {"shX": SLOPE, "shY": SLOPE, "trX": SHIFT, "trY": SHIFT, **dict.fromkeys(ENHANCE, FACTOR)}
 LEVELS = SIGNED | {"rot": np.linspace(0, 30, 10), "sol": np.linspace(256, 0, 10),

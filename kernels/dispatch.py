@@ -38,17 +38,24 @@ def use(path):
     return earlier
 
 
+def too_old():
+    """Whether the GPU is of Turing or before: tiles of half precision spill (compiled.csv)."""
+    return bool(torch.version.cuda) and torch.cuda.get_device_capability() < (8, 0)
+
+
 def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
     if triton is None or _path == "reference" or x.dtype == torch.float64:
         return False  # the kernels sum in float32
-    if x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False  # Turing: tiles of half precision spill (kernels/compiled.csv)
-    return x.is_cuda or (_path == "triton" and interpreted())
+    if x.is_cuda:
+        return not too_old()
+    return _path == "triton" and interpreted()
 
 
 def chosen():
     """One line: the path in use and why."""
+    if torch.cuda.is_available() and too_old() and _path != "reference":
+        return "kernels: reference (the GPU is older than sm_80)"
     if _path != "auto":
         where = ", in the interpreter" if _path == "triton" and interpreted() else ""
         return f"kernels: {_path} (asked for{where})"

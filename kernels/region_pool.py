@@ -23,7 +23,7 @@ def region_pool_reference(energy, f):
     return torch.bmm(mask, f)  # Eq. 4   (B, C, D)
 
 
-def region_pool_grad_reference(grad, energy, f):
+def region_pool_grad_reference(grad, energy, f):  # of the kernel: plain torch differentiates itself
     s = energy.sigmoid()  # (B, C, N)
     return torch.bmm(grad, f.mT).to(energy.dtype) * s * (1 - s)  # d energy
 
@@ -95,7 +95,7 @@ def grad_kernel(grad, energy, f, out, C, N, D, stride_c, stride_n,
 # ---- operators and autograd
 
 def blocks(C, dtype):
-    """Tile sizes: the largest that no GPU from sm_80 on spills (kernels/compiled.csv). float32
+    """Tile sizes: the largest that spill on no GPU from sm_80 on (kernels/compiled.csv). float32
     products are IEEE, on the ordinary units, unless torch.set_float32_matmul_precision asks for
     TF32 tensor cores: the same switch and default as torch.matmul. bfloat16 and float16 products
     are exact either way."""

@@ -1,4 +1,4 @@
-"""Prototypes, Eq. 7: of each known positive the features at the K largest energies, into its queue.
+"""Eq. 7: the features at the K largest energies of each known positive enter its category's queue.
 
 B images, C categories, N locations, D dims, L queue length, K rows an image. The rules of both
 paths:
@@ -27,7 +27,7 @@ def topk_prototypes_reference(energy, f, labels, bank, cursor, k):
     L, k = bank.shape[1], min(k, energy.shape[2])
     c, b = (labels == POSITIVE).t().nonzero(as_tuple=True)  # (P,) by category, then by image
     count = (labels == POSITIVE).sum(0)  # (C,)
-    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]  # (P,) of image
+    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]  # (P,) of c's
     e = energy[b, c]
     e = torch.where(e.isnan(), -torch.inf, e)  # (P, N)
     n = e.sort(dim=1, descending=True, stable=True).indices[:, :k]  # (P, k) equal: by location

@@ -6,8 +6,9 @@
     python -m paper.reproduce --figure 4 --image photos/                regions of both methods
     python -m paper.reproduce --study kd                                where the paper is silent
 
-Every option of train.py is accepted too and holds for all rows; a row changes some settings. The
-numbers are mAP after the last epoch. Tables go to --out as Markdown, every seed's numbers as JSON.
+The options of train.py hold for all rows, but for those that the rows set (--ratio, --matching,
+--without, ...). The numbers are mAP after the last epoch. Tables go to --out as Markdown, every
+seed's numbers as JSON.
 """
 import copy
 import json

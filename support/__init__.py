@@ -1,4 +1,4 @@
-"""What any program needs: the error class here; checkpoint.py, distributed.py, cli.py beside it."""
+"""What any program needs. Here: the error class; a check that `clip` and `datasets` are ours."""
 import os
 from importlib.util import find_spec
 

@@ -1,6 +1,7 @@
 """The edge of every command: options, one-line errors, exit status, Ctrl-C and SIGTERM, device.
 
     0 done    2 one line on stderr about something the user can mend    130 stopped
+    141 nobody reads the output any more (`| head`)
 """
 import argparse
 import difflib

@@ -2,8 +2,10 @@
 
     config.json      settings, sha256 of CLIP's weights and of each split's names, labels, truth
     metrics.jsonl    a line an epoch
-    last.pt          all that training goes on from
-    best.pt          what inference needs, of the best epoch
+    last.pt          all that training goes on from (checkpoint.State), and all of best.pt
+    best.pt          what inference needs of the epoch that validation chose: model, epoch, config,
+                     names, clip_sha256, g_pos, g_neg, g_zero, zero_shot_scale, threshold, rests_on
+    curves.png, regions.png, and tensorboard/ where that is installed
 """
 import dataclasses
 import json

@@ -353,6 +353,17 @@ def test_choice_of_path(triton_path):
         kernels.use("cuda")
 
 
+@pytest.mark.parametrize("capability, path", (((7, 5), "reference"), ((8, 0), "triton")))
+def test_what_is_told_is_what_runs_on_a_gpu(monkeypatch, capability, path):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(kernels.dispatch, "triton", kernels.dispatch)  # any: it is installed
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert kernels.runs_triton(on_gpu) == (path == "triton")
+    assert kernels.chosen().startswith(f"kernels: {path} (")
+
+
 def test_the_fixture_restores_the_choice():
     assert kernels.dispatch._path == "auto" and "asked for" not in kernels.chosen()
 

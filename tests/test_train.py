@@ -178,13 +178,13 @@ def test_a_sheet_brings_its_recipe(tmp_path, rows, batch):
 
 
 def test_few_positives_choose_no_epoch(monkeypatch):
-    """Ten a category on average let validation choose; a test split chooses with any."""
+    """Ten a category on average let validation choose; test's best is told, and never kept."""
     monkeypatch.setattr("eval.ENOUGH", 10)
-    for split, positives, chosen in (("val", 19, False), ("val", 20, True), ("test", 1, True),
-                                     ("test", 0, False)):
+    for split, positives, noted, kept in (("val", 19, False, False), ("val", 20, True, True),
+                                          ("test", 1, True, False), ("test", 0, False, False)):
         state = SimpleNamespace(memory=SimpleNamespace(cursor=[0, 0]), best=None, epoch=3)
-        assert train.is_best(state, {split: dict(positives=positives, mAP=50.0)}) == chosen
-        assert (state.best is not None) == chosen
+        assert train.note_best(state, {split: dict(positives=positives, mAP=50.0)}) == kept
+        assert (state.best is not None) == noted
 
 
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))

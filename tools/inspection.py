@@ -68,7 +68,8 @@ def inspect(predictor, image, labels=None):
                 pseudo=memory.pseudo_labels(s, torch.zeros_like(logits_r))[0])
     if labels is not None:
         labels = torch.as_tensor(labels, device=f.device)[None]  # (1, C)
-        asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift)
+        asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift,
+                   assume_negative=cfg.assume_negative)
         terms = {"L_q": losses.asymmetric(logits_q, labels, **asl),
                  "L_r": losses.asymmetric(logits_r, labels, **asl),
                  "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature,

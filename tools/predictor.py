@@ -1,4 +1,4 @@
-"""A split or photos, scored by a model; a trained run that does it (paper, Eq. 5; inference).
+"""Scores a split or photos with a model (Eq. 5; Sec. 3.6, inference), and Predictor, a trained run.
 
 n images, B of a batch, C categories, N = h*w locations, D dims.
 """
@@ -176,6 +176,7 @@ class ZeroShot(Predictor):
     """
 
     def __init__(self, cfg):
+        # "average": region_map then shows the cosines as they are
         self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
         self.parts = dict.fromkeys(("train", "val", "test")) | data.complete(self.cfg)
         self.names = self.parts["train"].names
@@ -193,5 +194,6 @@ class ZeroShot(Predictor):
         return 1 / (1 + np.exp(-2 * (z - 1)))
 
     def score(self, f, x):
+        """Cosines (B, C), not probabilities, and trm.Output."""
         energy = self.g @ F.normalize(f, dim=-1).mT  # (B, C, N)
         return energy.amax(-1), Output(energy.amax(-1), energy=energy)

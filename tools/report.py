@@ -48,7 +48,7 @@ def of_run(run, cfg, state, encoder, splits, seconds):
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
               f"{mAPs(history[best['epoch'] - 1])}")
     else:
-        print("no best epoch: too few known positives to choose it on; eval.py takes the last one")
+        print("no best epoch: too few known positives to choose it on")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
     curves(history, run / "curves.png", weights, best and best["epoch"])
     train_split, val_split, test_split = splits
