@@ -1,6 +1,6 @@
 """Trains the small CLIP that ships, from nothing: drawn scenes and captions, CLIP's loss.
 
-    python -m tools.pretrain        # writes clip/tiny.safetensors; 20 minutes on two cores
+    python -m tools.pretrain        # writes clip/tiny.safetensors; 20 to 40 minutes on two cores
 
 The file tells how it was made and how well it does without further training. The pictures are small
 canvases (128 px, 1 to 3 objects, as large in pixels as on the 256 px scenes that it will see), so
