@@ -23,7 +23,7 @@ from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
                            read_lines, require_unique, signed, twins)
 from datasets.csv_sheet import is_sheet
-from support import UserError
+from support import UserError, refused
 
 LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc2012": voc.load,
            "vg200": vg200.load, "nuswide": nuswide.load, "cub": cub.load}
@@ -94,10 +94,8 @@ def read_mask(path, split):
         array = read_array(path)
     else:
         rows = [line.replace(",", " ").split() for line in read_lines(path)]
-        try:
+        with refused(f"{path}: not a mask file, .npy, .npz or text"):
             array = np.array(rows, float)
-        except ValueError as error:
-            raise UserError(f"{path}: not a mask file, .npy, .npz or text ({error})") from None
     if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
         raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
                         f"{array.shape} of type {array.dtype}")

@@ -28,13 +28,12 @@ import torch
 from config import Config, preset
 from support import UserError
 from support.cli import run_main
-from support.distributed import gather_scores
 from tools.categories import table as of_categories
 from tools.localise import localisation, upright_boxes
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.suggest import suggest
-from tools.zero_shot import mixed_scores, zero_shot, zero_shot_scale, zero_shot_text
+from tools.zero_shot import mixed, zero_shot, zero_shot_scale, zero_shot_text
 
 # Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
 # choice is worse than the last epoch (docs/readings.md).
@@ -159,11 +158,11 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
     threshold, rests_on = np.full(len(g_pos), 0.5), np.zeros(len(g_pos), int)
     for name, loader in loaders.items():
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
-        scores = gather_scores(scores, len(loader), loader.batch)
         if scale is None and name != "test":
             scale = zero_shot_scale(scores, positives)
         if scale is not None:
-            scores["mixed"] = mixed_scores(scores, scale)
+            scores["mixed"] = mixed(scores, scale)
+        scores = {kind: p.numpy() for kind, p in scores.items()}
         if name != "train":
             truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
             AP = precision_per_category(chosen, truth).tolist()

@@ -75,15 +75,13 @@ class FeatureLoader:
     def batches(self, epoch, shuffle=True):
         """One pass. f is float32, or autocast's dtype in training (shuffle).
 
-        In training all processes get equally many rows: a batch that does not divide repeats its
-        first image, which distributed.gather cuts off again. In evaluation each image comes once.
+        All processes get equally many rows: a batch that does not divide repeats its first image,
+        which distributed.gather cuts off again.
         """
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
-        parts = order.split(self.batch)
-        if shuffle:
-            parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)]) for part in parts]
-        parts = [part[self.rank::self.world] for part in parts if len(part) > self.rank]
+        parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)])[self.rank::self.world]
+                 for part in order.split(self.batch)]
         dtype = self.amp if shuffle and self.amp else torch.float32
         source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
         for data, index in self.timed(source):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from clip.model import MEAN, STD
-from support import UserError
+from support import UserError, refused
 
 TOKENS = r"(text_model\.embeddings\.|text\.)?token_embedding\.weight$"  # a name that all CLIPs have
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text())
@@ -54,7 +54,7 @@ def configuration(folder, hugging_face, shape):
     file = folder / ("config.json" if hugging_face else "open_clip_config.json")
     if not file.is_file():
         return None, {}, MEAN, STD
-    try:
+    with refused(f"{file.name} is no configuration of CLIP: get the one of the weights, or none"):
         of_them = of_hugging_face if hugging_face else of_open_clip
         activation, heads, mean, std = of_them(json.loads(file.read_bytes()), shape, folder)
         if mean is None or std is None:
@@ -63,11 +63,6 @@ def configuration(folder, hugging_face, shape):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean} and std {std} of three channels")
         return activation, heads, mean, std
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged or foreign file leads to
-        raise UserError(f"{file.name} is no configuration of CLIP ({error!r:.80}): get the file "
-                        "that belongs to the weights, or take it away") from None
 
 
 def agree(given, strict, **expected):

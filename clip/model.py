@@ -269,10 +269,10 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * text_width) ** -0.5)
             nn.init.normal_(block.mlp["c_proj"].weight, std=small)
 
-    def tokenize(self, texts):
-        """T strings -> (T, context_length) int64. A text that is too long is refused."""
+    def tokenize(self, texts, truncate=False):
+        """T strings -> (T, context_length) int64. A text that is too long is refused, or cut."""
         device = self.positional_embedding.device
-        return tokenizer(self.vocab_size)(texts, self.context_length).to(device)
+        return tokenizer(self.vocab_size)(texts, self.context_length, truncate).to(device)
 
     def encode_prompts(self, embeddings, eot):
         """embeddings (T, S, W), S up to context_length, without positions; eot (T,) index of the

@@ -70,11 +70,13 @@ class Tokenizer:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))  # repaired; escaped once or twice
         return [i for word in WORDS.findall(text.lower()) for i in self.word(word)]
 
-    def __call__(self, texts, context_length):
+    def __call__(self, texts, context_length, truncate=False):
         """list of T strings -> (T, context_length) int64: start, ids, end, zeros."""
         tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
+            if truncate:
+                ids[context_length - 1:-1] = []
             if len(ids) > context_length:
                 raise UserError(f"a text may have {context_length} tokens (start and end "
                                 f"included), this one has {len(ids)}: {text[:60]!r}; shorten it")

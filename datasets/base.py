@@ -15,7 +15,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from support import UserError
+from support import UserError, refused
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project
 PER_IMAGE = ("paths", "labels", "truth", "boxes", "sizes", "unused", "listed", "where")
@@ -119,23 +119,16 @@ def read_lines(path, names=None):
 
 
 def read_json(path, **options):
-    raw = read_bytes(path)
-    try:
-        return json.loads(raw, **options)
-    except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8
-        raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from None
+    with refused(f"{path}: not valid JSON, is the download complete?"):
+        return json.loads(read_bytes(path), **options)
 
 
 def read_array(path):
     """The array of a .npy, or the only one of a .npz; pickles are never loaded."""
-    raw = read_bytes(path)
-    try:
-        found = np.load(io.BytesIO(raw), allow_pickle=False)
+    with refused(f"{path}: not an array file, .npy or .npz of one array"):
+        found = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
         array, = [found] if isinstance(found, np.ndarray) else found.values()
         return array
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{path}: not an array file, .npy or .npz of one array "
-                        f"({str(error)[:150]}); save it again") from None
 
 
 # ---- images

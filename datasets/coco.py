@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, require_files
-from support import UserError
+from support import UserError, refused
 
 NEEDS = {"images": "a file_name and an id of its own",
          "annotations": "a listed image_id and category_id; a bbox, if any, within the image"}
@@ -29,12 +29,9 @@ def split(root, folder, keep_unannotated=False, by_id=False):
     path = find(root, f"annotations/instances_{folder}.json", hint=hint)
     images = find(root, folder, folders=("", "images"))
     content = read_json(path, object_hook=without_polygons)
-    try:
+    with refused(f"{path}: expected COCO's images, annotations, categories with id and name"):
         categories = sorted((c["id"], str(c["name"]).strip()) for c in content["categories"])
         listed, notes = list(content["images"]), list(content["annotations"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected COCO's images, annotations and categories with id and "
-                        f"name; {error!r}") from None
     names = [name for _, name in categories]
     for name in names:
         ids = [key for key, other in categories if other == name]

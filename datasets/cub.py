@@ -9,7 +9,7 @@ import numpy as np
 
 from datasets.base import (Split, find, read_bytes, read_lines, require_files, require_unique,
                            signed)
-from support import UserError
+from support import UserError, refused
 
 FOLDERS = ("CUB_200_2011/CUB_200_2011", "CUB_200_2011", "")
 
@@ -39,10 +39,8 @@ def numbered(path):
 
 def image_labels(path, N, C):
     """Lines 'image attribute 0|1 ...', some with stray fields after these -> (N, C) int8."""
-    try:
+    with refused(f"{path}: expected lines 'image attribute 0|1 ...'"):
         table = np.loadtxt(io.BytesIO(read_bytes(path)), int, usecols=(0, 1, 2), ndmin=2)
-    except ValueError as error:
-        raise UserError(f"{path}: expected lines 'image attribute 0|1 ...': {error}") from None
     cells = np.indices((N, C)).reshape(2, -1).T + 1  # (N C, 2): 1 1, 1 2, ...
     if not np.array_equal(table[:, :2], cells) or not np.isin(table[:, 2], (0, 1)).all():
         raise UserError(f"{path}: expected 'image attribute 0|1 ...' for {N} images x {C} "

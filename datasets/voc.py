@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from datasets.base import NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files
-from support import UserError
+from support import UserError, refused
 
 VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
          person pottedplant sheep sofa train tvmonitor""".split()
@@ -57,13 +57,11 @@ def class_list(path, ids, difficult):
 def annotation(path, difficult):
     """One XML file -> (20,) int8."""
     labels = np.full(len(VOC), NEGATIVE, np.int8)
-    try:
+    with refused(f"{path}: not an annotation of VOC's 20 classes"):
         tree = ElementTree.fromstring(read_bytes(path))
         if tree.tag != "annotation":
             raise ValueError(f"it is <{tree.tag}>")
         for thing in tree.iter("object"):
             if difficult == POSITIVE or thing.findtext("difficult", "0").strip() != "1":
                 labels[VOC.index(thing.findtext("name").strip().lower())] = POSITIVE
-    except (ElementTree.ParseError, ValueError, AttributeError, LookupError) as error:
-        raise UserError(f"{path}: not an annotation of VOC's 20 classes ({error})") from None
     return labels

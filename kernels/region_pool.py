@@ -23,11 +23,6 @@ def region_pool_reference(energy, f):
     return torch.bmm(mask, f)  # Eq. 4   (B, C, D)
 
 
-def region_pool_grad_reference(grad, energy, f):  # of the kernel: plain torch differentiates itself
-    s = energy.sigmoid()  # (B, C, N)
-    return torch.bmm(grad, f.mT).to(energy.dtype) * s * (1 - s)  # d energy
-
-
 # ---- kernels
 
 INTERPRETED = tl.constexpr(interpreted())
@@ -113,7 +108,10 @@ def dense(energy):
     return energy if energy.mT.is_contiguous() else energy.contiguous()
 
 
-def launch_pool(energy, f):
+# Operators of torch.library: torch.compile knows them.
+
+@operator("trm_ml::region_pool", mutates_args=())
+def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     (B, C, N), D, energy = energy.shape, f.shape[2], dense(energy)
     out, how = f.new_empty(B, C, D), blocks(C, f.dtype)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(D, how["BLOCK_D"]),)
@@ -121,25 +119,14 @@ def launch_pool(energy, f):
     return out
 
 
-def launch_grad(grad, energy, f):
+@operator("trm_ml::region_pool_grad", mutates_args=())
+def grad_op(grad: torch.Tensor, energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     (B, C, N), D, energy = energy.shape, f.shape[2], dense(energy)
     out, how = torch.empty_like(energy), blocks(C, f.dtype)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(N, how["BLOCK_N"]),)
     grad_kernel[grid](grad.contiguous(), energy, f.contiguous(), out, C, N, D,
                       *energy.stride()[1:], **how)
     return out
-
-
-# Operators of torch.library: torch.compile and the FLOP counter know them.
-
-@operator("trm_ml::region_pool", mutates_args=())
-def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    return (launch_pool if runs_triton(energy) else region_pool_reference)(energy, f)
-
-
-@operator("trm_ml::region_pool_grad", mutates_args=())
-def grad_op(grad: torch.Tensor, energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    return (launch_grad if runs_triton(energy) else region_pool_grad_reference)(grad, energy, f)
 
 
 pool_op.register_fake(lambda energy, f: f.new_empty(*energy.shape[:2], f.shape[2]))

@@ -10,17 +10,17 @@ categories that it names. TaI-DPT's two kinds of prompts do not meet before infe
 two runs here, whose scores are averaged (`eval.py RUN --ensemble RUN`). Unlike there, our dual
 prompts and Eq. 14 take the place of its ranking loss.
 """
-import re
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 
 from clip.features import epoch_order
 from data import SCENES
 from datasets.base import NEGATIVE, POSITIVE, Split, read_json
-from support import UserError
+from support import UserError, refused
 
 # Words that mean the same, one group a line: a category is named by every word of the groups that
 # hold its own name, and by their plurals. Words that mostly mean something else in captions
@@ -31,42 +31,38 @@ PLURALS = (("man$", "men"), ("(?<=[^aeiou])y$", "ies"), ("(?<=[^f])fe?$", "ves")
            ("(?<=[sxzo])$|(?<=[sc]h)$", "es"), ("$", "s"))
 
 
-def words_of(text):
-    return re.findall("[a-z]+", text.lower())
+def plain(text):
+    """Its words, letters alone, between single blanks."""
+    return " ".join(regex.findall("[a-z]+", text.lower()))
 
 
 def forms(phrase):
-    """"fire truck" -> {("fire", "truck"), ("fire", "trucks")}: the words of a phrase, its last one
-    in the singular and the plural."""
-    *first, last = words_of(phrase)
-    ending, plural = next(rule for rule in PLURALS if re.search(rule[0], last))
-    return {(*first, last), (*first, re.sub(ending, plural, last))}
+    """"fire truck" -> {"fire truck", "fire trucks"}: a phrase and its plural."""
+    ending, plural = next(rule for rule in PLURALS if regex.search(rule[0], phrase))
+    return {phrase, regex.sub(ending, plural, phrase)}
 
 
 def vocabulary(names):
-    """{words of a phrase: category numbers}, from the names and the groups that hold them."""
+    """{phrase: category numbers}, from the names and the groups that hold them."""
     groups = [line.split(", ") for line in SAME.read_text(encoding="utf-8").splitlines()]
     # Longer phrases are known even where no category has their name: a hot dog is no dog.
-    found = {words: set() for phrase in chain(*groups) for words in forms(phrase) if len(words) > 1}
+    found = {form: set() for phrase in chain(*groups) for form in forms(phrase) if " " in form}
     for c, name in enumerate(names):
-        own = " ".join(words_of(name))
+        own = plain(name)
         if not own:
             raise UserError(f"captions are searched for the letters a to z, the category {name!r} "
                             "has none: rename it in the data")
         for phrase in {own}.union(*(group for group in groups if own in group)):
-            for words in forms(phrase):
-                found.setdefault(words, set()).add(c)
+            for form in forms(phrase):
+                found.setdefault(form, set()).add(c)
     return found
 
 
-def mentioned(text, phrases):
-    """The categories that a caption names: the longest phrase at each place, left to right."""
-    words, longest, found = words_of(text), max(map(len, phrases)), set()
-    while words:
-        length = next((n for n in range(longest, 0, -1) if tuple(words[:n]) in phrases), 1)
-        found.update(phrases.get(tuple(words[:length]), ()))
-        words = words[length:]
-    return found
+def mentioned(texts, phrases):
+    """Yields for each caption the categories that it names, by the longest phrase at each place."""
+    longest = regex.compile(r"\b\L<phrases>\b", phrases=list(phrases))
+    for text in texts:
+        yield set().union(*(phrases[phrase] for phrase in longest.findall(plain(text))))
 
 
 def load(cfg, split):
@@ -74,30 +70,19 @@ def load(cfg, split):
     captions of the first cfg.train_images images, those that name a category."""
     file = cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json")
     raw = read_json(file)
-    try:
+    with refused(f"{file} expected as COCO's captions_train2014.json"):
         wanted = {image["id"] for image in raw["images"][:cfg.train_images]}
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} expected as COCO's captions_train2014.json: {error}") from None
     phrases = vocabulary(split.names)
     labels = np.full((len(texts), len(split.names)), NEGATIVE, np.int8)  # not named: absent
-    for row, text in zip(labels, texts):
-        row[list(mentioned(text, phrases))] = POSITIVE
+    for row, found in zip(labels, mentioned(texts, phrases)):
+        row[list(found)] = POSITIVE
     unused = ~(labels == POSITIVE).any(1)
     if unused.all():
         raise UserError(f"{file}: none of its {len(texts)} captions names one of the categories: "
                         f"{', '.join(split.names[:5])}, ...")
     return Split("captions", texts, list(split.names), labels, prompts=split.prompts, unused=unused,
                  dropped={"captions that name no category": int(unused.sum())}).used()
-
-
-def tokens_of(clip, text):
-    """(S,) tokens of a caption; one that is too long loses its end."""
-    try:
-        return clip.tokenize([text])[0].int().cpu()
-    except UserError:
-        words = text.split()
-        return tokens_of(clip, " ".join(words[:len(words) * 3 // 4]))
 
 
 class Captions:
@@ -107,7 +92,7 @@ class Captions:
         self.split, self.clip, self.batch, self.seed = split, clip, batch, seed
         self.device, self.rank, self.world = device, rank, world
         self.waited = 0.0
-        self.tokens = torch.stack([tokens_of(clip, text) for text in split.paths])  # (n, S)
+        self.tokens = clip.tokenize(split.paths, truncate=True).int().cpu()  # (n, S)
 
     def __len__(self):
         return len(self.tokens)

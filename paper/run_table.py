@@ -11,12 +11,12 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import clip
 import data
@@ -67,17 +67,10 @@ class Runs:
             self.train(first)
         configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in wanted)}
         todo = [cfg for cfg in configs.values() if not finished(cfg)]
-        if todo:
-            print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
-        start = time.perf_counter()
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
-        for count, cfg in enumerate(trained, 1):
-            told = "diverged"
-            if finished(cfg):
-                told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}"
-            left = (time.perf_counter() - start) * (len(todo) / count - 1) / 60
-            print(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}, {left:.0f} minutes left",
-                  flush=True)
+        for cfg in tqdm(trained, "runs", len(todo)):
+            told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}" if finished(cfg) else "diverged"
+            tqdm.write(f"{Path(cfg.out).name}: {told}")
 
     @functools.cached_property
     def test(self):

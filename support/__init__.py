@@ -1,4 +1,5 @@
-"""What any program needs. Here: the error class; a check that `clip` and `datasets` are ours."""
+"""What any program needs. Here: the errors; a check that `clip` and `datasets` are ours."""
+import contextlib
 import os
 from importlib.util import find_spec
 
@@ -15,3 +16,14 @@ class UserError(ValueError):
 
     def __init__(self, message):  # a loader's process sends its traceback: the last line is kept
         super().__init__(" ".join(str(message).rsplit("UserError: ", 1)[-1].split()))
+
+
+@contextlib.contextmanager
+def refused(message):
+    """Whatever a damaged or foreign file makes a reader raise becomes UserError(message)."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{message} ({str(error)[:150]})") from None

@@ -10,7 +10,6 @@ nothing. B images of a batch over all ranks, b of this rank's, n of a split.
 import atexit
 import os
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -36,27 +35,16 @@ def barrier():
         dist.barrier()
 
 
-class AllGather(torch.autograd.Function):
-    """x (b, ...) of each rank -> (W, b, ...) on all of them."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # each rank's loss reaches each rank's rows
-        return grad[dist.get_rank()]
-
-
 def gather(x, B):
-    """Equal shares x (b, ...) of all ranks -> the batch's B rows in order, with gradients."""
+    """Equal shares x (b, ...) of all ranks -> the batch's B rows in order. Gradients reach this
+    rank's rows, times W: each rank has the loss of the whole batch, and the mean is taken."""
     if x is None or not dist.is_initialized():
         return x
-    return AllGather.apply(x).transpose(0, 1).flatten(0, 1)[:B]  # behind row B: padding
+    W = dist.get_world_size()
+    parts = [torch.empty_like(x) for _ in range(W)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[dist.get_rank()] = x + (W - 1) * (x - x.detach())
+    return torch.stack(parts, 1).flatten(0, 1)[:B]  # behind row B: padding
 
 
 def average_gradients(parameters):
@@ -68,16 +56,3 @@ def average_gradients(parameters):
     dist.all_reduce(flat)
     for grad, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads])):
         grad.copy_(mean.view_as(grad))
-
-
-def gather_scores(scores, n, batch):
-    """{name: (b, C) scores of this rank} -> {name: (n, C)}: every image once, in order."""
-    if not dist.is_initialized():
-        return scores
-    world = dist.get_world_size()
-    parts = [None] * world
-    dist.all_gather_object(parts, scores)
-    batches = np.split(np.arange(n), range(batch, n, batch))
-    place = np.concatenate([rows[r::world] for r in range(world) for rows in batches])
-    return {name: np.concatenate([part[name] for part in parts if part])[np.argsort(place)]
-            for name in parts[0]}  # of few images the last ranks have none

@@ -16,7 +16,6 @@ import data
 from tools import check, review
 import fake_datasets as fake
 import eval as evaluation
-from support import distributed as ranks
 from paper import reproduce
 from datasets import scenes
 import train
@@ -324,16 +323,6 @@ def test_zero_is_a_value_of_table_2(tmp_path):
         for given in ([], ["--assume-negative", "0"])
     ]
     assert parsed == [0.3, 0.0]
-
-
-def test_a_rank_without_an_image_leaves_the_scores_to_the_others(monkeypatch):
-    parts = [{"region": np.zeros((1, 3))}, {"region": np.ones((1, 3))}, {}]
-    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(
-        ranks.dist, "all_gather_object", lambda into, _: into.__setitem__(slice(None), parts)
-    )
-    assert ranks.gather_scores({}, 2, 6)["region"].tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
 @posix

@@ -78,21 +78,21 @@ def record(cfg, folder, name):
         # 6 and 5: one image more on rank 0
         boxes=test.boxes and test.boxes[:11],
     )
-    steps, step, states, scores, gather = [], train.training_step, [], {}, eval.gather_scores
+    steps, step, states, scores, whole = [], train.training_step, [], {}, eval.score_split
 
     def recorded(*args):
         loss, terms, pseudo = step(*args)
         steps.append({k: float(v) for k, v in (terms | {"L": loss}).items()})
         return loss, terms, pseudo
 
-    def gathered(*args):  # val in the first epoch, all else after it: test comes last
-        found = gather(*args)
+    def scored(*args):  # val in the first epoch, all else after it: test comes last
+        found, maps = whole(*args)
         scores["test" if "val" in scores else "val"] = found["region"]
-        return found
+        return found, maps
 
     with (
         mock.patch.object(train, "training_step", recorded),
-        mock.patch.object(eval, "gather_scores", gathered),
+        mock.patch.object(eval, "score_split", scored),
         mock.patch("tools.plots.curves"),
     ):
         train.train(
@@ -104,7 +104,7 @@ def record(cfg, folder, name):
             terms=steps,
             memory=state.memory.state_dict(),
             model=state.model.state_dict(),
-            scores={k: torch.tensor(v) for k, v in scores.items()},
+            scores=scores,
             history=state.history,
         ),
         folder / name,

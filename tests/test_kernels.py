@@ -176,11 +176,6 @@ def test_one_feature_for_all_categories_takes_the_reference(triton_path, launche
     assert kernels.match(x, toward, 1.0).shape == (2, 3) and not launched
 
 
-def test_gradcheck_of_the_autograd_wiring():
-    energy, f, _ = inputs((2, 3, 5, 4), torch.float64)
-    assert torch.autograd.gradcheck(pool_op, (energy.requires_grad_(), f.requires_grad_()))
-
-
 def test_flops(triton_path):
     energy, f, _ = inputs((2, 3, 20, 8), torch.float32, triton_path)
     with FlopCounterMode(display=False) as counter:
@@ -307,12 +302,13 @@ def test_opcheck(path, triton_path):
         torch.zeros(3, 4, 8, device=triton_path),
         torch.zeros(3, dtype=torch.int64, device=triton_path),
     )
-    torch.library.opcheck(grad_op, (g, energy, f))
     torch.library.opcheck(
         topk_op,
         (energy, f, torch.ones(2, 3, dtype=torch.int8, device=triton_path), bank, cursor, 3),
     )
-    torch.library.opcheck(pool_op, (energy.requires_grad_(), f.requires_grad_()))
+    if path == "triton":
+        torch.library.opcheck(grad_op, (g, energy, f))
+        torch.library.opcheck(pool_op, (energy.requires_grad_(), f.requires_grad_()))
 
 
 @pytest.mark.parametrize("path", ["triton", "reference"])

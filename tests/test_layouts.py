@@ -172,8 +172,8 @@ def test_folders_and_arguments(coco, tmp_path):
     root = coco[0]
     for match, options in (
         ("expected one of --single-positive", dict(ratio=0.5, single_positive="largeloss")),
-        ("--val is a share", dict(val=1.5)),
-        ("--val is a share", dict(val="x.csv")),
+        ("--val expects a share", dict(val=1.5)),
+        ("--val expects a share", dict(val="x.csv")),
         ("cannot be read", dict(names=tmp_path / "none.txt")),
         ("the file is empty", dict(mask=tmp_path / "file")),
         ("no positive label", dict(ratio=1e-9)),

@@ -15,8 +15,7 @@ from support import UserError
 from support.checkpoint import read_checkpoint
 from tools import report
 from tools.predictor import Predictor
-from tools.zero_shot import (mixed, mixed_scores, zero_shot, zero_shot_scale, zero_shot_score,
-                             zero_shot_text)
+from tools.zero_shot import mixed, zero_shot, zero_shot_scale, zero_shot_score, zero_shot_text
 
 
 def spread(values):
@@ -39,8 +38,9 @@ def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
     rng = np.random.default_rng(0)
     p = rng.uniform(0.05, 0.95, (7, 3)).astype(np.float32)
     cosine = rng.normal(0.2, 0.02, (7, 3)).astype(np.float32)
-    scores, known = {"region": p, "zero-shot": cosine}, (0, 1, 40)
-    got = mixed_scores(scores, zero_shot_scale(scores, known))
+    scores = {"region": torch.from_numpy(p), "zero-shot": torch.from_numpy(cosine)}
+    known = (0, 1, 40)
+    got = mixed(scores, zero_shot_scale(scores, known))
     for c in range(3):
         logit = [math.log(v / (1 - v)) for v in p[:, c].tolist()]
         (m, s), (mz, sz) = spread(logit), spread(cosine[:, c].tolist())
@@ -51,8 +51,8 @@ def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
 
 
 def test_a_category_without_spread_breaks_nothing():
-    scores = {"region": np.full((4, 1), 0.3, np.float32), "zero-shot": np.zeros((4, 1), np.float32)}
-    assert np.allclose(mixed_scores(scores, zero_shot_scale(scores, [5])), 0.3, atol=1e-6)
+    scores = {"region": torch.full((4, 1), 0.3), "zero-shot": torch.zeros(4, 1)}
+    assert np.allclose(mixed(scores, zero_shot_scale(scores, [5])), 0.3, atol=1e-6)
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
     run(world, tmp_path / "run", epochs=1, **({} if val is None else dict(val=val)))
     predictor = Predictor(tmp_path / "run", "last")
     scores, _ = predictor.scores(predictor.loader(predictor.splits()[which]))
+    scores = {name: torch.from_numpy(p) for name, p in scores.items()}
     positives = (predictor.splits()["train"].labels == 1).sum(0)
     assert torch.allclose(zero_shot_scale(scores, positives), predictor.scale, rtol=1e-3, atol=1e-3)
 

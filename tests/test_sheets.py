@@ -123,7 +123,7 @@ def test_a_share_that_holds_nothing_out(folder):
     assert fake.load(folder / "s.csv")[1] is fake.load(folder / "s.csv", val=0)[1] is None
     refused("lower --val, or", folder / "s.csv", val=0.9)
     for wrong in ("most", "1", "1e0", "-0.1", "nan"):
-        refused(f"--val is a share .* got {wrong}", folder / "s.csv", val=wrong)
+        refused(f"--val expects a share .* got {wrong}", folder / "s.csv", val=wrong)
     refused("lower --val, or", folder / "s.csv", val="9e-1")
 
 

@@ -19,9 +19,10 @@ from config import restored
 from support import UserError
 from support.checkpoint import read_checkpoint
 from support.cli import best_device
+from support.distributed import gather
 from support.run_folder import begun
 from tools import inspection
-from tools.zero_shot import mixed, mixed_scores, zero_shot, zero_shot_score, zero_shot_text
+from tools.zero_shot import mixed, scores_of, zero_shot, zero_shot_score, zero_shot_text
 from trm import TRM, Output
 
 
@@ -32,14 +33,6 @@ def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
                          autocast_dtype(cfg.amp, device), rank, world)
 
 
-def logits_of(out):
-    """trm.Output -> {score: logits (B, C)}. The paper has "region"; a baseline has no other."""
-    if out.logits_q is None:
-        return {"region": out.logits_r}
-    return {"region": out.logits_r, "query": out.logits_q,
-            "mean": (out.logits_r + out.logits_q) / 2}
-
-
 def region_map(out, matching):
     """The map (B, C, N) that a method shows: the mask of Eq. 2, or a similarity map."""
     return out.energy.sigmoid() if matching == "carl" else out.energy
@@ -48,18 +41,18 @@ def region_map(out, matching):
 @torch.no_grad()
 def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
     """One pass -> {score: (n, C) probabilities}, with "zero-shot" by the texts g_zero (C, D), and
-    {name: (n, C, N)} of maps(out, model), if given. numpy float32."""
+    {name: (n, C, N)} of maps(out, model), if given. float32 on the CPU."""
     model.eval()
     scores, kept = defaultdict(list), defaultdict(list)
-    for _, f, x in loader.batches(0, shuffle=False):
+    for i, (_, f, x) in enumerate(loader.batches(0, shuffle=False)):
+        B = min(loader.batch, len(loader) - i * loader.batch)  # of all processes
         out = model(f, x, g_pos, g_neg)
-        for name, logit in logits_of(out).items():
-            scores[name].append(logit.sigmoid())
-        scores["zero-shot"].append(zero_shot_score(f, x, g_zero))
+        for name, part in scores_of(out, f, x, g_zero).items():
+            scores[name].append(gather(part, B))
         for name, part in maps(out, model).items() if maps else ():
             kept[name].append(part.half().cpu())  # many: half the memory
-    return ({name: torch.cat(parts).float().cpu().numpy() for name, parts in scores.items()},
-            {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
+    return [{name: torch.cat(parts).float().cpu() for name, parts in of_split.items()}
+            for of_split in (scores, kept)]
 
 
 class Predictor:
@@ -99,18 +92,17 @@ class Predictor:
     def score(self, f, x):
         """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
-        logits = logits_of(out)
+        scores = scores_of(out, f, x, self.g_zero)
         if self.cfg.score == "mixed":
-            zero = zero_shot_score(f, x, self.g_zero)
-            return mixed(logits.get("mean", out.logits_r), zero, self.scale.to(f.device)), out
-        return logits.get(self.cfg.score, out.logits_r).sigmoid(), out
+            scores["mixed"] = mixed(scores, self.scale.to(f.device))
+        return scores.get(self.cfg.score, scores["region"]), out
 
     def scores(self, loader, maps=None):
         """All scores and maps of a split as `score_split` gives them, "mixed" among them."""
         scores, kept = score_split(self.model, self.g_pos, self.g_neg, loader, self.g_zero, maps)
         if self.scale is not None:
-            scores["mixed"] = mixed_scores(scores, self.scale)
-        return scores, kept
+            scores["mixed"] = mixed(scores, self.scale)
+        return [{name: part.numpy() for name, part in found.items()} for found in (scores, kept)]
 
     def score_split(self, loader):
         """(n, C) probabilities of the run's score."""

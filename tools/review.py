@@ -25,7 +25,7 @@ from PIL import Image
 
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json
 from datasets.csv_sheet import CODES, MEANING, sheet_text, table
-from support import UserError
+from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
 from tools.predict import images_in, new
@@ -85,7 +85,7 @@ def read_label_studio(path, names, unlisted):
         raise UserError(f"{path}: what was not chosen is --unlisted absent or --unlisted unknown?")
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     answers = []
-    try:
+    with refused(f"{path}: expected Label Studio's export as JSON"):
         for task in read_json(path):
             image = urllib.parse.unquote(task["data"]["image"].split("?d=")[-1])
             done = [note for note in task["annotations"] if not note.get("was_cancelled")]
@@ -93,8 +93,6 @@ def read_label_studio(path, names, unlisted):
             chosen = {name for value in parts for name in value.get("choices", ())}
             answers += [(image, name, POSITIVE) for name in sorted(chosen)]
             answers += [(image, name, rest) for name in names if done and name not in chosen]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected Label Studio's export as JSON ({error!r})") from None
     return answers
 
 

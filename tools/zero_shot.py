@@ -35,30 +35,30 @@ def zero_shot(g, batches):
     return {"global": whole, "dense": both - whole, "both": both}
 
 
+def scores_of(out, f, x, g):
+    """trm.Output of a batch -> {score: (B, C)}: probabilities, of which the paper has "region" and
+    a baseline no other; with x also the "zero-shot" cosines."""
+    scores = {"region": out.logits_r.sigmoid()}
+    if out.logits_q is not None:
+        mean = (out.logits_r + out.logits_q) / 2
+        scores |= {"query": out.logits_q.sigmoid(), "mean": mean.sigmoid()}
+    return scores if x is None else scores | {"zero-shot": zero_shot_score(f, x, g)}
+
+
 def zero_shot_scale(scores, positives):
     """What `mixed` needs -> (3, C) float32: slope and offset, which give the zero-shot score the
     mean and the deviation of the run's logit over some images, and its weight, (n + 3) / (2 n + 3)
     for n known positives in training (docs/readings.md).
-    scores: those images' as `score_split` gives them, positives (C,)"""
-    logit, zero = logit_and_zero_shot(scores)
+    scores: those images' as `scores_of` gives them, positives (C,)"""
+    logit, zero = torch.logit(scores.get("mean", scores["region"]), 1e-6), scores["zero-shot"]
     n = torch.as_tensor(positives, dtype=torch.float32)
     slope = logit.std(0, correction=0) / zero.std(0, correction=0).clamp(min=1e-6)
     return torch.stack([slope, logit.mean(0) - slope * zero.mean(0), (n + 3) / (2 * n + 3)])
 
 
-def mixed(logit, zero, scale):
-    """The weighted mean of the run's logit and the zero-shot score on its scale.
-    logit, zero (n, C), scale (3, C) -> probabilities (n, C)"""
+def mixed(scores, scale):
+    """The weighted mean of the run's logit and the zero-shot score on its scale, as probabilities
+    (n, C). scores: as `scores_of` gives them, scale (3, C)"""
     slope, offset, weight = scale
-    return ((1 - weight) * logit + weight * (slope * zero + offset)).sigmoid()
-
-
-def mixed_scores(scores, scale):
-    """The mixed score of a split, numpy, from those of `score_split`."""
-    return mixed(*logit_and_zero_shot(scores), scale).numpy()
-
-
-def logit_and_zero_shot(scores):
-    """The two (n, C) that the mixed score mixes."""
-    p = torch.from_numpy(scores.get("mean", scores["region"]))
-    return torch.logit(p, 1e-6), torch.from_numpy(scores["zero-shot"])
+    logit = torch.logit(scores.get("mean", scores["region"]), 1e-6)
+    return ((1 - weight) * logit + weight * (slope * scores["zero-shot"] + offset)).sigmoid()
