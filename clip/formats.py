@@ -54,7 +54,7 @@ def configuration(folder, hugging_face, shape):
     file = folder / ("config.json" if hugging_face else "open_clip_config.json")
     if not file.is_file():
         return None, {}, MEAN, STD
-    with refused(f"{file.name} is no configuration of CLIP: get that of the weights, or take it away"):
+    with refused(f"{file.name} is no configuration of CLIP: get the weights' own, or take it away"):
         of_them = of_hugging_face if hugging_face else of_open_clip
         activation, heads, mean, std = of_them(json.loads(file.read_bytes()), shape, folder)
         if mean is None or std is None:
