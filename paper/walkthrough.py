@@ -41,9 +41,11 @@ PAGE = ROOT / "docs" / "walkthrough.html"
 ORACLES = "tests/oracles.py"
 METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",
           "kernels/topk_prototypes.py", "train.py")
-LONGEST = {"train.py": 4, ORACLES: 100}  # lines of what is shown whole; else 34
+LONGEST = 35  # lines of a function that is shown whole
 CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
 FILMED = 200  # validation scenes whose regions are kept after every epoch
+TENSORS = ("text_pixel", "energy", "topk", "logits_r", "logits_q", "s", "regions")
+COUNTS = ("stage", "pseudo_pos", "pseudo_pos_precision", "pseudo_neg", "pseudo_neg_precision")
 CROPS = 12  # prototypes shown of each category
 
 
@@ -80,38 +82,39 @@ def train_filmed():
 # ---- code, by its marks
 
 def listing(file, equation):
-    """What cites an equation in a file, as HTML under links to where it stands: functions, and of
+    """What cites an equation in a file, as HTML below links to where it stands: functions, and of
     those that are longer than LONGEST the statements."""
     lines = (ROOT / file).read_text(encoding="utf-8").split("\n")
-    shown = []
+    shown, covered = {}, set()
     for node in ast.walk(ast.parse("\n".join(lines))):  # outer ones first
         if not isinstance(node, CODE) or isinstance(getattr(node, "value", None), ast.Constant):
             continue  # a docstring is no statement
         first = node.lineno - lines[node.lineno - 2].strip().startswith("#")
-        code = textwrap.dedent("\n".join(lines[first - 1:node.end_lineno]))
-        inside = any(a <= first <= b for a, b, _ in shown)
-        if inside or code.count("\n") >= LONGEST.get(file, 34) or equation not in cited(code):
+        span = range(first, node.end_lineno + 1)
+        code = textwrap.dedent("\n".join(lines[n - 1] for n in span))
+        if first in covered or len(span) > LONGEST or equation not in cited(code):
             continue
-        text = f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p>'
-        text += f'<pre data-file="{file}" data-first="{first}">'
-        for row in html.escape(code, quote=False).split("\n"):
-            row = re.sub(r"(^|  )(# .*)$", r"\1<i>\2</i>", row)
-            text += f"<b>{row}</b>\n" if equation in cited(row) else f"{row}\n"
-        shown.append((first, node.end_lineno, text.removesuffix("\n") + "</pre>"))
-    return "".join(text for _, _, text in sorted(shown))
+        covered.update(span)
+        code = re.sub("(^|  )(# .*)$", r"\1<i>\2</i>", html.escape(code, quote=False), flags=re.M)
+        marked = [f"<b>{row}</b>" if equation in cited(row) else row for row in code.split("\n")]
+        shown[first] = (f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p>'
+                        f'<pre data-file="{file}" data-first="{first}">' + "\n".join(marked) +
+                        "</pre>")
+    return "".join(shown[first] for first in sorted(shown))
+
+
+def beside(equation):
+    """The column beside an equation: its code, and its slow oracle to unfold."""
+    code = "".join(listing(file, equation) for file in METHOD)
+    return (f"<div>{code}<details><summary>The same, slowly: one loop for each sum sign</summary>"
+            f"{listing(ORACLES, equation)}</details></div>")
 
 
 def typeset(text):
-    """$$...$$ and $...$ -> MathML; {code 4} -> the code of Eq. 4, its slow oracle to unfold."""
-    def code_of(match):
-        equation = int(match[1])
-        return ("".join(listing(file, equation) for file in METHOD) + "<details><summary>The same, "
-                f"slowly: one loop for each sum sign</summary>{listing(ORACLES, equation)}"
-                "</details>")
-
+    """$$...$$ and $...$ -> MathML; {code 4} -> what stands beside Eq. 4."""
     text = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1], display="block"), text, flags=re.S)
     text = re.sub(r"\$(.+?)\$", lambda m: convert(m[1]), text)
-    return re.sub(r"\{code (\d+)\}", code_of, text)
+    return re.sub(r"\{code (\d+)\}", lambda m: beside(int(m[1])), text)
 
 
 # ---- tensors
@@ -193,17 +196,14 @@ def contents():
     chosen = choose(p.numpy(), masks.amax(-1).numpy(), memory.verdicts(s).numpy(), val.truth, area)
     for title, rule, i, c in chosen:
         seen = inspect(predictor, val.paths[i], val.truth[i])
-        scene = {name: numbers(seen[name]) for name in
-                 ("text_pixel", "energy", "topk", "logits_r", "logits_q", "s", "regions")}
-        losses = {name: float(value) for name, value in seen["losses"].items()}
-        percent = (film["masks"][:, i] / 2.55).astype(int)  # (T, C, N)
-        scenes.append(scene | dict(title=title, rule=rule, category=c, photo=jpeg(val.paths[i]),
-                                   truth=val.truth[i].tolist(), losses=losses,
-                                   masks=percent.tolist(), film=numbers(film["s"][:, i])))
+        scenes.append({name: numbers(seen[name]) for name in TENSORS} | dict(
+            title=title, rule=rule, category=c, photo=jpeg(val.paths[i]),
+            truth=val.truth[i].tolist(), film=numbers(film["s"][:, i]),
+            losses={name: float(value) for name, value in seen["losses"].items()},
+            masks=(film["masks"][:, i] / 2.55).astype(int).tolist()))  # (T, C, N) in percent
         if title == "easy":
             idea(seen, augment.read(val.paths[i]), c, predictor)
-    told = ("stage", "pseudo_pos", "pseudo_pos_precision", "pseudo_neg", "pseudo_neg_precision")
-    epochs = [{name: line.get(name) for name in told} for line in history(RUN)]
+    epochs = [{name: line.get(name) for name in COUNTS} for line in history(RUN)]
     return dict(names=predictor.names, grid=predictor.grid, scenes=scenes, epochs=epochs,
                 theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),
                 truth=val.truth.tolist(), crops=crops_of(memory, predictor, splits["train"]),
@@ -214,18 +214,17 @@ def contents():
 
 def idea(seen, photo, c, predictor):
     """docs/idea.png: one scene and one category through Eq. 2 to 12."""
-    (h, w), mask, similar = predictor.grid, seen["mask"][c].numpy(), seen["text_pixel"][c].numpy()
-    region = heat(photo, mask, (h, w))
-    pictures = {"a scene": photo, f"cosine to the text: {predictor.names[c]}":
-                heat(photo, similar - similar.min(), (h, w)), "its soft region, Eq. 2-4": region,
-                "top-K to the bank, Eq. 7": region}
+    h, w = predictor.grid
+    mask, cosine, top = (seen[name][c].numpy() for name in ("mask", "text_pixel", "topk"))
+    similar, region = heat(photo, cosine - cosine.min(), (h, w)), heat(photo, mask, (h, w))
+    titles = ("a scene", f"cosine to the text: {predictor.names[c]}", "its soft region, Eq. 2-4",
+              "top-K to the bank, Eq. 7")
     figure = Figure(figsize=(12, 2.6), dpi=110, layout="constrained")
     *tiles, scale = figure.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.2))
-    for axis, (title, picture) in zip(tiles, pictures.items()):
+    for axis, title, picture in zip(tiles, titles, (photo, similar, region, region)):
         axis.imshow(picture)
         axis.set_title(title, fontsize=9)
         axis.axis("off")
-    top = seen["topk"][c].numpy()
     tiles[3].plot((top % w + 0.5) * photo.width / w, (top // w + 0.5) * photo.height / h, "x",
                   color="black", markersize=9, markeredgewidth=2)
     scale.plot(seen["s"][:, c], (0, 1), "o", color="tab:blue", markersize=9)
