@@ -13,21 +13,29 @@ refused with the option that settles it; `python data.py SHEET.csv` prints every
 import csv
 import io
 import os
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, read_text, safe_join
+from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, safe_join,
+                           twins)
 from support import UserError
 
-WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"),
-         NEGATIVE: ("0", "0.0", "false", "no", "absent"),
-         UNKNOWN: ("", "?", "na", "n/a", "nan", "none", "null", "unknown")}
+WORDS = {POSITIVE: ("1", "true", "yes", "y", "present", "x"),
+         NEGATIVE: ("0", "false", "no", "n", "absent"),
+         UNKNOWN: ("", "?", "na", "n/a", "#n/a", "<na>", "nan", "none", "null", "unknown")}
 CODES = {word: code for code, words in WORDS.items() for word in words}
-MINUS_ONE = ("-1", "-1.0")
 # by --minus-one: "absent", where 0 is unknown; "unknown", as CheXpert has it
-MEANING = {None: CODES, "unknown": CODES | dict.fromkeys(MINUS_ONE, UNKNOWN),
-           "absent": CODES | {"0": UNKNOWN, "0.0": UNKNOWN} | dict.fromkeys(MINUS_ONE, NEGATIVE)}
+MEANING = {None: CODES, "unknown": CODES | {"-1": UNKNOWN},
+           "absent": CODES | {"0": UNKNOWN, "-1": NEGATIVE}}
+LISTING = re.compile("label|tags?$|categor|class|choice", re.IGNORECASE)  # header of a list column
+
+
+def word(cell):
+    """A cell as WORDS has it: "Yes" is yes; "1.0", and "1,00" where a comma is no end, are 1."""
+    return re.sub(r"^(-?[01])[.,]0+$", r"\1", cell.lower())
 
 
 def is_sheet(data):
@@ -47,9 +55,11 @@ def load(root, cfg):
             raise UserError(f"{path}: its classes differ from those of the training sheet: "
                             f"{sorted(differ)}; use the same")
         for name, other in parts.items():
-            if both := set(split.paths) & set(other.paths):
+            n = len(other.paths)
+            first = twins(other.paths + split.paths)[n:]  # a copy is the same image, too
+            if both := [file for file, i in zip(split.paths, first) if i < n]:
                 raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, "
-                                f"first {min(both)}; keep them apart")
+                                f"first {both[0]}; keep them apart")
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
@@ -60,14 +70,16 @@ def load(root, cfg):
 def sheet_text(path):
     """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding)."""
     text, encoding = read_text(path)
-    first, end, rest = text.partition("\n")
-    if first.strip().lower().startswith("sep="):
-        return first + end, rest, first.strip()[4:5] or ",", encoding
+    mark = re.match('"?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$)', text, re.IGNORECASE)
+    if mark:
+        return mark[0], text[mark.end():], mark[1] or ",", encoding
+    first = re.match("[^\r\n]*", text)[0]
     return "", text, max(",;\t", key=first.count), encoding
 
 
 def table(path):
-    """(header, [(line number, cells)]) of such a file; empty rows and columns at the end go."""
+    """(header, [(line number, cells)]) of such a file; empty rows and columns at the end go, and
+    empty cells that Excel left out at the end of a row come back."""
     before, text, delimiter, _ = sheet_text(path)
     skipped = bool(before)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -80,7 +92,8 @@ def table(path):
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
     width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
     (_, header), *body = [(line, row[:width]) for line, row in rows]
-    if all(cell.lower() in CODES for cell in header[1:]):
+    body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
+    if all(word(cell) in CODES and not re.fullmatch("[a-zA-Z]", cell) for cell in header[1:]):
         raise UserError(f"{path}:1: expected a header 'image,<class>,...' above the labels, got "
                         f"{','.join(header)[:80]!r}")
     return header, body
@@ -106,8 +119,18 @@ def read(path, root, cfg):
                  for line, row in body if len(row) != len(header)]
     body = [(line, row) for line, row in body if len(row) == len(header)]
 
-    columns = [c for c in range(1, len(header)) if header[c] not in ignored]
+    first = [os.path.isfile(os.path.join(root, cell)) for cell in body[0][1]] if body else [True]
+    if True in first[1:] and not first[0]:
+        raise UserError(f"{path}: images are expected in the first column, they are in "
+                        f"{header[first.index(True)]!r}: put it first (pandas: index=False)")
+    columns = [c for c in range(1, len(header)) if header[c] not in ignored
+               and (header[c] or any(row[c] for _, row in body))]
     other = [c for c in columns if holds_no_label([row[c] for _, row in body], codes)]
+    listing = [header[c] for c in other if LISTING.search(header[c])]
+    if listing and len(other) < len(columns):
+        raise UserError(f"{path}: is {listing[0]} the column of the categories? Say --ignore with "
+                        f"the other columns if so, --ignore {listing[0]} if not (docs/data.md: "
+                        "lists, long)")
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], cfg.unlisted)
     else:
@@ -119,7 +142,8 @@ def read(path, root, cfg):
         cells = label_cells(path, header, body, columns, codes, problems)
     problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
                  "one of its own, capitals aside"
-                 for name, count in Counter(map(str.lower, names)).items() if count > 1 or not name]
+                 for name, count in Counter(name.lower().replace("_", " ") for name in names).items()
+                 if count > 1 or not name]
     if not (body and names):
         problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
                         "empty, for each category")
@@ -137,18 +161,18 @@ def read(path, root, cfg):
 
 def holds_no_label(column, codes):
     """Whether a column of three or more filled cells holds no label in any."""
-    filled = [cell.lower() for cell in column if cell]
-    return len(filled) > 2 and not any(cell in codes or cell in MINUS_ONE for cell in filled)
+    filled = [word(cell) for cell in column if cell]
+    return len(filled) > 2 and not any(cell in codes or cell == "-1" for cell in filled)
 
 
 def label_cells(path, header, body, columns, codes, problems):
     """N rows of C label codes; what is no label joins `problems`."""
-    cells = [[codes.get(row[c].lower()) for c in columns] for _, row in body]
+    cells = [[codes.get(word(row[c])) for c in columns] for _, row in body]
     for (line, row), found in zip(body, cells):
         bad = {header[c]: row[c] for c, code in zip(columns, found) if code is None}
         told = ("a cell is 1 (present), 0 (absent) or empty (unknown); a column that is no "
                 "category goes into --ignore (README, docs/data.md: lists)")
-        if set(MINUS_ONE) & set(bad.values()):
+        if "-1" in map(word, bad.values()):
             told = ("-1 is absent in some sheets (where 0 is unknown) and uncertain in others: "
                     "say --minus-one absent or --minus-one unknown")
         if bad:
@@ -165,13 +189,15 @@ def image_files(path, root, body, problems):
         try:
             if not name:
                 raise UserError(f"{where}: no image name in the first column")
-            absolute = os.path.isabs(name) and "\0" not in name
-            file = os.path.realpath(name if absolute else safe_join(root, name, where))
+            folder = Path(name).anchor or root  # "/" of an absolute name
+            file = locate(name, [folder], where)
+            if not file:
+                raise UserError(f"{where}: no image {safe_join(folder, name, where)}; --root says "
+                                "where image names start, names need their ending (.jpg)")
+            file = os.path.realpath(file)
             if file in first:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
                                 "rows (README, docs/data.md: long)")
-            if not os.path.isfile(file):
-                raise UserError(f"{where}: no image {file}; --root says where image names start")
             first[file] = line
         except UserError as error:
             problems.append(str(error))
@@ -179,13 +205,24 @@ def image_files(path, root, body, problems):
 
 
 def lists(path, body, column, unlisted):
-    """One column of lists, `dog|cat` or `dog;cat` -> cells (N rows of C codes), names."""
+    """One column of lists, `dog|cat`, `dog;cat`, `dog, cat`, ['dog', 'cat'] -> cells (N rows of C
+    codes), names."""
     if unlisted is None:
         raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
                         "do not name absent or unknown? Say --unlisted absent or unknown")
-    rows = [[name.strip() for name in row[column].replace(";", "|").split("|") if name.strip()]
-            for _, row in body]
+    cells = [row[column] for _, row in body]
+    separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
+    rows = [listed(cell, separator) for cell in cells]
     names = sorted({name for row in rows for name in row})
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
-    print(f"{path}: one column of lists, {len(names)} categories")
+    more = ", ..." if len(names) > 20 else ""
+    print(f"{path}: one column of lists, {len(names)} categories: {', '.join(names[:20])}{more}")
     return [[POSITIVE if name in row else rest for name in names] for row in rows], names
+
+
+def listed(cell, separator):
+    """The names in a cell. Python, JSON, numpy and Label Studio ({"choices": [...]}) quote them."""
+    if cell[:1] in ("[", "{", "("):
+        quoted = re.findall(r"""(["'])(.+?)\1(\s*:)?""", cell)
+        return [name for _, name, key in quoted if not key]
+    return [name.strip() for name in cell.split(separator) if name.strip()]

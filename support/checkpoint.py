@@ -3,7 +3,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from support import UserError
 
@@ -12,6 +14,7 @@ def write_atomically(file, content):
     """bytes or text into `file` (a Path): a kill leaves the old file or the new one, no part."""
     if isinstance(content, str):
         content = content.encode(errors="surrogateescape")
+    file = Path(os.path.realpath(file))  # what a link points to, not the link
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         if file.exists() and not file.is_file():  # a device, which a rename would replace
@@ -20,6 +23,8 @@ def write_atomically(file, content):
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
+        if file.exists():
+            shutil.copymode(file, temporary)
         os.replace(temporary, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error}): free some space or "
