@@ -115,12 +115,11 @@ class Config:
                             "and --mask")
         if not is_path("data", self.data):
             self.data = self.data.lower()  # COCO is coco
-        for name in ("test", "ignore", "minus_one", "unlisted"):
-            if getattr(self, name) and not is_path("data", self.data):
-                raise UserError(f"{flag(name)} belongs to a sheet, .csv or .tsv; --data is "
-                                f"{self.data}")
-        if self.test and not is_path("data", self.test):
-            raise UserError(f"--test expects a sheet, .csv or .tsv, got {self.test}")
+        of_sheets = [name for name in ("test", "ignore", "minus_one", "unlisted")
+                     if getattr(self, name) is not None]
+        for path in (self.data, self.test or self.data):
+            if of_sheets and not is_path("data", path):
+                raise UserError(f"{flag(of_sheets[0])} is of sheets, .csv or .tsv; got {path}")
         if self.assume_negative is None:
             self.assume_negative = 0.3 if self.single_positive else 0.0
 

@@ -40,6 +40,8 @@ from tools.build import build_model, evaluation_loaders, load_carl, load_data, t
 from tools.zero_shot import zero_shot_text
 from trm import Output
 
+JUDGED = ("zero_shot_scale", "threshold", "rests_on")  # kept from the last epoch that was evaluated
+
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
     """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) or None.
@@ -176,12 +178,14 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * math.ceil(len(loader) / cfg.batch))
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    state = State(model, memory, optimizer, scheduler, scaler)
+    state, judged = State(model, memory, optimizer, scheduler, scaler), {}
 
     distributed.barrier()  # each process has looked into the folder: now it may be written
     lock = begin(run, cfg, encoder.sha256, splits, resume) if rank == 0 else None
     if (run / "last.pt").is_file():
-        state.load_state_dict(read_checkpoint(run / "last.pt", device))
+        saved = read_checkpoint(run / "last.pt", device)
+        state.load_state_dict(saved)
+        judged = {name: saved[name] for name in JUDGED}
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
     if rank == 0:
@@ -196,15 +200,18 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
         numbers, inference = evaluate(model, encoder, g_zero, train_split, loaders if due else {},
                                       cfg.score)
+        if due:
+            judged = {name: inference[name] for name in JUDGED}
         line |= numbers
         state.history.append(line)
         improved = is_best(state, numbers)
         if rank == 0:
-            save(run, state, fixed | inference, improved)
+            save(run, state, fixed | inference | judged, improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
-    loader.loader = None  # ends its processes; at Python's exit torch reports them as killed
+    for one in (loader, *loaders.values()):
+        one.loader = None  # ends its processes; at Python's exit torch reports them as killed
     if rank == 0:
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
         lock.release()

@@ -30,7 +30,6 @@ CODES = {word: code for code, words in WORDS.items() for word in words}
 # by --minus-one: "absent", where 0 is unknown; "unknown", as CheXpert has it
 MEANING = {None: CODES, "unknown": CODES | {"-1": UNKNOWN},
            "absent": CODES | {"0": UNKNOWN, "-1": NEGATIVE}}
-LISTING = re.compile("label|tags?$|categor|class|choice", re.IGNORECASE)  # header of a list column
 
 
 def word(cell):
@@ -78,8 +77,7 @@ def sheet_text(path):
 
 
 def table(path):
-    """(header, [(line number, cells)]) of such a file; empty rows and columns at the end go, and
-    empty cells that Excel left out at the end of a row come back."""
+    """(header, [(line number, cells)]) of such a file; empty rows and columns at the end go."""
     before, text, delimiter, _ = sheet_text(path)
     skipped = bool(before)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -92,6 +90,7 @@ def table(path):
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
     width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
     (_, header), *body = [(line, row[:width]) for line, row in rows]
+    # Excel leaves out empty cells at the end of a row
     body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
     if all(word(cell) in CODES and not re.fullmatch("[a-zA-Z]", cell) for cell in header[1:]):
         raise UserError(f"{path}:1: expected a header 'image,<class>,...' above the labels, got "
@@ -123,14 +122,13 @@ def read(path, root, cfg):
     if True in first[1:] and not first[0]:
         raise UserError(f"{path}: images are expected in the first column, they are in "
                         f"{header[first.index(True)]!r}: put it first (pandas: index=False)")
-    columns = [c for c in range(1, len(header)) if header[c] not in ignored
-               and (header[c] or any(row[c] for _, row in body))]
+    columns = [c for c in range(1, len(header)) if header[c] not in ignored]
     other = [c for c in columns if holds_no_label([row[c] for _, row in body], codes)]
-    listing = [header[c] for c in other if LISTING.search(header[c])]
+    listing = [header[c] for c in other
+               if re.search("label|tags?$|categor|class|choice", header[c].lower())]
     if listing and len(other) < len(columns):
-        raise UserError(f"{path}: is {listing[0]} the column of the categories? Say --ignore with "
-                        f"the other columns if so, --ignore {listing[0]} if not (docs/data.md: "
-                        "lists, long)")
+        raise UserError(f"{path}: does {listing[0]} list the categories? --ignore the other columns"
+                        f" if so, --ignore {listing[0]} if not (docs/data.md: lists, long)")
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], cfg.unlisted)
     else:
@@ -140,10 +138,10 @@ def read(path, root, cfg):
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
+    prompts = [words.get(name, name.replace("_", " ")) for name in names]
     problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
                  "one of its own, capitals aside"
-                 for name, count in Counter(name.lower().replace("_", " ") for name in names).items()
-                 if count > 1 or not name]
+                 for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
     if not (body and names):
         problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
                         "empty, for each category")
@@ -155,8 +153,8 @@ def read(path, root, cfg):
         raise error
     return Split(os.path.splitext(os.path.basename(path))[0], files, names,
                  np.array(cells, np.int8).reshape(-1, len(names)),
-                 prompts=[words.get(name, name.replace("_", " ")) for name in names],
-                 listed=[row[0] for _, row in body], where=[f"{path}:{line}" for line, _ in body])
+                 prompts=prompts, listed=[row[0] for _, row in body],
+                 where=[f"{path}:{line}" for line, _ in body])
 
 
 def holds_no_label(column, codes):
@@ -205,8 +203,7 @@ def image_files(path, root, body, problems):
 
 
 def lists(path, body, column, unlisted):
-    """One column of lists, `dog|cat`, `dog;cat`, `dog, cat`, ['dog', 'cat'] -> cells (N rows of C
-    codes), names."""
+    """One column of lists, such as `dog|cat` -> cells (N rows of C codes), names."""
     if unlisted is None:
         raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
                         "do not name absent or unknown? Say --unlisted absent or unknown")
@@ -215,8 +212,7 @@ def lists(path, body, column, unlisted):
     rows = [listed(cell, separator) for cell in cells]
     names = sorted({name for row in rows for name in row})
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
-    more = ", ..." if len(names) > 20 else ""
-    print(f"{path}: one column of lists, {len(names)} categories: {', '.join(names[:20])}{more}")
+    print(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
     return [[POSITIVE if name in row else rest for name in names] for row in rows], names
 
 

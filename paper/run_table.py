@@ -121,6 +121,7 @@ def finished(cfg):
 
 def in_processes(todo, jobs):
     """What train_one returns, as the runs end."""
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it clears up after stopped ones
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, share_cores, (jobs,)) as pool:
         try:

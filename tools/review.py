@@ -16,10 +16,8 @@ import io
 import itertools
 import json
 import re
-import shutil
 import sys
 import urllib.parse
-from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 from xml.sax.saxutils import quoteattr
@@ -33,7 +31,6 @@ from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
 from tools.predict import images_in, new
 
-nfc = partial(normalize, "NFC")  # macOS writes an umlaut as two characters
 FORMULA = re.compile(r"'*[=+\-@]")  # a spreadsheet computes such a cell; ' makes it text
 
 
@@ -93,16 +90,13 @@ def read_label_studio(path, names, unlisted):
         for task in read_json(path):
             image = urllib.parse.unquote(task["data"]["image"].split("?d=")[-1])
             image = re.sub("^/data/upload/[0-9]+/[0-9a-f]{8}-", "", image)  # it names uploads so
-            for note in task["annotations"]:
-                if note.get("was_cancelled"):
-                    continue
+            for note in [one for one in task["annotations"] if not one.get("was_cancelled")]:
                 parts = [part["value"].get("choices", ()) for part in note["result"]]
                 chosen = dict.fromkeys(itertools.chain(*parts))
                 answers += [(image, name, POSITIVE) for name in chosen]
                 answers += [(image, name, rest) for name in names if name not in chosen]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected Label Studio's export as JSON, not JSON-MIN "
-                        f"({error!r})") from None
+        raise UserError(f"{path}: expected Label Studio's JSON, no JSON-MIN ({error!r})") from None
     return answers
 
 
@@ -118,8 +112,8 @@ def split_cells(text, delimiter):
 
 
 def plain(cell):
-    cell = cell.strip()
-    return nfc(cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell)
+    cell = normalize("NFC", cell.strip())  # macOS writes an umlaut as two characters
+    return cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell
 
 
 def merge(args):
@@ -143,7 +137,7 @@ def merge(args):
     written |= {codes[word(w)]: w for w, _ in reversed(used.most_common()) if word(w) in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
-        row, c = image.get(nfc(name)), column.get(nfc(category))
+        row, c = image.get(plain(name)), column.get(plain(category))
         while row and c and len(row) <= c:  # cells that Excel left out at the end
             row.append(["", row[-1][1]])
             row[-2][1] = delimiter
@@ -165,7 +159,6 @@ def merge(args):
         backups = (sheet.with_name(f"{sheet.name}.{k}.bak") for k in itertools.count(1))
         kept = next(file for file in backups if not file.exists())
         write_atomically(kept, sheet.read_bytes())
-        shutil.copymode(sheet, kept)
         text = skipped + "".join(cell + end for row in rows for cell, end in row)
         write_atomically(sheet, text.encode(encoding))
         print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
@@ -186,8 +179,7 @@ def new_sheet(args):
     require_unique([name.lower() for name in categories or ["", ""]], "--categories")
     for path in images_in([folder]):
         name = Path(path).relative_to(folder).as_posix()
-        if FORMULA.match(name) or name != name.lstrip():
-            name = f"./{name}"  # the same file, and no formula, no blank in front
+        name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
         try:
             Image.open(path).close()
             rows.append([name, *[""] * len(categories)])
