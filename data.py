@@ -125,9 +125,8 @@ def complete(cfg):
     elif cfg.root is None:
         raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: its folders)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
-    names = [split.names for split in parts.values()]
-    if any(other != names[0] for other in names):
-        odd = set(names[0]).symmetric_difference(*names[1:])
+    if len({tuple(split.names) for split in parts.values()}) > 1:
+        odd = set.symmetric_difference(*(set(parts[part].names) for part in ("train", "test")))
         raise UserError(f"{cfg.root}: its splits name different classes: {sorted(odd)[:5]}")
     return parts
 

@@ -40,8 +40,6 @@ from tools.build import build_model, evaluation_loaders, load_carl, load_data, t
 from tools.zero_shot import zero_shot_text
 from trm import Output
 
-JUDGED = ("zero_shot_scale", "threshold", "rests_on")  # kept from the last epoch that was evaluated
-
 
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
     """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) or None.
@@ -178,14 +176,12 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=cfg.lr, total_steps=cfg.epochs * math.ceil(len(loader) / cfg.batch))
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    state, judged = State(model, memory, optimizer, scheduler, scaler), {}
+    state = State(model, memory, optimizer, scheduler, scaler)
 
     distributed.barrier()  # each process has looked into the folder: now it may be written
     lock = begin(run, cfg, encoder.sha256, splits, resume) if rank == 0 else None
     if (run / "last.pt").is_file():
-        saved = read_checkpoint(run / "last.pt", device)
-        state.load_state_dict(saved)
-        judged = {name: saved[name] for name in JUDGED}
+        state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
     if rank == 0:
@@ -198,15 +194,15 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         line = train_one_epoch(state, encoder, loader, cfg)
         state.epoch += 1
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
-        numbers, inference = evaluate(model, encoder, g_zero, train_split, loaders if due else {},
-                                      cfg.score)
-        if due:
-            judged = {name: inference[name] for name in JUDGED}
+        numbers, texts, scaled = evaluate(model, encoder, g_zero, train_split,
+                                          loaders if due else {}, cfg.score)
+        if due or not state.scaled:
+            state.scaled = scaled
         line |= numbers
         state.history.append(line)
         improved = is_best(state, numbers)
         if rank == 0:
-            save(run, state, fixed | inference | judged, improved)
+            save(run, state, fixed | texts | state.scaled, improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)

@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import re
-import string
 import sys
 import zipfile
 from pathlib import Path
@@ -89,7 +88,7 @@ def read(file):
         head = handle.read(40)
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{file.name} is Git LFS's pointer to the weights: run git lfs pull")
-    if set(head) <= set(string.printable.encode()):
+    if head.isascii() and b"\0" not in head:  # the page of a server
         raise UserError(f"it is text ({head.decode()!r}), no weights: download it again")
     if head[8:9] == b"{":
         return load_file(file)

@@ -68,11 +68,10 @@ def split(root, folder, keep_unannotated=False, by_id=False):
         raise UserError(f"{path}: {what}[{i}] needs {NEEDS[what]}: {str(record)[:120]}") from None
 
     unused = ~(labels == POSITIVE).any(1) & (not keep_unannotated)
-    found = Split(f"coco/{folder}", require_files(files, [images, images.parent], path),
-                  names, labels,
+    found = Split(f"coco/{folder}", require_files(files, [images, images.parent], path), names,
+                  labels, unused=unused, dropped={"without annotation": int(unused.sum())},
                   boxes=[np.array(part, np.float32).reshape(-1, 5) for part in boxes],
-                  sizes=[(image.get("width"), image.get("height")) for image in listed],
-                  unused=unused, dropped={"without annotation": int(unused.sum())})
+                  sizes=[(image.get("width"), image.get("height")) for image in listed])
     return found.subset(np.argsort([str(key) for key in row])).used() if by_id else found
 
 

@@ -112,7 +112,7 @@ def read(path, root, cfg):
     if body and body[0][1][0] == "#prompt":
         line, row = body.pop(0)
         words = dict(zip(header[1:], row[1:]))
-        if len(row) != len(header) or not all(row):
+        if not all(row):
             problems.append(f"{path}:{line}: the row of prompt names needs {len(header) - 1} names")
     problems += [f"{path}:{line}: {len(row)} cells, but the header has {len(header)}"
                  for line, row in body if len(row) != len(header)]
@@ -127,8 +127,8 @@ def read(path, root, cfg):
     listing = [header[c] for c in other
                if re.search("label|tags?$|categor|class|choice", header[c].lower())]
     if listing and len(other) < len(columns):
-        raise UserError(f"{path}: does {listing[0]} list the categories? --ignore the other columns"
-                        f" if so, --ignore {listing[0]} if not (docs/data.md: lists, long)")
+        raise UserError(f"{path}: --ignore {listing[0]}, or the other columns if it lists the "
+                        "categories (docs/data.md: lists, long)")
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], cfg.unlisted)
     else:
@@ -208,17 +208,11 @@ def lists(path, body, column, unlisted):
         raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
                         "do not name absent or unknown? Say --unlisted absent or unknown")
     cells = [row[column] for _, row in body]
+    if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
+        raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
     separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
-    rows = [listed(cell, separator) for cell in cells]
+    rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
     names = sorted({name for row in rows for name in row})
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     print(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
     return [[POSITIVE if name in row else rest for name in names] for row in rows], names
-
-
-def listed(cell, separator):
-    """The names in a cell. Python, JSON, numpy and Label Studio ({"choices": [...]}) quote them."""
-    if cell[:1] in ("[", "{", "("):
-        quoted = re.findall(r"""(["'])(.+?)\1(\s*:)?""", cell)
-        return [name for _, name, key in quoted if not key]
-    return [name.strip() for name in cell.split(separator) if name.strip()]

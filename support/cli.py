@@ -31,13 +31,12 @@ def make_parser(prog, about, **more):
 
 
 def words(argv):
-    """The command line without its program. An empty word (--out "$OUT" without OUT) is refused;
-    shells leave the ~ of --out=~/runs alone."""
+    """The command line without its program. An empty word (--out "$OUT" without OUT) is refused."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     for before, word in zip(["the command", *argv], argv):
         if word == "" or word.startswith("--") and word.endswith("="):
             raise UserError(f"{word or before} expects a value, got an empty one")
-    home = os.path.expanduser("~").replace("\\", "/")
+    home = os.path.expanduser("~").replace("\\", "/")  # the shell leaves it in --out=~/runs
     return [re.sub("^(--[a-z-]+=)?~/", rf"\1{home}/", word) for word in argv]
 
 
@@ -90,8 +89,8 @@ def explain(error):
         return f"the locale cannot write {error.object!a}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     if isinstance(error, (UserError, FloatingPointError)):
         return text
-    if isinstance(error, BrokenExecutor) or re.search(r"DataLoader worker \(|shared memory|ancdata|"
-                                                      "new thread|thread before", text):
+    limits = r"DataLoader worker \(|shared memory|ancdata|start new thread|cannot join thread"
+    if isinstance(error, BrokenExecutor) or re.search(limits, text):
         return ("a worker process or thread was ended or could not start, for want of memory (in a "
                 "container also of shared memory: --shm-size) or by a limit (ulimit -a): fewer "
                 "--jobs, --workers 0")

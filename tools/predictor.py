@@ -26,8 +26,7 @@ from trm import TRM, Output
 
 
 def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
-    """Features of a split that is scored: not augmented; one cached view where the run caches and
-    a cache can be written."""
+    """Features of a split that is scored: not augmented; one cached view where the run caches."""
     views = int(cfg.cache_features > 0 and writable(Path(cfg.cache_dir)))
     return FeatureLoader(data.Images(split, cfg.size), encoder, cfg.batch, cfg.workers, views,
                          cfg.cache_dir, device, autocast_dtype(cfg.amp, device), rank, world)
