@@ -171,8 +171,8 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
         if name == "val":
             threshold, rests_on = best_thresholds(chosen, truth), (truth == 1).sum(0)
-    return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu(), zero_shot_scale=scale,
-                         threshold=threshold.tolist(), rests_on=rests_on.tolist())
+    return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu()), dict(
+        zero_shot_scale=scale, threshold=threshold.tolist(), rests_on=rests_on.tolist())
 
 
 def note_best(state, numbers):

@@ -195,17 +195,20 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         line = train_one_epoch(state, encoder, loader, cfg)
         state.epoch += 1
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
-        numbers, inference = evaluate(model, encoder, g_zero, train_split, loaders if due else {},
-                                      cfg.score)
+        numbers, texts, scaled = evaluate(model, encoder, g_zero, train_split,
+                                          loaders if due else {}, cfg.score)
+        if due or not state.scaled:
+            state.scaled = scaled
         line |= numbers
         state.history.append(line)
         improved = note_best(state, numbers)
         if rank == 0:
-            save(run, state, fixed | inference, improved)
+            save(run, state, fixed | texts | state.scaled, improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)
-    loader.loader = None  # ends its processes; at Python's exit torch reports them as killed
+    for one in (loader, *loaders.values()):
+        one.loader = None  # ends its processes; at Python's exit torch reports them as killed
     if rank == 0:
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
         lock.release()

@@ -88,6 +88,8 @@ def read(file):
         head = handle.read(40)
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{file.name} is Git LFS's pointer to the weights: run git lfs pull")
+    if head.isascii() and b"\0" not in head:  # the page of a server
+        raise UserError(f"it is text ({head.decode()!r}), no weights: download it again")
     if head[8:9] == b"{":
         return load_file(file)
     parts = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
@@ -156,7 +158,7 @@ def load(name_or_path="tiny", activation=None):
     except Exception as error:  # whatever a damaged or foreign file leads to
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:300]
         if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds more than tensors, or none"
+            reason = "it holds more than tensors, or none: torch.save its state dict alone"
         raise UserError(f"{path} is no CLIP, or it is incomplete: {reason}; expected weights of "
                         "OpenAI, of open_clip, or of Hugging Face's CLIPModel") from None
 

@@ -38,8 +38,6 @@ def read(source):
         raise ValueError("not a regular file" if os.path.exists(source) else "no such file")
     with Image.open(source) as image:
         image.load()
-        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
-            raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")
         return upright(image)
 
 
@@ -53,6 +51,8 @@ def turn_of(image):
 
 
 def upright(image):
+    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+        raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")
     turn = turn_of(image)
     key = image.info.get("transparency")  # a colour that is transparent
     if turn is not None:

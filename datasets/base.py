@@ -101,6 +101,8 @@ def read_text(path):
     encoding = "utf-8-sig" if raw.startswith(codecs.BOM_UTF8) else "utf-8"
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
+    elif b"\0" in raw[:2]:  # the same without its mark
+        encoding = "utf-16-le" if raw[1:2] == b"\0" else "utf-16-be"
     try:
         return raw.decode(encoding), encoding
     except UnicodeDecodeError as error:

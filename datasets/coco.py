@@ -25,7 +25,7 @@ def split(root, folder, keep_unannotated=False, by_id=False):
     """One split in the JSON's order, images without any annotation unused: masks are drawn for them
     too. by_id: only annotated images, ordered by their id as a string (LargeLoss's order)."""
     hint = " (COCO 2017's lists are there; the field uses the split of 2014)" if (
-        Path(root, "annotations/instances_train2017.json").exists()) else ""
+        any(Path(root).glob("*/*2017*"))) else ""
     path = find(root, f"annotations/instances_{folder}.json", hint=hint)
     images = find(root, folder, folders=("", "images"))
     content = read_json(path, object_hook=without_polygons)
@@ -53,7 +53,8 @@ def split(root, folder, keep_unannotated=False, by_id=False):
         for i, record in enumerate(notes):
             r, c = row[record["image_id"]], column[record["category_id"]]
             labels[r, c] = POSITIVE
-            if record.get("bbox") and not record.get("iscrowd"):
+            sized = listed[r].get("width") and listed[r].get("height")
+            if sized and record.get("bbox") and not record.get("iscrowd"):
                 x, y, w, h = record["bbox"]
                 width, height = float(listed[r]["width"]), float(listed[r]["height"])
                 box = x / width, y / height, (x + w) / width, (y + h) / height
@@ -64,10 +65,10 @@ def split(root, folder, keep_unannotated=False, by_id=False):
         raise UserError(f"{path}: {what}[{i}] needs {NEEDS[what]}: {str(record)[:120]}") from None
 
     unused = ~(labels == POSITIVE).any(1) & (not keep_unannotated)
-    found = Split(f"coco/{folder}", require_files(files, [images], path), names, labels,
+    found = Split(f"coco/{folder}", require_files(files, [images, images.parent], path), names,
+                  labels, unused=unused, dropped={"without annotation": int(unused.sum())},
                   boxes=[np.array(part, np.float32).reshape(-1, 5) for part in boxes],
-                  sizes=[(image.get("width"), image.get("height")) for image in listed],
-                  unused=unused, dropped={"without annotation": int(unused.sum())})
+                  sizes=[(image.get("width"), image.get("height")) for image in listed])
     return found.subset(np.argsort([str(key) for key in row])).used() if by_id else found
 
 

@@ -13,21 +13,28 @@ refused with the option that settles it; `python data.py SHEET.csv` prints every
 import csv
 import io
 import os
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, read_text, safe_join
+from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, safe_join,
+                           twins)
 from support import UserError
 
-WORDS = {POSITIVE: ("1", "1.0", "true", "yes", "present", "x"),
-         NEGATIVE: ("0", "0.0", "false", "no", "absent"),
-         UNKNOWN: ("", "?", "na", "n/a", "nan", "none", "null", "unknown")}
+WORDS = {POSITIVE: ("1", "true", "yes", "y", "present", "x"),
+         NEGATIVE: ("0", "false", "no", "n", "absent"),
+         UNKNOWN: ("", "?", "na", "n/a", "#n/a", "<na>", "nan", "none", "null", "unknown")}
 CODES = {word: code for code, words in WORDS.items() for word in words}
-MINUS_ONE = ("-1", "-1.0")
 # by --minus-one: "absent", where 0 is unknown; "unknown", as CheXpert has it
-MEANING = {None: CODES, "unknown": CODES | dict.fromkeys(MINUS_ONE, UNKNOWN),
-           "absent": CODES | {"0": UNKNOWN, "0.0": UNKNOWN} | dict.fromkeys(MINUS_ONE, NEGATIVE)}
+MEANING = {None: CODES, "unknown": CODES | {"-1": UNKNOWN},
+           "absent": CODES | {"0": UNKNOWN, "-1": NEGATIVE}}
+
+
+def word(cell):
+    """A cell as WORDS has it: "Yes" is yes; "1.0", and "1,00" where a comma is no end, are 1."""
+    return re.sub(r"^(-?[01])[.,]0+$", r"\1", cell.lower())
 
 
 def is_sheet(data):
@@ -47,9 +54,11 @@ def load(root, cfg):
             raise UserError(f"{path}: its classes differ from those of the training sheet: "
                             f"{sorted(differ)}; use the same")
         for name, other in parts.items():
-            if both := set(split.paths) & set(other.paths):
+            n = len(other.paths)
+            first = twins(other.paths + split.paths)[n:]  # a copy is the same image, too
+            if both := [file for file, i in zip(split.paths, first) if i < n]:
                 raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, "
-                                f"first {min(both)}; keep them apart")
+                                f"first {both[0]}; keep them apart")
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
@@ -60,9 +69,10 @@ def load(root, cfg):
 def sheet_text(path):
     """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding)."""
     text, encoding = read_text(path)
-    first, end, rest = text.partition("\n")
-    if first.strip().lower().startswith("sep="):
-        return first + end, rest, first.strip()[4:5] or ",", encoding
+    mark = re.match('"?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$)', text, re.IGNORECASE)
+    if mark:
+        return mark[0], text[mark.end():], mark[1] or ",", encoding
+    first = re.match("[^\r\n]*", text)[0]
     return "", text, max(",;\t", key=first.count), encoding
 
 
@@ -80,7 +90,9 @@ def table(path):
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
     width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
     (_, header), *body = [(line, row[:width]) for line, row in rows]
-    if all(cell.lower() in CODES for cell in header[1:]):
+    # Excel leaves out empty cells at the end of a row
+    body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
+    if all(word(cell) in CODES and not re.fullmatch("[a-zA-Z]", cell) for cell in header[1:]):
         raise UserError(f"{path}:1: expected a header 'image,<class>,...' above the labels, got "
                         f"{','.join(header)[:80]!r}")
     return header, body
@@ -100,14 +112,23 @@ def read(path, root, cfg):
     if body and body[0][1][0] == "#prompt":
         line, row = body.pop(0)
         words = dict(zip(header[1:], row[1:]))
-        if len(row) != len(header) or not all(row):
+        if not all(row):
             problems.append(f"{path}:{line}: the row of prompt names needs {len(header) - 1} names")
     problems += [f"{path}:{line}: {len(row)} cells, but the header has {len(header)}"
                  for line, row in body if len(row) != len(header)]
     body = [(line, row) for line, row in body if len(row) == len(header)]
 
+    first = [os.path.isfile(os.path.join(root, cell)) for cell in body[0][1]] if body else [True]
+    if True in first[1:] and not first[0]:
+        raise UserError(f"{path}: images are expected in the first column, they are in "
+                        f"{header[first.index(True)]!r}: put it first (pandas: index=False)")
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
     other = [c for c in columns if holds_no_label([row[c] for _, row in body], codes)]
+    listing = [header[c] for c in other
+               if re.search("label|tags?$|categor|class|choice", header[c].lower())]
+    if listing and len(other) < len(columns):
+        raise UserError(f"{path}: --ignore {listing[0]}, or the other columns if it lists the "
+                        "categories (docs/data.md: lists, long)")
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], cfg.unlisted)
     else:
@@ -117,9 +138,10 @@ def read(path, root, cfg):
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
+    prompts = [words.get(name, name.replace("_", " ")) for name in names]
     problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
                  "one of its own, capitals aside"
-                 for name, count in Counter(map(str.lower, names)).items() if count > 1 or not name]
+                 for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
     if not (body and names):
         problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
                         "empty, for each category")
@@ -131,24 +153,24 @@ def read(path, root, cfg):
         raise error
     return Split(os.path.splitext(os.path.basename(path))[0], files, names,
                  np.array(cells, np.int8).reshape(-1, len(names)),
-                 prompts=[words.get(name, name.replace("_", " ")) for name in names],
-                 listed=[row[0] for _, row in body], where=[f"{path}:{line}" for line, _ in body])
+                 prompts=prompts, listed=[row[0] for _, row in body],
+                 where=[f"{path}:{line}" for line, _ in body])
 
 
 def holds_no_label(column, codes):
     """Whether a column of three or more filled cells holds no label in any."""
-    filled = [cell.lower() for cell in column if cell]
-    return len(filled) > 2 and not any(cell in codes or cell in MINUS_ONE for cell in filled)
+    filled = [word(cell) for cell in column if cell]
+    return len(filled) > 2 and not any(cell in codes or cell == "-1" for cell in filled)
 
 
 def label_cells(path, header, body, columns, codes, problems):
     """N rows of C label codes; what is no label joins `problems`."""
-    cells = [[codes.get(row[c].lower()) for c in columns] for _, row in body]
+    cells = [[codes.get(word(row[c])) for c in columns] for _, row in body]
     for (line, row), found in zip(body, cells):
         bad = {header[c]: row[c] for c, code in zip(columns, found) if code is None}
         told = ("a cell is 1 (present), 0 (absent) or empty (unknown); a column that is no "
                 "category goes into --ignore (README, docs/data.md: lists)")
-        if set(MINUS_ONE) & set(bad.values()):
+        if "-1" in map(word, bad.values()):
             told = ("-1 is absent in some sheets (where 0 is unknown) and uncertain in others: "
                     "say --minus-one absent or --minus-one unknown")
         if bad:
@@ -165,13 +187,15 @@ def image_files(path, root, body, problems):
         try:
             if not name:
                 raise UserError(f"{where}: no image name in the first column")
-            absolute = os.path.isabs(name) and "\0" not in name
-            file = os.path.realpath(name if absolute else safe_join(root, name, where))
+            folder = Path(name).anchor or root  # "/" of an absolute name
+            file = locate(name, [folder], where)
+            if not file:
+                raise UserError(f"{where}: no image {safe_join(folder, name, where)}; --root says "
+                                "where image names start, names need their ending (.jpg)")
+            file = os.path.realpath(file)
             if file in first:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
                                 "rows (README, docs/data.md: long)")
-            if not os.path.isfile(file):
-                raise UserError(f"{where}: no image {file}; --root says where image names start")
             first[file] = line
         except UserError as error:
             problems.append(str(error))
@@ -179,13 +203,16 @@ def image_files(path, root, body, problems):
 
 
 def lists(path, body, column, unlisted):
-    """One column of lists, `dog|cat` or `dog;cat` -> cells (N rows of C codes), names."""
+    """One column of lists, such as `dog|cat` -> cells (N rows of C codes), names."""
     if unlisted is None:
         raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
                         "do not name absent or unknown? Say --unlisted absent or unknown")
-    rows = [[name.strip() for name in row[column].replace(";", "|").split("|") if name.strip()]
-            for _, row in body]
+    cells = [row[column] for _, row in body]
+    if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
+        raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
+    separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
+    rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
     names = sorted({name for row in rows for name in row})
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
-    print(f"{path}: one column of lists, {len(names)} categories")
+    print(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
     return [[POSITIVE if name in row else rest for name in names] for row in rows], names

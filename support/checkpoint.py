@@ -12,6 +12,7 @@ def write_atomically(file, content):
     """bytes or text into `file` (a Path): a kill leaves the old file or the new one, no part."""
     if isinstance(content, str):
         content = content.encode(errors="surrogateescape")
+    file = file.resolve()  # what a link points to, not the link
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         if file.exists() and not file.is_file():  # a device, which a rename would replace
@@ -20,6 +21,8 @@ def write_atomically(file, content):
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
+        if file.exists():
+            os.chmod(temporary, file.stat().st_mode)
         os.replace(temporary, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error}): free some space or "
@@ -66,14 +69,16 @@ class State:
     epoch: int = 0  # finished epochs
     best: dict = None  # {"epoch", "chosen_on", "mAP"} of the best epoch
     history: list = field(default_factory=list)  # a line of metrics.jsonl an epoch
+    scaled: dict = None  # scale and thresholds of the last epoch that was evaluated
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        return parts | dict(epoch=self.epoch, best=self.best, history=json.dumps(self.history))
+        return parts | dict(epoch=self.epoch, best=self.best, history=json.dumps(self.history),
+                            scaled=self.scaled)
 
     def load_state_dict(self, saved):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(saved[name])
-        self.epoch, self.best = saved["epoch"], saved["best"]
+        self.epoch, self.best, self.scaled = saved["epoch"], saved["best"], saved.get("scaled")
         self.history = json.loads(saved["history"])

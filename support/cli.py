@@ -6,6 +6,7 @@
 import argparse
 import difflib
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from support import UserError
 
 def make_parser(prog, about, **more):
     """argparse with one-line errors. about: the docstring of the file that is run."""
-    first, _, rest = about.partition("\n")
+    first, _, rest = (about or "").partition("\n")  # None under python -OO
     parser = argparse.ArgumentParser(prog=prog, description=first, epilog=rest, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
@@ -36,7 +37,8 @@ def words(argv):
     for before, word in zip(["the command", *argv], argv):
         if word == "" or word.startswith("--") and word.endswith("="):
             raise UserError(f"{word or before} expects a value, got an empty one")
-    return argv
+    home = os.path.expanduser("~").replace("\\", "/")  # the shell leaves it in --out=~/runs
+    return [re.sub("^(--[a-z-]+=)?~/", rf"\1{home}/", word) for word in argv]
 
 
 def stop(*_):
@@ -76,6 +78,7 @@ def run_main(work, stopped="stopped"):
         line = explain(error)
         if line is None:
             raise
+        sys.unraisablehook = str  # a loader that was half built complains when it goes
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 
@@ -87,13 +90,16 @@ def explain(error):
         return f"the locale cannot write {error.object!a}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     if isinstance(error, (UserError, FloatingPointError)):
         return text
-    if isinstance(error, BrokenExecutor) or "DataLoader worker (" in text:
-        return ("a worker process was ended, mostly for want of memory (in a container also of "
-                "shared memory: --shm-size): fewer --jobs or --workers")
+    limits = r"DataLoader worker \(|shared memory|ancdata|start new thread|cannot join thread"
+    if isinstance(error, BrokenExecutor) or re.search(limits, text):
+        return ("a worker process or thread was ended or could not start, for want of memory (in a "
+                "container also of shared memory: --shm-size) or by a limit (ulimit -a): fewer "
+                "--jobs, --workers 0")
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         return f"too little memory: lower --batch, --size or --queue ({text[:150]})"
     if isinstance(error, OSError):
-        return f"{error.filename or 'output'}: {error.strerror or text}: check path, rights, space"
+        where = error.filename or "output, or a worker process (fewer --jobs, --workers 0)"
+        return f"{where}: {error.strerror or text}: check path, rights, space, limits (ulimit -a)"
 
 
 def end_with_parent(_=None):

@@ -32,10 +32,15 @@ def new_run(cfg):
             raise UserError(f"{run} holds a run already: --resume {run}, or choose another --out")
         number += 1
         run = Path(f"runs/{name}-{number}")
-    above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):  # told before an hour of decoding
-        raise UserError(f"{above} cannot be written into: choose another --out")
+    if not writable(run):  # told before an hour of decoding
+        raise UserError(f"{run} cannot be written into: choose another --out")
     return run
+
+
+def writable(folder):
+    """Whether files can be written into a folder that is there or would be made."""
+    above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return above.is_dir() and os.access(above, os.W_OK)
 
 
 def begun(run):
@@ -58,6 +63,8 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
         lock.acquire(timeout=10)  # a killed run's loader processes end within that
     except Timeout:
         raise UserError(f"another process is writing {run}: wait, or choose --out") from None
+    except (OSError, NotImplementedError) as error:  # some network disks cannot lock
+        raise UserError(f"{run} cannot be locked ({error}): choose --out on another disk") from None
     about = {"config": dataclasses.asdict(cfg), "clip_sha256": clip_sha256,
              "data": {split.name: split.info for split in splits if split}}
     if not resume:

@@ -335,3 +335,47 @@ def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):
     os.killpg(at_work.pid, signal.SIGINT)
     out, err = at_work.communicate(timeout=60)
     assert at_work.returncode == 130 and "stopped; last.pt holds what was finished" in err, err
+
+
+@pytest.mark.parametrize("error, told", (
+    (RuntimeError("can't start new thread"), "--workers 0"),
+    (RuntimeError("cannot join thread before it is started"), "ulimit -a"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on "
+                  "device (28)"), "--shm-size"),
+    (RuntimeError("received 0 items of ancdata"), "--workers 0"),
+    (OSError(24, "Too many open files"), "--workers 0"),
+    (BlockingIOError(11, "Resource temporarily unavailable"), "--workers 0"),
+))
+def test_a_limit_of_the_machine_is_one_line(error, told, capfd):
+    from support.cli import run_main
+
+    def work(_):
+        raise error
+    one_line(lambda words: run_main(lambda: work(words)), [], capfd, told)
+
+
+@posix
+def test_too_few_open_files_for_the_loader_are_one_line(world, tmp_path):
+    words = options(world, tmp_path / "run", cache_features=0, workers=8)
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)); "
+            "import train; sys.exit(train.main())")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *words], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "--workers 0" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_tilde_that_the_shell_left_alone_is_the_home_folder(monkeypatch):
+    from support.cli import words
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert words(["--root=~/coco", "~/a", "a~/b", "--out", "~/r", "~"]) == [
+        "--root=/home/me/coco", "/home/me/a", "a~/b", "--out", "/home/me/r", "~"]
+
+
+@pytest.mark.parametrize("script", ("train.py", "eval.py", "data.py"))
+def test_help_without_docstrings(script):
+    done = subprocess.run([sys.executable, "-OO", script, "--help"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

@@ -286,7 +286,7 @@ def test_checker(trees, tmp_path, capsys):
     assert checker(tmp_path / "photos.csv", "--no-decode")[0] == 0
     fake.write(
         tmp_path / "bad.csv",
-        "image,dog,cat\nmy photos/0.jpg,1\nmy photos/1.jpg,maybe,0\nnone.jpg,1,1\n",
+        "image,dog,cat\nmy photos/0.jpg,1,1,1\nmy photos/1.jpg,maybe,0\nnone.jpg,1,1\n",
     )
     code, out, err = checker(tmp_path / "bad.csv")
     assert code == 2 and [f"bad.csv:{n}:" in err for n in (2, 3, 4)] == [True] * 3

@@ -1,5 +1,6 @@
 """A run as one file for other programs gives the Predictor's numbers for any batch."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -47,3 +48,18 @@ def test_onnx_with_any_batch(case, tmp_path, capfd):
     for n in (1, 2, 5):
         p, _ = session.run(None, {"images": images[:n].numpy()})
         assert np.abs(p - want[:n]).max() < 1e-5
+
+
+def test_onnx_without_its_packages_is_told_before_the_work(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: name == "onnx" or None)
+    one_line(export.main, [tmp_path, tmp_path / "m.onnx"], capfd, "pip install onnx onnxscript")
+
+
+def test_weights_that_moved_are_exported(world, tmp_path, capfd):
+    weights = tmp_path / "quickgelu.safetensors"
+    shutil.copy(world / "clip-quickgelu.safetensors", weights)
+    run(world, tmp_path / "run", epochs=1, clip=weights)
+    weights.rename(tmp_path / "moved-quickgelu.safetensors")
+    one_line(export.main, [tmp_path / "run", tmp_path / "m.pt2"], capfd, "is no file")
+    there = ["--clip", tmp_path / "moved-quickgelu.safetensors"]
+    assert command(export.main, [tmp_path / "run", tmp_path / "m.pt2", *there], capfd)[0] == 0

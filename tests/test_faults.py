@@ -259,3 +259,43 @@ def test_a_reader_sees_whole_checkpoints_while_they_are_written(world, tmp_path)
         assert (tmp_path / "run" / "last.pt").read_bytes() == whole
         reads += 1
     assert writer.returncode == 0 and reads > 10
+
+
+@linux
+def test_a_run_is_evaluated_from_a_read_only_folder(world, mounted, tmp_path, capfd, monkeypatch):
+    """Where features cannot be kept they are computed."""
+    monkeypatch.chdir(tmp_path)
+    run(world, tmp_path / "run", epochs=1, cache_dir="features")
+    monkeypatch.chdir(mounted("size=1m,ro"))
+    assert command(evaluation.main, [tmp_path / "run"], capfd)[0] == 0
+    assert command(evaluation.main, [tmp_path / "run", "--suggest", tmp_path / "s.csv"],
+                   capfd)[0] == 0
+
+
+@pytest.mark.parametrize("error", (OSError(37, "No locks available"), NotImplementedError("flock")))
+def test_a_disk_that_cannot_lock_is_one_line(world, tmp_path, capfd, monkeypatch, error):
+    class Lock:
+        def __init__(self, _):
+            pass
+
+        def acquire(self, timeout):
+            raise error
+
+    monkeypatch.setattr("support.run_folder.FileLock", Lock)
+    one_line(train.main, options(world, tmp_path / "run"), capfd, "cannot be locked")
+
+
+@linux
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_table_that_is_stopped_tells_of_no_semaphores(world, tmp_path, number):
+    words = options(world, tmp_path, epochs=200, ratio=None)
+    process = start("-m", "paper.reproduce", "--table", "3", "--jobs", "2", "--seeds", "1", *words)
+    runs = tmp_path / "runs"
+    for _ in range(600):
+        if len(list(runs.glob("*/last.pt"))) >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.split() == (
+        "stopped; the same command goes on from here".split()), err

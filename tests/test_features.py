@@ -328,3 +328,26 @@ if __name__ == "__main__":  # a process to kill: fills the cache, slowly
 def test_a_core_takes_fewer_large_images_at_once(size, images):
     from clip.features import at_once
     assert at_once(torch.empty(2, 3, size, size)) == images
+
+
+@pytest.mark.parametrize("method, stay", (("fork", False), ("spawn", True), ("forkserver", True)))
+def test_processes_that_are_slow_to_start_stay_between_evaluations(monkeypatch, method, stay):
+    from clip import features
+
+    class Loader(features.FeatureLoader):
+        stored, world, rank, batch, amp, pinned = None, 1, 0, 2, None, False
+        device = torch.device("cpu")
+
+        def __init__(self):
+            self.images, self.loader, self.need_global = range(4), "processes", False
+
+        def load(self, epoch, parts):
+            return iter([(torch.zeros(2), torch.arange(2))])
+
+        def encode(self, images, need_global):
+            return torch.zeros(2, 1, 3), None
+
+    monkeypatch.setattr(features, "get_start_method", lambda: method)
+    loader = Loader()
+    assert len(list(loader.batches(0, shuffle=False))) == 1
+    assert (loader.loader is not None) == stay

@@ -143,3 +143,11 @@ def test_photos_with_large_notes_or_odd_exif_are_read(tmp_path):
     exif[0x0112] = 9
     image.save(tmp_path / "odd.jpg", exif=exif)
     assert augment.read(tmp_path / "odd.jpg").size == image.size
+
+
+def test_pixels_of_32_bits_are_refused_wherever_they_come_from(tmp_path):
+    grey = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "x.tiff")
+    for source in (grey, Image.fromarray(grey), tmp_path / "x.tiff"):
+        with pytest.raises(ValueError, match="32 bits a pixel"):
+            augment.read(source)

@@ -13,6 +13,7 @@ import data
 from tools import check
 from datasets import base as datasets
 import fake_datasets as fake
+from support import UserError
 from fake_datasets import refused
 from datasets import scenes, vg200
 
@@ -564,3 +565,49 @@ def test_other_packages_called_datasets_and_clip_work_beside_ours(tmp_path, firs
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "theirs" in done.stdout and "site" in done.stdout, done.stderr
+
+
+def changed(root, edit):
+    """The COCO tree with edit(content) of its training list."""
+    path = root / "annotations/instances_train2014.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return fake.load("coco", root)[0]
+
+
+@pytest.mark.parametrize("size", (None, 0, "left out"))
+def test_labels_need_no_sizes_of_images(tmp_path, size):
+    def edit(content):
+        for image in content["images"]:
+            if size == "left out":
+                del image["width"], image["height"]
+            else:
+                image |= {"width": size, "height": size}
+
+    fake.coco(tmp_path)
+    before = fake.load("coco", tmp_path)[0]
+    train = changed(tmp_path, edit)
+    assert (train.labels == before.labels).all() and not any(map(len, train.boxes))
+
+
+def test_file_names_of_coco_may_hold_the_folder(tmp_path):
+    def edit(content):
+        for image in content["images"]:
+            image["file_name"] = "train2014/" + image["file_name"]
+
+    fake.coco(tmp_path)
+    assert changed(tmp_path, edit).paths == fake.load("coco", tmp_path)[0].paths
+
+
+def test_what_the_splits_of_coco_disagree_on_is_said(tmp_path):
+    fake.coco(tmp_path)
+    with pytest.raises(UserError, match="different classes: .*background"):
+        changed(tmp_path, lambda content: content["categories"].append(
+            {"id": 0, "name": "background"}))
+
+
+@pytest.mark.parametrize("there", ("annotations/instances_val2017.json", "images/train2017/a.jpg"))
+def test_a_part_of_coco_2017_says_what_it_is(tmp_path, there):
+    fake.write(tmp_path / there, "{}")
+    refused("COCO 2017", "coco", tmp_path)

@@ -1,12 +1,13 @@
 """The mixed score: the run's logit and what CLIP knows without training, on one scale."""
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_world import run, world
+from small_world import options, run, world
 
 import oracles
 import train
@@ -130,3 +131,41 @@ def test_a_run_below_zero_shot_is_warned_of(world, tmp_path, capfd, monkeypatch,
     out = capfd.readouterr().out
     for split in ("val", "test"):
         assert (f"warning: on {split} the run is below CLIP" in out) == below
+
+
+def test_an_epoch_that_is_not_due_keeps_scale_and_thresholds(world, tmp_path):
+    """A run of --eval-every 2 that is stopped after its third epoch, and goes on."""
+    cfg, _ = train.parse(options(world, tmp_path / "run", epochs=5, eval_every=2, score="mixed"))
+    seen = {}
+
+    def stop(state, line):
+        seen[line["epoch"]] = read_checkpoint(tmp_path / "run" / "last.pt")
+        if line["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(cfg, on_epoch=stop)
+    assert seen[1]["zero_shot_scale"] is None and set(seen[1]["threshold"]) == {0.5}
+    assert torch.equal(seen[2]["zero_shot_scale"], seen[3]["zero_shot_scale"])
+    assert seen[2]["threshold"] == seen[3]["threshold"] != seen[1]["threshold"]
+    assert not torch.equal(seen[2]["g_pos"], seen[3]["g_pos"])
+    assert Predictor(tmp_path / "run", "last").cfg.score == "mixed"
+    with mock.patch("tools.plots.curves"):
+        train.train(*train.parse(["--resume", str(tmp_path / "run")]))
+        whole, _ = train.parse(options(world, tmp_path / "whole", epochs=5, eval_every=2,
+                                       score="mixed"))
+        train.train(whole)
+    ends = [read_checkpoint(tmp_path / name / "last.pt") for name in ("run", "whole")]
+    assert torch.equal(*(end["zero_shot_scale"] for end in ends))
+
+
+def test_a_run_whose_epochs_were_never_due_says_so(world, tmp_path):
+    cfg, _ = train.parse(options(world, tmp_path / "run", epochs=5, eval_every=2, score="mixed"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(cfg, on_epoch=stop)
+    with pytest.raises(UserError, match="an epoch that was evaluated .--resume"):
+        Predictor(tmp_path / "run", "last")

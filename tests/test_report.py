@@ -51,3 +51,25 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(world, tmp_path, mon
 def test_a_data_set_is_known_in_capitals():
     assert Config(data="COCO", root="/x").data == "coco"
     assert train.parse(["--data", "Photos.CSV"])[0].data.endswith("Photos.CSV")
+
+
+@pytest.mark.parametrize("error", (ImportError("no tensorboard"), TypeError("Descriptors cannot")))
+def test_a_tensorboard_that_cannot_be_loaded_stops_no_run(world, tmp_path, monkeypatch, error):
+    class Broken:
+        def __getattr__(self, _):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken())
+    assert len(run(world, tmp_path / "run", epochs=2)) == 2
+
+
+def test_curves_do_not_depend_on_the_users_matplotlibrc(tmp_path):
+    import matplotlib
+    from tools.plots import curves
+
+    history = [{"epoch": 1, "stage": 1, "L": 1.0}]
+    curves(history, tmp_path / "plain.png", {}, None)
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "red"}):
+        curves(history, tmp_path / "theirs.png", {}, None)
+        assert matplotlib.rcParams["text.usetex"]
+    assert (tmp_path / "theirs.png").read_bytes() == (tmp_path / "plain.png").read_bytes()

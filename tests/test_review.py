@@ -69,6 +69,45 @@ def test_labels_are_written_in_the_words_of_the_sheet(tmp_path, capfd):
     assert sheet.read_text() == "image,dog\na.jpg,1\nb.jpg,-1\nc.jpg,1\n"
 
 
+def test_a_merge_into_cells_that_excel_left_out(tmp_path, capfd):
+    sheet = tmp_path / "x.csv"
+    sheet.write_bytes(b"image,dog,cat\r\na.jpg,1.00\r\nb.jpg\r\n")
+    file = answers(tmp_path, "a.jpg,cat,1", "b.jpg,cat,0", "b.jpg,dog,1", "a.jpg,dog,1")
+    _, out, _ = command(main, ["merge", sheet, file], capfd)
+    assert "4 answers: 3 new, 1 were there, 0 conflicts, 0 without a cell" in out[1]
+    assert sheet.read_bytes() == b"image,dog,cat\r\na.jpg,1.00,1.00\r\nb.jpg,1.00,0\r\n"
+
+
+def test_a_merge_goes_where_a_link_points_and_keeps_the_rights(tmp_path, capfd):
+    sheet = tmp_path / "real.csv"
+    sheet.write_text("image,dog\na.jpg,\n")
+    sheet.chmod(0o600)
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    file = answers(tmp_path, "a.jpg,dog,1")
+    assert command(main, ["merge", tmp_path / "link.csv", file], capfd)[0] == 0
+    assert (tmp_path / "link.csv").is_symlink() and sheet.read_text() == "image,dog\na.jpg,1\n"
+    assert sheet.stat().st_mode & 0o777 == 0o600
+
+
+def test_names_in_another_unicode_normal_form_are_merged(tmp_path, capfd):
+    (tmp_path / "x.csv").write_text("image,hünd\ngröße.jpg,\n", encoding="utf-8")
+    file = answers(tmp_path, "gro\u0308ße.jpg,hu\u0308nd,1")
+    assert command(main, ["merge", tmp_path / "x.csv", file], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text(encoding="utf-8") == "image,hünd\ngröße.jpg,1\n"
+
+
+def test_a_new_sheet_that_could_not_be_read_is_not_written(tmp_path, capfd):
+    bad = lambda *words: one_line(main, ["new-sheet", tmp_path, "--categories", words[0]], capfd,
+                                  *words[1:])
+    (tmp_path / "notes.txt").write_text("no image")
+    bad("dog", "none of its 1 files is an image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    bad("dog,Dog", "dog is listed twice")
+    bad(" ,", "--categories")
+    assert not (tmp_path / "labels.csv").exists()
+    assert command(main, ["new-sheet", tmp_path, "--categories", "dog"], capfd)[0] == 0
+
+
 def test_a_merge_that_cannot_be_is_refused(tmp_path, capfd):
     (tmp_path / "x.csv").write_text("image,dog\na.jpg,\n")
     bad = lambda file, *words: one_line(main, ["merge", tmp_path / "x.csv", file], capfd, *words)

@@ -1,4 +1,5 @@
 """Sheets with slips: each ends in one line that names file, line and remedy."""
+import csv
 import os
 import shutil
 
@@ -17,7 +18,6 @@ SHEETS = {
     "commas only": (",,\n,\n", "the sheet is empty"),
     "header only": (HEAD, "expected a row for each image"),
     "no classes": ("image\n0.jpg\n", ":1: expected a header"),
-    "ragged": (HEAD + "0.jpg,1,0\n1.jpg,1\n", r":3: 2 cells, but the header has 3"),
     "long row": (HEAD + "0.jpg,1,0,1\n", r":2: 4 cells"),
     "bad cell": (HEAD + "0.jpg,1,maybe\n", ":2: cat='maybe': a cell is 1"),
     "minus one": (HEAD + "0.jpg,1,-1\n", ":2: cat='-1': -1 is absent in some sheets .*--minus-one"),
@@ -46,6 +46,22 @@ SHEETS = {
         ":2: the row of prompt names needs 2",
     ),
     "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
+    "header of words": ("0.jpg,yes,no\n1.jpg,no,yes\n", ":1: expected a header"),
+    "index of pandas": (",image,dog\n0,0.jpg,1\n1,1.jpg,0\n", "they are in 'image'.*index=False"),
+    "image last": ("dog,cat,file\n1,0,0.jpg\n0,1,1.jpg\n", "first column, they are in 'file'"),
+    "name without its ending": (HEAD + "0,1,0\n", "no image .*names need their ending"),
+    "underscore for a blank": (
+        "image,fire_hydrant,Fire hydrant\n0.jpg,1,0\n",
+        ":1: the class 'fire hydrant' is there twice",
+    ),
+    # a column of lists, or a row a label, beside a column that looks like labels
+    **{
+        f"labels beside {name}": (
+            f"image,{column},{name}\n0.jpg,dog|cat,1\n1.jpg,cat,0\n2.jpg,dog,0\n",
+            f"--ignore {column}, or the other columns if it lists .*docs/data.md: lists",
+        )
+        for column, name in (("labels", "is_valid"), ("LabelName", "Confidence"), ("tags", "fold"))
+    },
 }
 
 
@@ -82,11 +98,22 @@ def test_sheet_encodings_and_shapes(folder):
         plain.replace("1,0", "1.0,0.0").encode(),
         plain.replace("1,0", "True,no").encode(),
         (plain + "\n,,\n").encode(),
+        ("sep=;\n" + plain.replace(",", ";")).replace("\n", "\r").encode(),
+        ('"sep=;"\n' + plain.replace(",", ";")).encode(),
+        ("sep=\t\n" + plain.replace(",", "\t")).encode(),
+        ("sep=,,,\r\n" + plain).encode(),
+        plain.encode("utf-16-le"),
+        plain.encode("utf-16-be"),
+        plain.replace("1,0", "1.000,0.00").encode(),
+        plain.replace(",", ";").replace("1;0", "1,0;0,0").encode(),
+        plain.replace("1,0", "Y,n").replace(",,", ",#N/A,").encode(),
+        plain.replace(",,", ",<NA>,").encode(),
+        plain.replace("ö", "o\u0308").encode(),
     ):
         # a byte-order mark, CRLF, no last newline, blanks, UTF-16, semicolons, tabs, Excel's first
-        # line, empty columns at
+        # line in all its forms, empty columns, floats with commas, words, empty rows, a name in
+        # another Unicode normal form: all fine
         path.write_bytes(text)
-        # the end, floats, words, empty rows: all fine
         train = fake.load(path, val=0.0)[0]
         assert train.names == ["dog", "cat"] and train.labels.tolist() == [[1, -1], [0, 1]]
     path.write_bytes(plain.encode("latin-1"))
@@ -97,8 +124,39 @@ def test_sheet_encodings_and_shapes(folder):
     refused("cannot be read", shutil.copytree(folder / "sub", folder / "dir.csv"))
 
 
+def test_cells_that_excel_leaves_out_at_the_end_are_unknown(folder):
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,1\n2.jpg\n")
+    train = fake.load(folder / "s.csv", val=0.0)[0]
+    assert train.labels.tolist() == [[1, -1], [1, 0], [0, 0]]
+
+
+def sheet_of_lists(folder, cells):
+    with open(folder / "s.csv", "w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows(
+            [["image", "labels"], *([f"{i}.jpg", cell] for i, cell in enumerate(cells))]
+        )
+    return folder / "s.csv"
+
+
+@pytest.mark.parametrize("first", ("dog|fire hydrant", "dog;fire hydrant", "dog, fire hydrant"))
+def test_lists_as_other_programs_write_them(folder, first, capsys):
+    sheet = sheet_of_lists(folder, [first, "dog", "", "dog"])
+    train = fake.load(sheet, val=0.0, unlisted="absent")[0]
+    assert train.names == ["dog", "fire hydrant"]
+    assert train.labels.tolist() == [[1, 1], [1, -1], [-1, -1], [1, -1]]
+    assert "2 categories: dog, fire hydrant" in capsys.readouterr().out  # what was understood
+
+
+@pytest.mark.parametrize(
+    "first", ("['dog', 'cat']", '["dog"]', '{"choices":["dog","cat"]}', "('dog',)", "['dog' 'cat']")
+)
+def test_lists_in_brackets_are_not_taken_for_names(folder, first):
+    refused("write a list as dog.cat", sheet_of_lists(folder, [first, "dog", "", "dog"]),
+            unlisted="absent")
+
+
 def test_every_problem_of_a_sheet_is_kept(folder):
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1\n1.jpg,maybe,0\nnone.jpg,1,1\n2.jpg,1,1\n")
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0,1\n1.jpg,maybe,0\nnone.jpg,1,1\n2.jpg,1,1\n")
     with pytest.raises(UserError) as error:
         fake.load(folder / "s.csv")
     assert [p.split(":")[1] for p in error.value.problems] == [
@@ -114,6 +172,11 @@ def test_second_sheet(folder):
     refused(r"b.csv: its classes differ .*\['cat', 'cow'\]", folder / "a.csv", val=folder / "b.csv")
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\n1.jpg,1,0\n")
     refused("b.csv: 1 images are in", folder / "a.csv", val=folder / "b.csv")
+    shutil.copy(folder / "1.jpg", folder / "copy.jpg")  # the same picture under another name
+    fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\ncopy.jpg,1,0\n")
+    refused("b.csv: 1 images are in .*copy.jpg", folder / "a.csv", test=folder / "b.csv")
+    refused("--test must both be sheets.*coco and .*b.csv", "coco", folder, test=folder / "b.csv")
+    refused("--test must both be sheets.*x.txt", folder / "a.csv", test=folder / "x.txt")
 
 
 def test_a_share_that_holds_nothing_out(folder):

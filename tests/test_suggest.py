@@ -169,3 +169,13 @@ def test_suggestions_name_the_images_as_the_sheet_does(trained, tmp_path, monkey
     model.score_split = lambda loader: np.full((len(loader), 2), 0.5)
     suggest(model, SimpleNamespace(suggest="s.csv", pictures=0))
     assert {row["image"] for row in rows_of("s.csv")} == set(rows)
+
+
+def test_zero_shot_leaves_out_what_is_not_used(tmp_path, capfd):
+    """NUS-WIDE lists photos that Flickr has lost."""
+    import fake_datasets as fake
+
+    fake.nuswide(tmp_path / "nus")
+    options = ["--data", "nuswide", "--root", tmp_path / "nus", "--clip", "tiny", "--size", 32]
+    assert command(evaluation.main, ["--zero-shot", *options, "--suggest", tmp_path / "s.csv"],
+                   capfd)[0] == 0

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from test_clip import TEXTS, images, kinds, small
@@ -399,6 +400,17 @@ def without(word):
 def test_what_a_file_holds_is_said(state, says, tmp_path):
     torch.save(state, tmp_path / "openai.pt")
     refused(tmp_path / "openai.pt", says, str(tmp_path / "openai.pt"))
+
+
+@pytest.mark.parametrize("text", ("<!DOCTYPE html><title>404</title>", '{"error": "denied"}', "no"))
+def test_the_page_of_a_server_is_no_weights_file(text, tmp_path):
+    (tmp_path / "openai.pt").write_text(text)
+    refused(tmp_path / "openai.pt", "it is text", text[:20], "download it again")
+
+
+def test_numbers_of_numpy_beside_the_weights_say_what_to_save(tmp_path):
+    torch.save({"epoch": np.float64(3), "state_dict": small("vit")}, tmp_path / "openai.pt")
+    refused(tmp_path / "openai.pt", "torch.save its state dict alone")
 
 
 @pytest.mark.parametrize("width", (129, 200))

@@ -10,6 +10,7 @@ region of a run with --matching carl. model.pt2.json names categories, threshold
 import json
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,13 +37,15 @@ class Exported(nn.Module):
 
 
 @torch.no_grad()
-def export(run, file):
+def export(run, file, clip=None):
     """Writes `file`, .pt2 or .onnx, and `file`.json."""
     if file.suffix not in (".pt2", ".onnx"):
         raise UserError(f"expected a file that ends with .pt2 or .onnx, got {file}")
     new(file, "a file")
+    if file.suffix == ".onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise UserError("a .onnx file needs two packages more: pip install onnx onnxscript")
     warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
-    predictor = Predictor(run, device="cpu")
+    predictor = Predictor(run, device="cpu", places=clip and {"clip": clip})
     predictor.model.heads = None  # training's alone
     size, encoder = predictor.cfg.size, predictor.clip
     module = Exported(predictor).eval().requires_grad_(False)
@@ -62,6 +65,7 @@ def main(argv=None):
     parser = make_parser("tools.export", __doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", type=Path, help="where to write: .pt2 or .onnx")
+    parser.add_argument("--clip", help="where its weights lie now, if they moved")
     return run_command(export, parser, argv)
 
 

@@ -20,7 +20,7 @@ from support import UserError
 from support.checkpoint import read_checkpoint
 from support.cli import best_device
 from support.distributed import gather
-from support.run_folder import begun
+from support.run_folder import begun, writable
 from tools import inspection
 from tools.zero_shot import mixed, scores_of, zero_shot, zero_shot_score, zero_shot_text
 from trm import TRM, Output
@@ -28,9 +28,9 @@ from trm import TRM, Output
 
 def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
     """Features of a split that is scored: not augmented; one cached view where the run caches."""
-    return FeatureLoader(data.Images(split, cfg.size), encoder, cfg.batch, cfg.workers,
-                         min(1, cfg.cache_features), cfg.cache_dir, device,
-                         autocast_dtype(cfg.amp, device), rank, world)
+    views = int(cfg.cache_features > 0 and writable(Path(cfg.cache_dir)))
+    return FeatureLoader(data.Images(split, cfg.size), encoder, cfg.batch, cfg.workers, views,
+                         cfg.cache_dir, device, autocast_dtype(cfg.amp, device), rank, world)
 
 
 def region_map(out, matching):
@@ -79,8 +79,8 @@ class Predictor:
             state[name].to(self.device) for name in ("g_pos", "g_neg", "g_zero"))
         self.scale = state["zero_shot_scale"]  # (3, C) of the mixed score, or None
         if cfg.score == "mixed" and self.scale is None:
-            raise UserError(f"{run} had no photos to bring zero-shot to its scale: choose another "
-                            "--score than mixed")
+            raise UserError(f"{file}: the mixed score needs photos (train with another --score), "
+                            "and an epoch that was evaluated (--resume the run)")
         self.threshold = np.asarray(state["threshold"])  # (C,)
         self.rests_on = state["rests_on"]  # (C,) validation positives behind each threshold
         self.model = TRM(*self.g_pos.shape, matching=cfg.matching,
@@ -170,7 +170,8 @@ class ZeroShot(Predictor):
     def __init__(self, cfg):
         # "average": region_map then shows the cosines as they are
         self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
-        self.parts = dict.fromkeys(("train", "val", "test")) | data.complete(self.cfg)
+        parts = {name: split.used() for name, split in data.complete(self.cfg).items()}
+        self.parts = dict.fromkeys(("train", "val", "test")) | parts
         self.names = self.parts["train"].names
         self.threshold = np.full(len(self.names), 0.5)
         self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)

@@ -1,6 +1,4 @@
 """What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
-import importlib.util
-
 import torch
 
 from support.run_folder import FILES
@@ -13,14 +11,16 @@ def of_epoch(run, line, epochs):
     terms = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name[0] == "L")
     print(f"epoch {line['epoch']:>3}/{epochs} stage {line['stage']}  {terms}  {mAPs(line)}  "
           f"{line['images_per_second']:.0f} images/s", flush=True)
-    if importlib.util.find_spec("tensorboard"):
+    try:
         from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(run / "tensorboard") as writer:
-            for name, value in line.items():
-                numbers = value if isinstance(value, dict) else {"": value}
-                for part, number in numbers.items():
-                    if isinstance(number, (int, float)):
-                        writer.add_scalar(f"{name}/{part}".strip("/"), number, line["epoch"])
+    except Exception:  # it is not installed, or does not fit the other packages
+        return
+    with SummaryWriter(run / "tensorboard") as writer:
+        for name, value in line.items():
+            numbers = value if isinstance(value, dict) else {"": value}
+            for part, number in numbers.items():
+                if isinstance(number, (int, float)):
+                    writer.add_scalar(f"{name}/{part}".strip("/"), number, line["epoch"])
 
 
 def mAPs(line):

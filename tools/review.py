@@ -19,12 +19,13 @@ import re
 import sys
 import urllib.parse
 from pathlib import Path
+from unicodedata import normalize
 from xml.sax.saxutils import quoteattr
 
 from PIL import Image
 
-from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json
-from datasets.csv_sheet import CODES, MEANING, sheet_text, table
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json, require_unique
+from datasets.csv_sheet import CODES, MEANING, sheet_text, table, word
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
@@ -72,9 +73,9 @@ def read_answers(path):
     for line, row in body:
         cells = dict(zip(header, map(unguard, row)))
         image, category, label = (cells.get(name, "") for name in columns)
-        if label.lower() not in CODES:
+        if word(label) not in CODES:
             raise UserError(f"{path}:{line}: a label is 1, 0 or empty, got {label!r}: correct it")
-        answers.append((image, category, CODES[label.lower()]))
+        answers.append((image, category, CODES[word(label)]))
     return answers
 
 
@@ -88,11 +89,12 @@ def read_label_studio(path, names, unlisted):
     with refused(f"{path}: expected Label Studio's export as JSON"):
         for task in read_json(path):
             image = urllib.parse.unquote(task["data"]["image"].split("?d=")[-1])
-            done = [note for note in task["annotations"] if not note.get("was_cancelled")]
-            parts = [part["value"] for note in done for part in note["result"]]
-            chosen = {name for value in parts for name in value.get("choices", ())}
-            answers += [(image, name, POSITIVE) for name in sorted(chosen)]
-            answers += [(image, name, rest) for name in names if done and name not in chosen]
+            image = re.sub("^/data/upload/[0-9]+/[0-9a-f]{8}-", "", image)  # it names uploads so
+            for note in [one for one in task["annotations"] if not one.get("was_cancelled")]:
+                parts = [part["value"].get("choices", ()) for part in note["result"]]
+                chosen = dict.fromkeys(itertools.chain(*parts))
+                answers += [(image, name, POSITIVE) for name in chosen]
+                answers += [(image, name, rest) for name in names if name not in chosen]
     return answers
 
 
@@ -108,7 +110,7 @@ def split_cells(text, delimiter):
 
 
 def plain(cell):
-    cell = cell.strip()
+    cell = normalize("NFC", cell.strip())  # macOS writes an umlaut as two characters
     return cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell
 
 
@@ -129,23 +131,25 @@ def merge(args):
     # 1 and 0 are written as this sheet mostly writes them
     codes = MEANING[args.minus_one]
     used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
-    word = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
-    word |= {codes[w]: w for w, _ in reversed(used.most_common()) if w in codes}
+    written = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
+    written |= {codes[word(w)]: w for w, _ in reversed(used.most_common()) if word(w) in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
-        row = image.get(name, [])
-        c = column.get(category, len(row))
-        cell = plain(row[c][0]) if c < len(row) else "-"  # which is no label
-        said = codes.get(cell.lower())
+        row, c = image.get(plain(name)), column.get(plain(category))
+        while row and c and len(row) <= c:  # cells that Excel left out at the end
+            row.append(["", row[-1][1]])
+            row[-2][1] = delimiter
+        cell = plain(row[c][0]) if row and c else "-"  # which is no label
+        said = codes.get(word(cell))
         if said is None:
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
-            row[c][0] = word[code]
+            row[c][0] = written[code]
             filled += 1
         elif said == code:
             same += 1
         else:
-            conflicts.append(f"{name}, {category}: sheet {cell}, answer {word[code]}")
+            conflicts.append(f"{name}, {category}: sheet {cell}, answer {written[code]}")
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{args.answers}: none of its {len(answers)} answers has a cell in {sheet} "
                         f"(first {strangers[0]}): is it the answers' sheet? (-1: --minus-one)")
@@ -170,6 +174,7 @@ def new_sheet(args):
     file = new(folder / "labels.csv", "the sheet")
     rows, skipped = [], []
     categories = [name.strip() for name in args.categories.split(",") if name.strip()]
+    require_unique([name.lower() for name in categories or ["", ""]], "--categories")
     for path in images_in([folder]):
         name = Path(path).relative_to(folder).as_posix()
         name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
@@ -178,6 +183,8 @@ def new_sheet(args):
             rows.append([name, *[""] * len(categories)])
         except Exception:  # whatever a decoder raises
             skipped.append(path)
+    if not rows:
+        raise UserError(f"{folder}: none of its {len(skipped)} files is an image")
     write_atomically(file, csv_text(["image", *categories], rows))
     print(f"{file}: {len(rows)} images, {len(categories)} categories, every cell empty")
     if skipped:
