@@ -18,7 +18,8 @@ NAMES = ("clip", "datasets", "kernels")
 
 def ours(spec):
     """Whether a module's spec, or None, is of our folder."""
-    return os.path.realpath(str(getattr(spec, "origin", ""))).startswith(HERE + os.sep)
+    file = getattr(spec, "origin", None) or os.sep
+    return os.path.realpath(file).startswith(HERE + os.sep)
 
 
 def take(names):
@@ -27,7 +28,8 @@ def take(names):
             if name.split(".")[0] in names}
 
 
-others = take([name for name in NAMES if not ours(getattr(sys.modules.get(name), "__spec__", 0))])
+others = take([name for name in NAMES
+               if not ours(getattr(sys.modules.get(name), "__spec__", None))])
 sys.path.insert(0, HERE)
 try:
     Predictor = importlib.import_module("eval").Predictor
