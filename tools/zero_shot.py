@@ -38,11 +38,13 @@ def zero_shot(g, batches):
 def zero_shot_scale(scores, positives):
     """What `mixed` needs -> (3, C) float32: slope and offset, which give the zero-shot score the
     mean and the deviation of the run's logit over some images, and its weight, (n + 3) / (2 n + 3)
-    for n known positives in training (docs/readings.md).
+    for n known positives in training (docs/readings.md). The deviation is 1 at least: a run that
+    knows no positive may deny all images alike, and zero-shot must still rank them.
     scores: those images' as `score_split` gives them, positives (C,)"""
     logit, zero = logit_and_zero_shot(scores)
     n = torch.as_tensor(positives, dtype=torch.float32)
-    slope = logit.std(0, correction=0) / zero.std(0, correction=0).clamp(min=1e-6)
+    deviation = logit.std(0, correction=0).clamp(min=1)
+    slope = deviation / zero.std(0, correction=0).clamp(min=1e-6)
     return torch.stack([slope, logit.mean(0) - slope * zero.mean(0), (n + 3) / (2 * n + 3)])
 
 
@@ -50,6 +52,7 @@ def mixed(logit, zero, scale):
     """The weighted mean of the run's logit and the zero-shot score on its scale.
     logit, zero (n, C), scale (3, C) -> probabilities (n, C)"""
     slope, offset, weight = scale
+    logit = logit.clamp(-13.82, 13.82)  # where an evaluation, which keeps probabilities, ends too
     return ((1 - weight) * logit + weight * (slope * zero + offset)).sigmoid()
 
 
