@@ -45,7 +45,8 @@ def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
         logit = [math.log(v / (1 - v)) for v in p[:, c].tolist()]
         (m, s), (mz, sz) = spread(logit), spread(cosine[:, c].tolist())
         for i in range(7):
-            moved, n = m + s * (cosine[i, c] - mz) / sz, known[c]
+            z, n = (cosine[i, c] - mz) / sz, known[c]
+            moved = m + s * z if n else 2 * (z - 1)  # no known positive: as without a run
             mean = (n * logit[i] + (n + 3) * moved) / (2 * n + 3)
             assert got[i, c] == pytest.approx(1 / (1 + math.exp(-mean)), abs=1e-5)
 
