@@ -254,6 +254,11 @@ def describe(split):
 
 # ---- images
 
+def name_of(image):
+    """How an image is named where it is told: by its path, or else by its type."""
+    return str(image) if isinstance(image, (str, Path)) else type(image).__name__
+
+
 class Images(Dataset):
     """A Split's images: key (epoch, index), or index alone -> (float32 (3, size, size),
     CLIP-normalised; index).
@@ -283,7 +288,8 @@ class Images(Dataset):
         except Exception as error:  # whatever a broken file makes a decoder raise
             if self.lenient:
                 return torch.zeros(3, self.size, self.size), -1 - index
-            raise UserError(f"{path}: not a readable image ({error}): replace it") from None
+            name = name_of(path)
+            raise UserError(f"{name}: not a readable image ({error}): replace it") from None
         if self.augment == "taidpt":
             image = augment.taidpt(image, self.size, rng, self.smallest_crop)
         else:

@@ -1,29 +1,39 @@
-"""The project in a program that uses other packages called `clip` or `datasets`, too.
+"""The project in a program that uses other packages called `clip`, `datasets` or `kernels`, too.
 
     sys.path.append("path/of/the/project")
     from trm_ml import Predictor
 
-Our modules find our folders of these names while this file is imported; afterwards the names are
-free again: `from datasets import load_dataset` gives Hugging Face's package, before or after.
+Our modules find our folders of these names while this file is imported. Afterwards a name belongs
+to another package where one is found: `from datasets import load_dataset` gives Hugging Face's,
+before or after. (Workers of Predictor.predict have to be forked then, which is Linux's way.)
 """
 import importlib
+import os
 import sys
-from pathlib import Path
+from importlib.machinery import PathFinder
 
-HERE = str(Path(__file__).resolve().parent)
+HERE = os.path.dirname(os.path.realpath(__file__))
+NAMES = ("clip", "datasets", "kernels")
 
 
-def taken():
-    """Takes every module below `clip` and `datasets` out of sys.modules -> {name: module}."""
+def ours(spec):
+    """Whether a module's spec, or None, is of our folder."""
+    file = getattr(spec, "origin", None) or os.sep
+    return os.path.realpath(file).startswith(HERE + os.sep)
+
+
+def take(names):
+    """Takes every module below these names out of sys.modules -> {name: module}."""
     return {name: sys.modules.pop(name) for name in list(sys.modules)
-            if name.split(".")[0] in ("clip", "datasets")}
+            if name.split(".")[0] in names}
 
 
-others = taken()
+others = take([name for name in NAMES
+               if not ours(getattr(sys.modules.get(name), "__spec__", None))])
 sys.path.insert(0, HERE)
 try:
     Predictor = importlib.import_module("eval").Predictor
 finally:
     sys.path.remove(HERE)
-    taken()
+    take([name for name in NAMES if not ours(PathFinder.find_spec(name))])
     sys.modules.update(others)

@@ -99,7 +99,7 @@ def of_hugging_face(content, shape, folder):
     activation = text.get("hidden_act", "quick_gelu")
     agree(content, False, model_type="clip")
     agree(text, False, hidden_size=shape.text_width, num_hidden_layers=shape.text_layers,
-          layer_norm_eps=1e-5)
+          hidden_act="gelu" if activation == "gelu" else "quick_gelu", layer_norm_eps=1e-5)
     agree({"hidden_act": "quick_gelu"} | vision, False, hidden_act=activation, layer_norm_eps=1e-5,
           hidden_size=shape.vision_width, num_hidden_layers=shape.layers, patch_size=shape.patch)
     agree(pixels, False, do_normalize=True, do_rescale=True, resample=3)

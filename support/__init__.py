@@ -1,14 +1,5 @@
-"""What any program needs. Here: the errors; a check that `clip` and `datasets` are ours."""
+"""What any program needs: the errors here; checkpoint.py, cli.py, distributed.py, ... beside it."""
 import contextlib
-import os
-from importlib.util import find_spec
-
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-for name in ("clip", "datasets"):  # other packages have these names, too
-    if not os.path.realpath(str(find_spec(name).origin)).startswith(os.path.join(ROOT, name)):
-        raise ImportError(f"another package called {name!r} is found before the project's: write "
-                          "`from trm_ml import Predictor`, or put the project's folder first with "
-                          "sys.path.insert(0, folder)")
 
 
 class UserError(ValueError):

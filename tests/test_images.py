@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,15 @@ def test_unreadable_images(tmp_path, case, workers):
         next(iter(DataLoader(images, num_workers=workers)))
     message = str(error.value)
     assert message.startswith(str(path)) and "\n" not in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("source", (b"no image " * 1000, {"image": None}, torch.zeros(3, 99, 99)))
+def test_what_is_no_image_is_named_by_its_type(source):
+    """A row of Hugging Face's datasets, say: its content would fill the screen."""
+    images = data.Images(data.Split("x", [source], ["a"], np.zeros((1, 1), np.int8)), 32)
+    with pytest.raises(UserError, match=f"^{type(source).__name__}: not a readable") as error:
+        images[0]
+    assert len(str(error.value)) < 200
 
 
 def test_formats_with_a_documented_treatment(tmp_path):

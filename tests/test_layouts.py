@@ -543,28 +543,47 @@ def test_a_name_in_another_unicode_normal_form_is_the_same_name(tmp_path, listed
 
 
 @pytest.mark.parametrize("first", (True, False))
-def test_other_packages_called_datasets_and_clip_work_beside_ours(tmp_path, first):
-    """Hugging Face's datasets and OpenAI's clip, imported before or after our Predictor."""
+def test_other_packages_of_our_names_work_beside_ours(tmp_path, first):
+    """Hugging Face's datasets and kernels and OpenAI's clip, before or after our Predictor."""
     import subprocess
     import sys
     from small_world import make, run
 
-    for name in ("datasets", "clip"):
+    for name in ("datasets", "clip", "kernels"):
         (tmp_path / "site" / name).mkdir(parents=True)
         (tmp_path / "site" / name / "__init__.py").write_text("def load_dataset(): return 'theirs'")
     root = Path(__file__).resolve().parents[1]
     world = make(tmp_path / "world")
     run(world, tmp_path / "run", epochs=1)
     photo = sorted((world / "scenes" / "val2014").iterdir())[0]
-    theirs = "from datasets import load_dataset; import clip; "
+    theirs = "from datasets import load_dataset; import clip, kernels; "
     code = (f"import sys; sys.path.insert(0, 'site'); sys.path.append({str(root)!r}); "
             f"{theirs * first}from trm_ml import Predictor; {theirs}"
             f"p = Predictor({str(tmp_path / 'run')!r}, 'last'); "
             f"assert p.predict([{str(photo)!r}]) and p.inspect({str(photo)!r}); "
-            "print(load_dataset(), clip.__file__)")
+            "print(load_dataset(), clip.__file__, kernels.__file__)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
-    assert done.returncode == 0 and "theirs" in done.stdout and "site" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("theirs"), done.stderr
+    assert done.stdout.count(str(tmp_path / "site")) == 2
+
+
+@pytest.mark.parametrize("order", ("look; ours", "ours; look"))
+def test_a_program_may_look_whether_kernels_is_installed(tmp_path, order):
+    """transformers imports `kernels`, which may be ours, to ask for its version."""
+    import subprocess
+    import sys
+
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").write_text("def load_dataset(): return 'theirs'")
+    steps = {"look": "import datasets, kernels; assert not hasattr(kernels, '__version__')",
+             "ours": "from trm_ml import Predictor"}
+    code = "; ".join([f"import sys; sys.path.append({str(Path(__file__).resolve().parents[1])!r})",
+                      *(steps[step] for step in order.split("; ")),
+                      "print(datasets.load_dataset())"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.stdout == "theirs\n", done.stderr
 
 
 def changed(root, edit):

@@ -46,7 +46,8 @@ def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
         logit = [math.log(v / (1 - v)) for v in p[:, c].tolist()]
         (m, s), (mz, sz) = spread(logit), spread(cosine[:, c].tolist())
         for i in range(7):
-            moved, n = m + s * (cosine[i, c] - mz) / sz, known[c]
+            z, n = (cosine[i, c] - mz) / sz, known[c]
+            moved = m + s * z if n else 2 * (z - 1)  # no known positive: as without a run
             mean = (n * logit[i] + (n + 3) * moved) / (2 * n + 3)
             assert got[i, c] == pytest.approx(1 / (1 + math.exp(-mean)), abs=1e-5)
 
@@ -54,6 +55,23 @@ def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
 def test_a_category_without_spread_breaks_nothing():
     scores = {"region": torch.full((4, 1), 0.3), "zero-shot": torch.zeros(4, 1)}
     assert np.allclose(mixed(scores, zero_shot_scale(scores, [5])), 0.3, atol=1e-6)
+
+
+def test_a_category_that_the_run_always_denies_is_ranked_by_zero_shot():
+    """It has no known positive: the run's probabilities are all too small to tell apart."""
+    p, zero = np.full((4, 1), 1e-12, np.float32), np.array([[0.1], [0.3], [0.2], [0.4]], np.float32)
+    scores = {"region": p, "zero-shot": zero}
+    for known in (0, 1, 50):
+        got = mixed_scores(scores, zero_shot_scale(scores, [known]))
+        assert (got.argsort(0) == zero.argsort(0)).all() and len(np.unique(got)) == 4
+
+
+def test_a_photo_is_scored_as_in_an_evaluation_however_sure_the_run_is():
+    logit = torch.tensor([[-40.0], [-15.0], [-3.0], [0.5], [20.0]])  # of a photo; there p is kept
+    zero = torch.linspace(0.1, 0.3, 5)[:, None]
+    scores = {"region": logit.sigmoid().numpy(), "zero-shot": zero.numpy()}
+    scale = zero_shot_scale(scores, [3])
+    assert np.allclose(mixed(logit, zero, scale).numpy(), mixed_scores(scores, scale), rtol=0.01)
 
 
 @pytest.fixture

@@ -153,7 +153,110 @@ def test_label_studio_gets_tasks_and_its_answers_come_back(tmp_path, capfd):
     (tmp_path / "x.csv").write_text("image,dog,cat,cow\nin/c.jpg,,,\nin/a b.jpg,,,\n")
     arguments = ["merge", tmp_path / "x.csv", tmp_path / "export.json", "--unlisted", "absent"]
     assert command(main, arguments, capfd)[0] == 0
-    assert (tmp_path / "x.csv").read_text() == "image,dog,cat,cow\nin/c.jpg,,,\nin/a b.jpg,1,1,0\n"
+    # nobody could choose cow: no cell was suggested
+    assert (tmp_path / "x.csv").read_text() == "image,dog,cat,cow\nin/c.jpg,,,\nin/a b.jpg,1,1,\n"
+
+
+def test_label_studio_finds_photos_below_its_document_root(tmp_path, capfd):
+    (tmp_path / "s.csv").write_text("image,category,label\n./-a b.jpg,dog,1\n")
+    words = ["export", tmp_path / "s.csv", tmp_path / "t.json", "--folder", "my photos/2024"]
+    assert command(main, words, capfd)[0] == 0
+    data = json.loads((tmp_path / "t.json").read_text())[0]["data"]
+    assert data["image"] == "/data/local-files/?d=my%20photos/2024/-a%20b.jpg"
+
+
+def task(image, *annotations, **more):
+    """A task of an export. An annotation: its results, or its fields in a dict."""
+    notes = [note if isinstance(note, dict) else {"result": note} for note in annotations]
+    return {"id": 1, "data": {"image": image}, "annotations": notes, "drafts": [],
+            "predictions": [{"result": [choices("cow")]}], "file_upload": None} | more
+
+
+def choices(*names, kind="choices", **more):
+    return {"id": "x", "from_name": "category", "to_name": "image", "type": kind,
+            "origin": "manual", "value": {kind: list(names)} | more}
+
+
+def merged(tmp_path, capfd, sheet, *tasks, unlisted="absent"):
+    """The sheet after a merge, and what was printed."""
+    (tmp_path / "x.csv").write_text(sheet)
+    (tmp_path / "t.json").write_text(json.dumps(tasks))
+    status, out, err = command(main, ["merge", tmp_path / "x.csv", tmp_path / "t.json",
+                                      "--unlisted", unlisted], capfd)
+    return (tmp_path / "x.csv").read_text(), "\n".join(out + err)
+
+
+@pytest.mark.parametrize("address, row", [
+    ("/data/local-files/?d=a%20b%C3%BC.jpg", "a bü.jpg"),
+    ("/data/local-files/?d=photos/a%20b%C3%BC.jpg", "a bü.jpg"),  # the root is a folder above
+    ("http://localhost:8080/data/local-files/?d=photos/in/c.jpg", "in/c.jpg"),
+    ("/data/local-files/?d=photos/c.jpg", "c.jpg"),
+    ("/data/local-files/?d=photos/-d.jpg", "./-d.jpg"),
+    ("/data/upload/1/0f3a9c21-a_b%C3%BC.jpg", "a bü.jpg"),  # uploaded: Django's valid name
+    ("/data/upload/12/0f3a9c21-e_1.jpg", "deep/e (1).jpg"),
+    ("s3://bucket/photos/in/c.jpg", "in/c.jpg"),
+    ("https://host/photos/c.jpg", "c.jpg"),
+    ("/data/local-files/?d=other/f.jpg", None),
+    ("/data/upload/1/0f3a9c21-f.jpg", None),
+])
+def test_label_studio_addresses(tmp_path, capfd, address, row):
+    rows = ["a bü.jpg", "in/c.jpg", "c.jpg", "./-d.jpg", "deep/e (1).jpg", "g.jpg"]
+    sheet = "image,dog\n" + "".join(f"{name},\n" for name in rows)
+    after, out = merged(tmp_path, capfd, sheet, task("g.jpg", []), task(address, [choices("dog")]))
+    sheet = sheet.replace("g.jpg,\n", "g.jpg,0\n")
+    assert after == (sheet.replace(f"\n{row},\n", f"\n{row},1\n") if row else sheet)
+    assert ("1 without a cell" in out) == (row is None)
+
+
+@pytest.mark.parametrize("tasks, says", [
+    ([task("/data/upload/1/0f3a9c21-a.jpg", [])], ("x/a.jpg", "y/a.jpg")),
+    ([task("/data/local-files/?d=p/x/a.jpg", []), task("/data/local-files/?d=q/x/a.jpg", [])],
+     ("p/x/a.jpg", "q/x/a.jpg", "two tasks")),
+    ([{"image": "x/a.jpg", "category": "dog", "annotation_id": 1}], ("JSON-MIN",)),
+    ([{"data": {"photo": "x/a.jpg"}, "annotations": []}], ("image",)),
+    ([{"data": {"image": "x/a.jpg"}, "completions": []}], ("annotations",)),
+    (["x/a.jpg"], ("JSON",)),
+])
+def test_what_label_studio_cannot_tell_is_refused_in_one_line(tmp_path, capfd, tasks, says):
+    sheet = "image,dog\nx/a.jpg,\ny/a.jpg,\n"
+    (tmp_path / "x.csv").write_text(sheet)
+    (tmp_path / "t.json").write_text(json.dumps(tasks))
+    words = ["merge", tmp_path / "x.csv", tmp_path / "t.json", "--unlisted", "absent"]
+    one_line(main, words, capfd, *says)
+    assert (tmp_path / "x.csv").read_text() == sheet
+
+
+def test_label_studio_annotators_who_disagree_are_a_conflict(tmp_path, capfd):
+    sheet = "image,dog,cat\na.jpg,,\nb.jpg,,\n"
+    first, second = [choices("dog")], [choices("dog", "cat")]
+    after, out = merged(tmp_path, capfd, sheet, task("a.jpg", first, second), task(
+        "b.jpg", first, {"result": second, "ground_truth": True, "was_cancelled": False}))
+    assert after == "image,dog,cat\na.jpg,1,0\nb.jpg,1,1\n"  # the first, or the ground truth
+    assert "2 conflicts" in out and "a.jpg, cat: sheet 0, answer 1" in out
+
+
+def test_skipped_tasks_and_predictions_of_label_studio_are_no_answers(tmp_path, capfd):
+    sheet = "image,dog,cow\na.jpg,,\nb.jpg,,\nc.jpg,,\n"
+    after, _ = merged(
+        tmp_path, capfd, sheet, task("a.jpg", {"result": [choices("cow")], "was_cancelled": True}),
+        task("b.jpg", drafts=[{"result": [choices("cow")]}]), task("c.jpg", [choices("dog")]))
+    assert after == "image,dog,cow\na.jpg,,\nb.jpg,,\nc.jpg,1,0\n"
+
+
+def test_categories_in_other_results_of_label_studio(tmp_path, capfd):
+    """Boxes, taxonomies and nested choices name categories too; stars and arrows none."""
+    sheet = "image,dog,cat,cow,animal\n" + "".join(f"{i}.jpg,,,,\n" for i in range(5))
+    box = choices("dog", kind="rectanglelabels", x=1, y=2, width=3, height=4)
+    stars = {"type": "rating", "from_name": "quality", "to_name": "image", "value": {"rating": 3}}
+    arrow = {"type": "relation", "from_id": "x", "to_id": "y", "direction": "right"}
+    path = ["living", "animal", "cat"]
+    after, out = merged(
+        tmp_path, capfd, sheet, task("0.jpg", [box, stars, arrow, choices("cow")]),
+        task("1.jpg", [choices(path, kind="taxonomy")]), task("2.jpg", [choices(path)]),
+        task("3.jpg", [stars]), task("4.jpg", [choices("blurred", kind="choices")]))
+    assert after == ("image,dog,cat,cow,animal\n0.jpg,1,0,1,0\n1.jpg,0,1,0,1\n2.jpg,0,1,0,1\n"
+                     "3.jpg,0,0,0,0\n4.jpg,0,0,0,0\n")
+    assert "1 without a cell" in out and "4.jpg, blurred" in out
 
 
 # ---- the page

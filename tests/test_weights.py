@@ -238,7 +238,9 @@ def test_hugging_face_configuration_is_obeyed(tmp_path):
 
 @pytest.mark.parametrize("change, says", [
     (dict(model_type="siglip"), 'model_type "siglip", this CLIP has clip'),
-    (dict(text_config=dict(hidden_act="relu")), 'hidden_act "quick_gelu", this CLIP has relu'),
+    (dict(text_config=dict(hidden_act="relu")), 'hidden_act "relu", this CLIP has quick_gelu'),
+    (dict(text_config=dict(hidden_act="gelu_new"), vision_config=dict(hidden_act="gelu_new")),
+     'hidden_act "gelu_new", this CLIP has quick_gelu'),
     (dict(text_config=dict(hidden_act="gelu")), "hidden_act"),  # the images' is quick_gelu
     (dict(text_config=dict(num_hidden_layers=12)), "num_hidden_layers 12, this CLIP has 2"),
     (dict(vision_config=dict(layer_norm_eps=1e-6)), "layer_norm_eps"),

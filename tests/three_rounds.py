@@ -28,10 +28,11 @@ import data
 import eval as evaluation
 import train
 from config import Config
-from eval import Predictor, metrics
+from eval import Predictor, best_thresholds, metrics
 from tools import review
 
 RECIPE = "--clip tiny --size 256 --workers 0"
+SHRINKS = (0, 1, 2, 5, 20, 1e9)  # the last gives 0.5
 # of a person: a key that is decided on; a tile of a group that is looked over
 SECONDS = {"key": 1.5, "look": 0.5}
 
@@ -46,6 +47,15 @@ def keys_pressed(cells, truth):
         last = max((n for n, one in enumerate(wrong, 1) if one), default=0)
         keys += last + (last < len(wrong))  # R or W up to the last wrong one, then A
     return keys
+
+
+def OF1_of_each_shrink(predictor, scores, truth):
+    """{k: OF1} on unseen scenes, scores (n, C), of validation's thresholds shrunk by k. Their
+    maximum is an oracle: no user could choose k so."""
+    val = predictor.splits()["val"]
+    known = predictor.score_split(predictor.loader(val))
+    return {k: metrics(scores, truth, best_thresholds(known, val.truth, k))["OF1"]
+            for k in SHRINKS}
 
 
 def study(mask, share, args, place):
@@ -77,6 +87,8 @@ def study(mask, share, args, place):
         for at, threshold in (("thresholds", predictor.threshold), ("0.5", 0.5)):
             decided = metrics(scores["mixed"], unseen.truth, threshold)
             line |= {f"OF1 {at}": decided["OF1"], f"CF1 {at}": decided["CF1"]}
+        by_shrink = OF1_of_each_shrink(predictor, scores["mixed"], unseen.truth)
+        line |= {"OF1 by shrink": by_shrink, "OF1 oracle": max(by_shrink.values())}
         if evaluation.main([str(out), "--suggest", str(place / f"round{number}.csv")]):
             sys.exit("suggesting failed")
         cells = page_cells(place / f"round{number}.html")
@@ -116,7 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("--train", default=RECIPE, help="options of train.py beside the sheet")
     parser.add_argument("--out", default="three_rounds.jsonl")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # one rounding everywhere
     with open(args.out, "a") as results:
         for share in args.shares:
             for mask in args.masks:

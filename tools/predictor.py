@@ -120,8 +120,8 @@ class Predictor:
     def row(self, image, p):
         """One image's probabilities (C,) as `predict` returns them."""
         ranked = np.argsort(-p, kind="stable")
-        name = str(image) if isinstance(image, (str, Path)) else type(image).__name__
-        return {"image": name, "scores": {self.names[c]: float(p[c]) for c in ranked},
+        return {"image": data.name_of(image),
+                "scores": {self.names[c]: float(p[c]) for c in ranked},
                 "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
 
     def iterate(self, images, batch=32, workers=0, unreadable=None):

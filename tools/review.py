@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import posixpath
 import re
 import sys
 import urllib.parse
@@ -79,22 +80,62 @@ def read_answers(path):
     return answers
 
 
-def read_label_studio(path, names, unlisted):
-    """The same of its JSON: a task an image, the choices of its annotations. The rest of `names`,
-    the categories that could have been chosen, is `unlisted`."""
+def uploaded(image):
+    """The file name that Label Studio gives to an uploaded photo (as Django does), after a mark."""
+    return re.sub(r"[^-\w.]", "", posixpath.basename(image).replace(" ", "_"))
+
+
+def row_of(address, rows, uploads):
+    """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path.
+    /data/local-files/?d=photos/in/a.jpg, or any URL, ends in the image's name; an uploaded one is
+    /data/upload/1/0f3a9c21-a.jpg. uploads: {uploaded(row): [rows]}"""
+    path = urllib.parse.unquote(address.split("?d=")[-1])
+    if upload := re.search(r"/data/upload/\d+/[0-9a-f]{8}-([^/]+)$", path):
+        found = uploads.get(upload[1], [])
+        if len(found) > 1:
+            raise UserError(f"{address} may be {found[0]} or {found[1]}: upload with other names")
+    else:
+        parts = path.split("/")
+        ends = ["/".join(parts[k:]) for k in range(len(parts))]  # the longest first
+        found = [row for end in ends for row in (end, f"./{end}") if row in rows]
+    return found[0] if found else path
+
+
+def named(result, names):
+    """The categories that a result of Label Studio names: a choice, or the label of a box and the
+    like. Nested ones are paths: the last counts, and of the others those of `names`."""
+    kind = result["type"]
+    if kind not in ("choices", "taxonomy") and not kind.endswith("labels"):
+        return []
+    values = result["value"].get(kind) or result["value"].get("labels", ())
+    paths = [[value] if isinstance(value, str) else value for value in values]
+    return [name for path in paths for name in path if name == path[-1] or name in names]
+
+
+def read_label_studio(path, names, rows, unlisted):
+    """The same of its JSON: an annotation names what is present. The rest of the categories that
+    could have been chosen, by `export` or else all of `names`, is `unlisted`."""
     if unlisted is None:
         raise UserError(f"{path}: what was not chosen is --unlisted absent or --unlisted unknown?")
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
-    answers = []
-    with refused(f"{path}: expected Label Studio's export as JSON"):
+    answers, shown, uploads = [], {}, collections.defaultdict(list)
+    for row in rows:
+        uploads[uploaded(row)].append(row)
+    with refused(f"{path}: expected Label Studio's export as JSON, not JSON-MIN, each task with "
+                 "data.image and annotations"):
         for task in read_json(path):
-            image = urllib.parse.unquote(task["data"]["image"].split("?d=")[-1])
-            image = re.sub("^/data/upload/[0-9]+/[0-9a-f]{8}-", "", image)  # it names uploads so
-            for note in [one for one in task["annotations"] if not one.get("was_cancelled")]:
-                parts = [part["value"].get("choices", ()) for part in note["result"]]
-                chosen = dict.fromkeys(itertools.chain(*parts))
-                answers += [(image, name, POSITIVE) for name in chosen]
-                answers += [(image, name, rest) for name in names if name not in chosen]
+            address = task["data"]["image"]
+            image = row_of(address, rows, uploads)
+            if shown.setdefault(image, address) != address:
+                raise UserError(f"{path}: two tasks show {image}: {shown[image]} and {address}; "
+                                "delete one")
+            offered = task["data"].get("offered", names)
+            done = [note for note in task["annotations"] if not note.get("was_cancelled")]
+            # of two that differ the first counts
+            for note in sorted(done, key=lambda note: not note.get("ground_truth")):
+                chosen = {name for result in note["result"] for name in named(result, names)}
+                answers += [(image, name, POSITIVE) for name in sorted(chosen)]
+                answers += [(image, name, rest) for name in offered if name not in chosen]
     return answers
 
 
@@ -123,7 +164,7 @@ def merge(args):
     column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
     image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
     if args.answers.lower().endswith(".json"):
-        answers = read_label_studio(args.answers, column, args.unlisted)
+        answers = read_label_studio(args.answers, column, image, args.unlisted)
     else:
         answers = read_answers(args.answers)
     answers = [answer for answer in answers if answer[2] != UNKNOWN]
@@ -202,8 +243,10 @@ def export(args):
     for image, names in chosen.items():
         result = {"from_name": "category", "to_name": "image", "type": "choices",
                   "value": {"choices": names}}
-        address = "/data/local-files/?d=" + urllib.parse.quote(image)
-        tasks.append({"data": {"image": address}, "predictions": [{"result": [result]}]})
+        place = posixpath.normpath(posixpath.join(args.folder, image))
+        data = {"image": "/data/local-files/?d=" + urllib.parse.quote(place),
+                "offered": sorted(categories)}  # for the way back
+        tasks.append({"data": data, "predictions": [{"result": [result]}]})
     write_atomically(file, json.dumps(tasks, indent=1))
     choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in sorted(categories))
     print(f"{file}: {len(tasks)} tasks. The labelling interface of the project:\n"
@@ -216,10 +259,11 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     known = dict(choices=("absent", "unknown"), help="as train.py has it")
     options = {"--categories": dict(required=True, help="a,b,c"), "--minus-one": known,
-               "--unlisted": known}
+               "--unlisted": known, "--folder": dict(default="", help="of the photos, as it is "
+                                                     "called below Label Studio's document root")}
     for work, arguments in ((new_sheet, ("folder", "--categories")),
                             (merge, ("sheet", "answers", "--minus-one", "--unlisted")),
-                            (export, ("suggestions", "tasks"))):
+                            (export, ("suggestions", "tasks", "--folder"))):
         command = commands.add_parser(work.__name__.replace("_", "-"), help=work.__doc__)
         command.set_defaults(work=work)
         command.error = parser.error
