@@ -1,4 +1,6 @@
 """What the method does beside its equations: starts, order of a step, dropout, clipping, stages."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import train
 from clip import build
 from config import Config
 from memory import MemoryBank
+from support import UserError
 from support.checkpoint import read_checkpoint
 from tools.predictor import Predictor
 from trm import CARL, TRM, Prompts, spatial_aggregation
@@ -18,9 +21,15 @@ pytestmark = pytest.mark.paper
 
 
 def test_the_energies_start_as_clips_own_similarity():
-    carl = CARL(3, 8)
+    """The values start as in torch's attention: Xavier's weights, no bias."""
+    torch.manual_seed(0)
+    carl = CARL(3, 64)
     for linear in (carl.q, carl.k):
-        assert torch.equal(linear.weight, torch.eye(8)) and not linear.bias.any()
+        assert torch.equal(linear.weight, torch.eye(64))
+    bound = (6 / (64 + 64)) ** 0.5
+    assert 0.99 * bound < float(carl.v.weight.abs().max()) <= bound
+    for linear in (carl.q, carl.k, carl.v, carl.out):
+        assert not linear.bias.any()
 
 
 def test_the_context_starts_as_the_paper_says():
@@ -29,6 +38,15 @@ def test_the_context_starts_as_the_paper_says():
     context = Prompts(clip, ["cat", "dog"] * 20, 8).context
     assert context.shape == (2, 40, 8, clip.W)
     assert float(context.std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_prompt_may_be_as_long_as_clip_reads_and_no_longer():
+    clip = build(weights())
+    name = int(clip.tokenize(["cat"])[0].argmax()) + 1  # SOT, the name, EOT
+    M = clip.context_length - name
+    assert Prompts(clip, ["cat"], M)(clip)[0].isfinite().all()
+    with pytest.raises(UserError, match="use fewer"):
+        Prompts(clip, ["cat"], M + 1)
 
 
 def test_text_features_have_unit_length():
@@ -91,7 +109,12 @@ def test_a_baseline_without_regions_matches_one_feature_of_the_whole_image():
     f, x = torch.randn(3, 7, 16), torch.randn(3, 16)
     g_pos, g_neg = F.normalize(torch.randn(2, 4, 16), dim=-1)
     for matching, whole in (("average", sum(f[:, n] for n in range(7)) / 7), ("global", x)):
-        logits = TRM(4, 16, matching=matching)(f, x, g_pos, g_neg).logits_r
+        model = TRM(4, 16, matching=matching)
+        logits, _, shown, _ = model(f, x, g_pos, g_neg)
+        assert shown is None  # pictures are not drawn in training
+        shown = model.eval()(f, x, g_pos, g_neg).energy  # (B, C, N)
+        assert torch.allclose(shown, F.cosine_similarity(f[:, None], g_pos[:, None], dim=-1),
+                              atol=1e-5)
         for b in range(3):
             cosines = [[float(F.cosine_similarity(whole[b], g[c], dim=0)) for c in range(4)]
                        for g in (g_pos, g_neg)]
@@ -102,8 +125,20 @@ def test_a_baseline_without_regions_matches_one_feature_of_the_whole_image():
 @pytest.mark.parametrize("matching, learned", (("dualcoop", True), ("dualcoop-fixed", False)))
 def test_dualcoops_spatial_temperature_starts_at_a_twentieth_and_is_learned_or_not(matching,
                                                                                    learned):
-    scale = TRM(4, 16, matching=matching).log_spatial_scale
+    model = TRM(4, 16, matching=matching)
+    scale = model.log_spatial_scale
     assert scale.exp().item() == pytest.approx(20) and scale.requires_grad == learned
+    f, (g_pos, g_neg) = torch.randn(2, 7, 16), F.normalize(torch.randn(2, 4, 16), dim=-1)
+    want, _ = spatial_aggregation(f, g_pos, g_neg, float(np.exp(3.91)), 20.0)
+    assert torch.allclose(model(f, None, g_pos, g_neg).logits_r, want, atol=1e-3)
+
+
+def test_the_contrastive_heads_are_no_linear_maps():
+    """Sec. 3.5: "an additional multilayer perceptron"; of a linear map the sum below is 0."""
+    x = torch.randn(5, 16)
+    for name, head in TRM(4, 16).heads.items():
+        bent = head(x) + head(-x) - 2 * head(torch.zeros_like(x))
+        assert bent.abs().max() > 0.01, name
 
 
 def test_a_slot_is_filled_from_the_first_row_on_and_not_before():
@@ -161,6 +196,23 @@ def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch)
     assert second == step * (len(second) // 4) and len(second) == 4 * 6  # two epochs of three steps
     assert len(norms) == 9 and set(norms) == {0.5}
     assert len(set(seeds[-3:])) == 3
+
+
+@pytest.mark.parametrize("scaled", (False, True))
+def test_an_update_takes_the_clipped_gradient_of_its_own_batch_at_the_rate_of_its_step(scaled):
+    """By hand, with plain gradient descent; a scaled loss, as float16 has it, changes nothing."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (0.1, 0.5, 9.0)[step])
+    state = SimpleNamespace(optimizer=optimizer, scheduler=schedule,
+                            scaler=torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled))
+    cfg = SimpleNamespace(clip_grad=1.0)
+    norm = train.update(state, 3 * w[0] + 4 * w[1], cfg)  # (3, 4) is clipped to (0.6, 0.8)
+    assert float(norm) == pytest.approx(5)
+    assert w.tolist() == pytest.approx([1 - 0.1 * 0.6, 2 - 0.1 * 0.8], abs=1e-5)
+    norm = train.update(state, 0.3 * w[0] + 0.4 * w[1], cfg)  # short enough as it is
+    assert float(norm) == pytest.approx(0.5)
+    assert w.tolist() == pytest.approx([0.94 - 0.5 * 0.3, 1.92 - 0.5 * 0.4], abs=1e-5)
 
 
 def test_assumed_negatives_give_the_negative_threshold(world, tmp_path):
@@ -237,3 +289,30 @@ def test_two_training_steps_are_section_3_by_the_oracles(settings):
         found = {name: float(value.detach()) for name, value in (terms | {"L": loss}).items()}
         assert found == pytest.approx(want, rel=1e-4)
     assert estimated or not cfg.uses("mmcp")
+
+
+def test_what_each_loss_teaches():
+    """Which parameters a term of Eq. 15 has a gradient for: tau is learned by all that match with
+    the texts; the region scores do not need the decoder's feed-forward, and teach it in Eq. 6;
+    Eq. 13 moves texts and regions, each through its own MLP, and has a temperature of its own."""
+    B, C, D = 12, 6, 8
+    torch.manual_seed(0)
+    texts = F.normalize(torch.randn(2, C, D), dim=-1).requires_grad_()
+    model = TRM(C, D, prompts=lambda encoder: texts)
+    memory = MemoryBank(C, 4, D)
+    memory.set_text_prototypes(torch.randn(C, D))
+    labels = torch.randint(-1, 2, (B, C), dtype=torch.int8)
+    _, terms, _ = train.training_step(model, memory, None, Config(), torch.randn(B, 5, D), None,
+                                      labels, True)
+    taught = {"texts": texts, "tau": model.log_scale, "category queries": model.carl.Q,
+              "keys": model.carl.k.weight, "feed-forward": model.carl.mlp[0].weight,
+              **{f"{name} MLP": head[0].weight for name, head in model.heads.items()}}
+    matched = {"texts", "tau", "category queries", "keys"}
+    want = {"L_r": matched, "L_q": matched | {"feed-forward"}, "L_KD": matched | {"feed-forward"},
+            "L_NCE": {"texts", "category queries", "keys", "text MLP", "region MLP", "pixel MLP"}}
+    for term, names in want.items():
+        gradients = torch.autograd.grad(terms[term], list(taught.values()), retain_graph=True,
+                                        allow_unused=True)
+        found = {name for name, gradient in zip(taught, gradients)
+                 if gradient is not None and gradient.abs().max() > 0}
+        assert found == names, term
