@@ -1,4 +1,5 @@
 """What the method does beside its equations: starts, order of a step, dropout, clipping, stages."""
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from small_world import run, weights, world
 
+import losses
 import oracles
 import train
 from clip import build
@@ -32,6 +34,25 @@ def test_the_energies_start_as_clips_own_similarity():
         assert not linear.bias.any()
 
 
+def test_the_defaults_are_the_papers():
+    """Sec. 4.1 and, for Eq. 14, Sec. 3.6. The functions' own defaults say the same as the run's."""
+    cfg = Config()
+    assert dict(clip="RN101", size=448, context=16, augment="taidpt", epochs=40, batch=128, lr=5e-4,
+                matching="carl", score="region", without="", alpha=1.0, beta=0.05, gamma=0.01,
+                gamma_pos=1.0, gamma_neg=2.0, shift=0.05).items() <= vars(cfg).items()
+    for function, settings in (
+            (losses.total, dict(alpha=cfg.alpha, beta=cfg.beta, gamma=cfg.gamma)),
+            (losses.asymmetric, dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg,
+                                     shift=cfg.shift, assume_negative=cfg.assume_negative)),
+            (losses.distillation, dict(how=cfg.kd, temperature=cfg.kd_temperature,
+                                       teacher=cfg.kd_teacher)),
+            (losses.contrastive, dict(tau=cfg.tau)),
+            (Prompts, dict(M=cfg.context)),
+            (MemoryBank, dict(eta=cfg.eta))):
+        found = inspect.signature(function).parameters
+        assert {name: found[name].default for name in settings} == settings, function
+
+
 def test_the_context_starts_as_the_paper_says():
     """N(0, 0.02), Sec. 4.1."""
     clip = build(weights())
@@ -54,6 +75,25 @@ def test_text_features_have_unit_length():
     clip = build(weights())
     for g in Prompts(clip, ["cat", "dog"], 4)(clip):
         assert torch.allclose(g.norm(dim=-1), torch.ones(2), atol=1e-6)
+
+
+def test_what_is_computed_again_for_the_gradient_changes_nothing(monkeypatch):
+    """Too many prompts, or images, for one piece are taken piece by piece: the same values and
+    gradients."""
+    torch.manual_seed(0)
+    clip, carl, f = build(weights()), CARL(3, 8), torch.randn(5, 4, 8)
+    prompts = Prompts(clip, ["cat", "traffic light", "dog"], 4)
+    found = []
+    for of_prompts, of_images in ((512, 2**25), (4, 2 * carl.Q.numel()), (1, 1)):
+        monkeypatch.setattr(Prompts, "at_once", of_prompts)
+        monkeypatch.setattr(CARL, "at_once", of_images)
+        made = [*prompts(clip), *carl(f)]
+        sum((part * part.detach().cos()).sum() for part in made).backward()
+        found.append([*(part.detach() for part in made), prompts.context.grad, carl.k.weight.grad])
+        prompts.context.grad = carl.k.weight.grad = None
+    for parts in found[1:]:
+        for one, other in zip(found[0], parts):
+            assert one.any() and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_learned_tokens_in_the_place_of_words_give_the_words_features():
@@ -148,6 +188,12 @@ def test_a_slot_is_filled_from_the_first_row_on_and_not_before():
     assert memory.filled()[1].tolist() == [True, False, False]
 
 
+def test_energies_rank_even_where_their_sigmoids_are_equal():
+    memory, f = MemoryBank(1, 1, 2), torch.eye(2)[None]
+    memory.enqueue(torch.tensor([[[30.0, 40.0]]]), f, torch.tensor([[1]]), 1)  # sigmoid: 1, 1
+    assert torch.equal(memory.bank[0, 0], f[0, 1])
+
+
 def test_an_empty_slot_is_no_sample_of_the_contrastive_loss():
     class Model:
         heads = torch.nn.ModuleDict({name: torch.nn.Identity() for name in ("region", "pixel")})
@@ -235,7 +281,9 @@ def test_known_positives_alone_enter_the_bank(world, tmp_path):
 
 @pytest.mark.parametrize("settings", ({}, dict(pseudo_in_contrastive=True), dict(without="mmcp"),
                                       dict(without="mmcl"), dict(without="kd"),
-                                      dict(without="visual"), dict(without="text")))
+                                      dict(without="visual"), dict(without="text"),
+                                      dict(assume_negative=0.3),
+                                      dict(kd="bernoulli", kd_teacher="query")))
 def test_two_training_steps_are_section_3_by_the_oracles(settings):
     """Terms, pseudo-labels and total of two batches of stage two, from energies and texts on."""
     B, C, N, D, k = 12, 6, 5, 8, 2
@@ -244,7 +292,8 @@ def test_two_training_steps_are_section_3_by_the_oracles(settings):
     model = TRM(C, D, prompts=lambda encoder: texts)
     memory = MemoryBank(C, 4, D, eta=0.6)
     memory.set_text_prototypes(torch.randn(C, D))
-    cfg = Config(topk=k, alpha=0.7, beta=0.3, gamma=0.2, tau=0.3, kd_temperature=2.0, **settings)
+    cfg = Config(topk=k, alpha=0.7, beta=0.3, gamma=0.2, tau=0.3, kd_temperature=2.0, gamma_pos=1.5,
+                 gamma_neg=3.0, shift=0.1, **settings)
     queues, theta = oracles.Queues(C, 4, D), np.full((2, 2, C), np.nan)
     prototypes, (g_pos, g_neg) = memory.text_prototypes.numpy(), texts.numpy()
     modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
@@ -266,8 +315,9 @@ def test_two_training_steps_are_section_3_by_the_oracles(settings):
         lists = [queues.queue(c) for c in range(C)]
         completed = known
         if cfg.uses("mmcp"):
+            assumed = np.where(known == 0, -1, known) if cfg.assume_negative else known
             for i, part in enumerate((lists, prototypes[:, None])):
-                theta[i] = oracles.ema(theta[i], oracles.batch_means(f_r, known, part), 0.6)
+                theta[i] = oracles.ema(theta[i], oracles.batch_means(f_r, assumed, part), 0.6)
             s, bounds = oracles.similarities(f_r, lists, prototypes), theta
             if len(modalities) == 1:  # the one that is left agrees with itself
                 s, bounds = s[modalities * 2], theta[modalities * 2]
@@ -275,10 +325,13 @@ def test_two_training_steps_are_section_3_by_the_oracles(settings):
             assert (pseudo.numpy() == guessed).all()
             estimated += np.count_nonzero(guessed)
             completed = np.where(known == 0, guessed, known)
-        want = {"L_r": oracles.asymmetric(logits_r, completed, 1, 2, 0.05),
-                "L_q": oracles.asymmetric(logits_q, completed, 1, 2, 0.05)}
+        want = {name: oracles.asymmetric(logits, completed, 1.5, 3, 0.1, cfg.assume_negative)
+                for name, logits in (("L_r", logits_r), ("L_q", logits_q))}
         if cfg.uses("kd"):
-            want["L_KD"] = oracles.distillation(logits_r, logits_q, "softmax", 2.0)
+            teacher, student = logits_r, logits_q
+            if cfg.kd_teacher == "query":
+                teacher, student = student, teacher
+            want["L_KD"] = oracles.distillation(teacher, student, cfg.kd, 2.0)
         if cfg.uses("mmcl"):
             present = (completed if cfg.pseudo_in_contrastive else known) == 1
             samples = np.concatenate([mlp("region", f_r[present]),
@@ -289,6 +342,19 @@ def test_two_training_steps_are_section_3_by_the_oracles(settings):
         found = {name: float(value.detach()) for name, value in (terms | {"L": loss}).items()}
         assert found == pytest.approx(want, rel=1e-4)
     assert estimated or not cfg.uses("mmcp")
+
+
+def test_stage_one_fills_the_bank_and_does_no_more():
+    """"Trained in the first stage" (Sec. 3.4): no estimate and no Eq. 13, but prototypes."""
+    torch.manual_seed(0)
+    texts = F.normalize(torch.randn(2, 6, 8), dim=-1)
+    model, memory = TRM(6, 8, prompts=lambda encoder: texts), MemoryBank(6, 4, 8)
+    labels = torch.randint(-1, 2, (12, 6), dtype=torch.int8)
+    _, terms, pseudo = train.training_step(model, memory, None, Config(topk=2),
+                                           torch.randn(12, 5, 8), None, labels, False)
+    assert pseudo is None and set(terms) == {"L_r", "L_q", "L_KD"}
+    assert memory.theta.isnan().all()
+    assert memory.cursor.tolist() == (2 * (labels == 1).sum(0)).tolist()
 
 
 def test_what_each_loss_teaches():

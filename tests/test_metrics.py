@@ -79,7 +79,7 @@ def test_metrics_by_loops(per_category):
         n, C = truth.shape
         threshold = np.random.RandomState(seed).random_sample(C) if per_category else 0.5
         limits = np.broadcast_to(threshold, (C,))
-        P, R, hits, saids, exists, aps = [], [], 0, 0, 0, []
+        P, R, hits, saids, exists, aps, interpolated = [], [], 0, 0, 0, [], []
         for c in range(C):
             hit = said = exist = 0
             for i in range(n):
@@ -93,10 +93,16 @@ def test_metrics_by_loops(per_category):
                 R.append(hit / exist)
                 known = truth[:, c] != 0
                 aps.append(average_precision_score(truth[known, c] == 1, scores[known, c]))
+                order = sorted(np.flatnonzero(known), key=lambda i: -scores[i, c])
+                ranked = [truth[i, c] == 1 for i in order]
+                precision = [sum(ranked[:k + 1]) / (k + 1) for k in range(len(ranked))]
+                best = [max(precision[k:]) for k in range(len(ranked)) if ranked[k]]
+                interpolated.append(sum(best) / len(best))
             hits, saids, exists = hits + hit, saids + said, exists + exist
         CP, CR, OP, OR = sum(P) / C, sum(R) / len(R), hits / saids, hits / exists
         want = dict(
             mAP=sum(aps) / len(aps),
+            mAP_voc=sum(interpolated) / len(interpolated),
             CP=CP,
             CR=CR,
             CF1=2 * CP * CR / (CP + CR),
