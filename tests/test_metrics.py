@@ -201,6 +201,19 @@ def test_localisation_by_loops():
     assert got["absent"] == pytest.approx(peaks[truth == -1].mean(), abs=1e-3)
 
 
+def test_the_largest_box_says_whether_an_object_is_small():
+    """Two boxes of a hundredth of the image each are small, not of two hundredths."""
+    boxes = [np.array([[0, 0, 0, 0.1, 0.1], [0, 0.5, 0.5, 0.6, 0.6]])]
+    got = localisation(np.ones((1, 1, 4)), (2, 2), boxes, np.array([[1]]))
+    assert got["small"] is not None and got["medium"] is None and got["large"] is None
+
+
+def test_an_unknown_category_has_no_peak_that_counts():
+    maps = np.array([[[0.1, 0.8], [0.3, 0.2], [0.9, 0.9]]])  # present, absent, unknown
+    got = localisation(maps, (1, 2), [np.zeros((0, 5))], np.array([[1, -1, 0]]))
+    assert (got["present"], got["absent"]) == (0.8, 0.3)
+
+
 def test_localisation_without_a_single_box():
     got = localisation(
         np.zeros((2, 3, 4)), (2, 2), [np.zeros((0, 5))] * 2, np.full((2, 3), -1, np.int8)
