@@ -205,17 +205,23 @@ def test_seed_epoch_and_index_all_matter(split):
 
     assert digest(0, (0, 4)) == digest(0, 4)
     assert len({digest(seed, (epoch, 4)) for seed in range(3) for epoch in range(4)}) >= 11
-    flips = [
-        np.array_equal(data.Images(split, 32, "flip")[(e, 0)][0], data.Images(split, 32)[0][0])
-        for e in range(60)
-    ]
+    plain, flipping = data.Images(split, 32), data.Images(split, 32, "flip")
+    flips = [np.array_equal(flipping[(e, 0)][0], plain[0][0]) for e in range(60)]
     assert 15 < sum(flips) < 45
+    of_an_epoch = [np.array_equal(flipping[(0, i)][0], plain[i][0]) for i in range(12)]
+    assert 0 < sum(of_an_epoch) < 12  # each image has its own draw
 
 
-def test_smallest_crop_follows_the_data_set(split):
-    assert data.Images(split, 32).smallest_crop == 0.5
-    split = data.Split("nuswide/train", split.paths, ["a"], split.labels)
-    assert data.Images(split, 32).smallest_crop == 0.6
+def test_smallest_crop_follows_the_data_set(split, monkeypatch):
+    used, crop = set(), augment.random_crop
+    monkeypatch.setattr(augment, "random_crop", lambda image, size, rng, smallest: (
+        used.add(smallest) or crop(image, size, rng, smallest)))
+    for name, smallest in (("coco/train", 0.5), ("nuswide/train", 0.6)):
+        used.clear()
+        images = data.Images(data.Split(name, split.paths, ["a"], split.labels), 32, "taidpt")
+        for i in range(12):
+            images[i]
+        assert used == {smallest}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,6 +268,19 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
         for what,
         line in zip(("region score", "query score", "mean score", "mixed score", "mask"), out[-5:])
     )
+
+
+def test_an_ensemble_averages_probabilities_and_thresholds(capsys):
+    """Two runs, one category: their means .475 .55 .53 .51 against .52 are all right, while the
+    larger probability, one run's threshold or 0.5 would each be wrong about an image."""
+    first, second = [[0.9], [0.4], [0.6], [0.51]], [[0.05], [0.7], [0.46], [0.51]]
+    members = [SimpleNamespace(loader=lambda split: None, score_split=lambda _, p=p: np.array(p),
+                               threshold=np.array([limit]))
+               for p, limit in ((first, 0.44), (second, 0.6))]
+    split = SimpleNamespace(truth=np.array([[-1], [1], [1], [-1]], np.int8))
+    evaluation.table(members, split, SimpleNamespace(json=True))
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["mAP"] == numbers["CP"] == numbers["CR"] == 100
 
 
 def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(trained, capfd):

@@ -5,7 +5,10 @@ import torch.nn.functional as F
 from small_world import run, world
 
 import eval as evaluation
+import oracles
+from memory import MemoryBank
 from support import UserError
+from tools.inspection import memory_of, origins
 
 
 def test_every_tensor_follows_from_the_ones_before_it(world, tmp_path):
@@ -37,6 +40,23 @@ def test_every_tensor_follows_from_the_ones_before_it(world, tmp_path):
         assert seen["verdicts"][:, c].tolist() == said
         assert int(seen["pseudo"][c]) == (said[0] if said[0] == said[1] else 0)
     terms = seen["losses"]
+    known, model = labels[None].numpy(), predictor.model
+    for name, logits in (("L_r", seen["logits_r"]), ("L_q", seen["logits_q"])):  # Eq. 14
+        want = oracles.asymmetric(logits[None].numpy(), known, 1, 2, 0.05)
+        assert float(terms[name]) == pytest.approx(want, rel=1e-4)
+    want = oracles.distillation(seen["logits_r"][None].numpy(), seen["logits_q"][None].numpy(),
+                                "softmax", 1.0)  # Eq. 6
+    assert float(terms["L_KD"]) == pytest.approx(want, rel=1e-3, abs=1e-6)
+    memory, heads = memory_of(predictor), model.heads
+    kept = [(c, row) for c in range(C)
+            for row in memory.bank[c, :int(memory.cursor[c].clamp(max=memory.bank.shape[1]))]]
+    classes = [c for c in range(C) if labels[c] == 1] + [c for c, _ in kept]
+    with torch.no_grad():
+        samples = torch.cat([heads["region"](seen["regions"][labels == 1]),
+                             heads["pixel"](torch.stack([row for _, row in kept]))])
+        texts = heads["text"](seen["g_pos"])
+    want = oracles.contrastive(texts.numpy(), samples.numpy(), classes, 0.07)  # Eq. 13
+    assert float(terms["L_NCE"]) == pytest.approx(want, rel=1e-4)
     total = terms["L_q"] + terms["L_r"] + 0.05 * terms["L_KD"] + 0.01 * terms["L_NCE"]  # Eq. 15
     assert float(terms["L"]) == pytest.approx(float(total), rel=1e-5)
     ranked = predictor.predict([photo])[0]["scores"]
@@ -52,3 +72,26 @@ def test_a_baseline_has_no_regions_to_inspect(world, tmp_path):
     photo = str(sorted((world / "scenes" / "val2014").iterdir())[0])
     with pytest.raises(UserError, match="--matching carl"):
         evaluation.Predictor(tmp_path / "run", "last").inspect(photo)
+
+
+def test_a_prototype_is_found_in_the_photo_it_came_from():
+    """By image, location and view; features have any length, and an empty slot came from none."""
+    torch.manual_seed(0)
+    f = torch.randn(2, 5, 3, 8) * torch.tensor([1.0, 90.0, 5.0])[:, None]  # view, image, location
+
+    class Loader:
+        stored = f
+
+        def batches(self, view, shuffle):
+            for index in (torch.tensor([3, 1, 0]), torch.tensor([2, 4])):
+                yield index, f[view][index], None
+
+    memory = MemoryBank(2, 3, 8)
+    came_from = {(0, 0): [4, 2, 1], (1, 0): [0, 1, 0], (1, 1): [2, 0, 1]}
+    for slot, (image, location, view) in came_from.items():
+        memory.bank[slot] = F.normalize(f[view, image, location], dim=0)
+    memory.cursor.copy_(torch.tensor([1, 2]))
+    found = origins(memory, Loader())
+    for c in range(2):
+        for row in range(3):
+            assert found[c, row].tolist() == came_from.get((c, row), [-1, -1, -1])

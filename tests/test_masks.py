@@ -21,6 +21,9 @@ def test_partial_mask_is_sarbs():
     first = np.random.RandomState(0).random_sample((2, 3))
     assert np.allclose(first[0], [0.5488135, 0.71518937, 0.60276338])
     assert (data.partial_mask((1, 3), 0.6)[0] == [True, False, False]).all()
+    draws = np.random.RandomState(0)  # image after image
+    want = [[draws.random_sample() < 0.3 for _ in range(3)] for _ in range(50)]
+    assert (data.partial_mask((50, 3), 0.3) == want).all()
 
 
 def test_partial_masks_nest_and_leave_the_global_generator_alone():

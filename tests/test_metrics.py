@@ -79,7 +79,7 @@ def test_metrics_by_loops(per_category):
         n, C = truth.shape
         threshold = np.random.RandomState(seed).random_sample(C) if per_category else 0.5
         limits = np.broadcast_to(threshold, (C,))
-        P, R, hits, saids, exists, aps = [], [], 0, 0, 0, []
+        P, R, hits, saids, exists, aps, interpolated = [], [], 0, 0, 0, [], []
         for c in range(C):
             hit = said = exist = 0
             for i in range(n):
@@ -93,10 +93,16 @@ def test_metrics_by_loops(per_category):
                 R.append(hit / exist)
                 known = truth[:, c] != 0
                 aps.append(average_precision_score(truth[known, c] == 1, scores[known, c]))
+                order = sorted(np.flatnonzero(known), key=lambda i: -scores[i, c])
+                ranked = [truth[i, c] == 1 for i in order]
+                precision = [sum(ranked[:k + 1]) / (k + 1) for k in range(len(ranked))]
+                best = [max(precision[k:]) for k in range(len(ranked)) if ranked[k]]
+                interpolated.append(sum(best) / len(best))
             hits, saids, exists = hits + hit, saids + said, exists + exist
         CP, CR, OP, OR = sum(P) / C, sum(R) / len(R), hits / saids, hits / exists
         want = dict(
             mAP=sum(aps) / len(aps),
+            mAP_voc=sum(interpolated) / len(interpolated),
             CP=CP,
             CR=CR,
             CF1=2 * CP * CR / (CP + CR),
@@ -193,6 +199,19 @@ def test_localisation_by_loops():
     peaks = maps.max(-1)
     assert got["present"] == pytest.approx(peaks[truth == 1].mean(), abs=1e-3)
     assert got["absent"] == pytest.approx(peaks[truth == -1].mean(), abs=1e-3)
+
+
+def test_the_largest_box_says_whether_an_object_is_small():
+    """Two boxes of a hundredth of the image each are small, not of two hundredths."""
+    boxes = [np.array([[0, 0, 0, 0.1, 0.1], [0, 0.5, 0.5, 0.6, 0.6]])]
+    got = localisation(np.ones((1, 1, 4)), (2, 2), boxes, np.array([[1]]))
+    assert got["small"] is not None and got["medium"] is None and got["large"] is None
+
+
+def test_an_unknown_category_has_no_peak_that_counts():
+    maps = np.array([[[0.1, 0.8], [0.3, 0.2], [0.9, 0.9]]])  # present, absent, unknown
+    got = localisation(maps, (1, 2), [np.zeros((0, 5))], np.array([[1, -1, 0]]))
+    assert (got["present"], got["absent"]) == (0.8, 0.3)
 
 
 def test_localisation_without_a_single_box():

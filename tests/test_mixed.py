@@ -1,6 +1,7 @@
 """The mixed score: the run's logit and what CLIP knows without training, on one scale."""
 import json
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -28,11 +29,24 @@ def test_zero_shot_is_the_whole_image_plus_its_best_location():
     torch.manual_seed(0)
     f, x, g = torch.randn(2, 5, 4), torch.randn(2, 4), F.normalize(torch.randn(3, 4), dim=-1)
     got = zero_shot_score(f, x, g)
+    parts = zero_shot(g, [(None, f, x)])
     for b in range(2):
         for c in range(3):
             best = max(oracles.cosine(f[b, n].numpy(), g[c].numpy()) for n in range(5))
             whole = oracles.cosine(x[b].numpy(), g[c].numpy())
             assert float(got[b, c]) == pytest.approx(whole + best, abs=1e-5)
+            assert parts["global"][b, c] == pytest.approx(whole, abs=1e-5)
+            assert parts["dense"][b, c] == pytest.approx(best, abs=1e-5)
+
+
+def test_each_template_counts_the_same_and_the_mean_has_unit_length():
+    """Whatever the lengths of the text features: (10, 0) and (0, 1) have (1, 1) / sqrt 2 between
+    them."""
+    features = {"a dog": [10.0, 0.0], "the dog": [0.0, 1.0]}
+    encoder = SimpleNamespace(tokenize=list, encode_text=lambda texts: torch.tensor(
+        [features[text] for text in texts]))
+    got = zero_shot_text(encoder, ["dog"], ("a {}", "the {}"))
+    assert torch.allclose(got, torch.full((1, 2), 0.5**0.5))
 
 
 def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():

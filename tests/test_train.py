@@ -187,6 +187,17 @@ def test_few_positives_choose_no_epoch(monkeypatch):
         assert (state.best is not None) == noted
 
 
+def test_validation_chooses_the_epoch_and_of_equal_ones_the_first():
+    state = SimpleNamespace(memory=SimpleNamespace(cursor=[0]), best=None, epoch=0)
+    chosen = []
+    for on_val, on_test in ((50, 90), (60, 10), (60, 99), (55, 99)):
+        state.epoch += 1
+        numbers = {"val": dict(positives=9, mAP=on_val), "test": dict(positives=9, mAP=on_test)}
+        chosen.append(train.is_best(state, numbers))
+    assert chosen == [True, True, False, False]
+    assert state.best == {"epoch": 2, "chosen_on": "val", "mAP": 60}
+
+
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
 def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_one_sentence(world, tmp_path, sent):
     process = start("train.py", *options(world, tmp_path / "run", epochs=500))
