@@ -193,7 +193,7 @@ def test_validation_chooses_the_epoch_and_of_equal_ones_the_first():
     for on_val, on_test in ((50, 90), (60, 10), (60, 99), (55, 99)):
         state.epoch += 1
         numbers = {"val": dict(positives=9, mAP=on_val), "test": dict(positives=9, mAP=on_test)}
-        chosen.append(train.is_best(state, numbers))
+        chosen.append(train.note_best(state, numbers))
     assert chosen == [True, True, False, False]
     assert state.best == {"epoch": 2, "chosen_on": "val", "mAP": 60}
 
