@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import get_args
 
 from support import UserError
+from support.checkpoint import begun
 from support.cli import make_parser, words
-from support.run_folder import begun
 
 PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
 CLIPS = ("tiny", *json.loads(Path(__file__).with_name("clip").joinpath("openai.json").read_text()))

@@ -5,7 +5,7 @@
     python train.py --resume runs/NAME                             goes on, bit for bit
     torchrun --nproc-per-node 4 train.py --data coco ...           several GPUs
 
-support/run_folder.py says what a run folder holds. B images of a batch, C categories, N locations,
+support/checkpoint.py says what a run folder holds. B images of a batch, C categories, N locations,
 D dims. Labels: 1 present, -1 absent, 0 unknown.
 """
 import sys
@@ -31,10 +31,9 @@ from clip.features import autocast_dtype
 from eval import PseudoCount, evaluate, note_best
 from memory import MemoryBank
 from support import UserError, distributed
-from support.checkpoint import State, read_checkpoint
+from support.checkpoint import State, begin, new_run, read_checkpoint, save, write_metrics
 from support.cli import best_device, run_main, stop
 from support.distributed import average_gradients, gather
-from support.run_folder import begin, new_run, save, write_metrics
 from tools import report
 from tools.build import build_model, evaluation_loaders, load_carl, load_data, training_loader
 from tools.zero_shot import zero_shot_text

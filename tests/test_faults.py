@@ -281,7 +281,7 @@ def test_a_disk_that_cannot_lock_is_one_line(world, tmp_path, capfd, monkeypatch
         def acquire(self, timeout):
             raise error
 
-    monkeypatch.setattr("support.run_folder.FileLock", Lock)
+    monkeypatch.setattr("support.checkpoint.FileLock", Lock)
     one_line(train.main, options(world, tmp_path / "run"), capfd, "cannot be locked")
 
 

@@ -17,10 +17,9 @@ import data
 from clip.features import FeatureLoader, autocast_dtype
 from config import restored
 from support import UserError
-from support.checkpoint import read_checkpoint
+from support.checkpoint import begun, read_checkpoint, writable
 from support.cli import best_device
 from support.distributed import gather
-from support.run_folder import begun, writable
 from tools import inspection
 from tools.zero_shot import mixed, scores_of, zero_shot, zero_shot_score, zero_shot_text
 from trm import TRM, Output

@@ -1,7 +1,7 @@
 """What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
 import torch
 
-from support.run_folder import FILES
+from support.checkpoint import FILES
 from tools.plots import curves, save_regions
 from tools.predictor import Predictor
 
