@@ -68,7 +68,7 @@ class Runs:
         configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in wanted)}
         todo = [cfg for cfg in configs.values() if not finished(cfg)]
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
-        for cfg in tqdm(trained, "runs", len(todo)):
+        for cfg in tqdm(trained, "runs", len(todo), disable=None):
             told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}" if finished(cfg) else "diverged"
             tqdm.write(f"{Path(cfg.out).name}: {told}")
 
