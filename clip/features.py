@@ -82,7 +82,7 @@ class FeatureLoader:
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
         parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)])[self.rank::self.world]
-                 for part in order.split(self.batch)]
+                 for part in order.split(self.batch) if len(part)]
         dtype = self.amp if shuffle and self.amp else torch.float32
         source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
         for data, index in self.timed(source):

@@ -139,6 +139,10 @@ def test_one_pass_of_the_network_in_batches(trained, photos, tmp_path, capfd, mo
     assert sizes == [5, 5, 4]  # one of them is no image
 
 
+def test_no_image_gives_no_prediction(trained):
+    assert Predictor(trained).predict([]) == []
+
+
 def test_batches_workers_and_neighbours_do_not_change_a_prediction(trained, photos):
     model, paths = Predictor(trained), [p for p in images_in([photos]) if not p.endswith(".txt")]
     rows = model.predict(paths, batch=32)
