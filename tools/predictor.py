@@ -50,15 +50,21 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
     """One pass -> {score: (n, C) probabilities}, with "zero-shot" by the texts g_zero (C, D), and
     {name: (n, C, N)} of maps(out, model), if given. numpy float32."""
     model.eval()
-    scores, kept = defaultdict(list), defaultdict(list)
+    scores, kept, done = {}, defaultdict(list), 0
     for _, f, x in loader.batches(0, shuffle=False):
         out = model(f, x, g_pos, g_neg)
-        for name, logit in logits_of(out).items():
-            scores[name].append(logit.sigmoid())
-        scores["zero-shot"].append(zero_shot_score(f, x, g_zero))
+        found = {name: logit.sigmoid() for name, logit in logits_of(out).items()}
+        found["zero-shot"] = zero_shot_score(f, x, g_zero)
+        for name, part in found.items():  # (B, C)
+            # Into one tensor: small ones, kept each among the batch's large ones, keep the heap
+            # from giving those back (3 GiB at COCO's size).
+            if name not in scores:
+                scores[name] = part.new_empty(len(loader), part.shape[1])
+            scores[name][done:done + len(part)] = part
+        done += len(f)
         for name, part in maps(out, model).items() if maps else ():
             kept[name].append(part.half().cpu())  # many: half the memory
-    return ({name: torch.cat(parts).float().cpu().numpy() for name, parts in scores.items()},
+    return ({name: whole[:done].float().cpu().numpy() for name, whole in scores.items()},
             {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
 
