@@ -77,9 +77,9 @@ def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
 
     def logits(samples, classes):  # of S' samples
         s = anchors @ samples.T  # (C, S')
-        p = s.gather(0, classes[None])[0]  # (S',)  a sample is the positive of one anchor
-        others = s.scatter(0, classes[None], -1e9)  # and a negative of all others
-        return p, others.logsumexp(1)  # (S',), (C,)
+        p = s[classes, torch.arange(len(classes), device=s.device)]  # (S',)  positive of one anchor
+        s.scatter_(0, classes[None], -1e9)  # and a negative of all others
+        return p, s.logsumexp(1)  # (S',), (C,)
 
     parts = list(zip(samples.split(max(1, at_once // C)), classes.split(max(1, at_once // C))))
     p, n = zip(*checkpointed(logits, parts))

@@ -315,16 +315,18 @@ class Version:
         return match(self.carl(self.model.carl, f)[1], *g, self.model.log_scale.exp())
 
 
-def make_case(backbone, size, C, batch, L=64):
-    clip = random_clip(backbone)
-    texts, D = [COCO[c % 80] for c in range(C)], clip.D
+def make_case(backbone, size, C, batch, L=64, clip=None, end=""):
+    """clip: in the place of a random one; end: what follows a category's name in its prompt."""
+    clip = clip or random_clip(backbone)
+    names, D = [COCO[c % 80] for c in range(C)], clip.D
     case = SimpleNamespace(
         clip=clip,
         folded=copy.deepcopy(clip).fold(),
+        names=names,
         name=f"{backbone} {size} C {C} B {batch} {DEVICE.type}",
     )
     torch.manual_seed(1)
-    case.model = TRM(C, D, Prompts(clip, texts)).to(DEVICE)
+    case.model = TRM(C, D, Prompts(clip, [name + end for name in names])).to(DEVICE)
     case.memory = MemoryBank(C, L, D).to(DEVICE)
     # as in the later epochs: queues are full
     case.memory.bank.copy_(F.normalize(torch.randn(C, L, D), dim=-1))

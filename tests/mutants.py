@@ -72,7 +72,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("losses.py", "temperature**2 * kl.mean()", "kl.mean()"),
     ("losses.py", "if how == \"bernoulli\":\n        kl", "if False:\n        kl"),
     ("losses.py", "F.normalize(anchors.to(wide), dim=-1) / tau", "anchors.to(wide) / tau"),
-    ("losses.py", "s.scatter(0, classes[None], -1e9)", "s"),
+    ("losses.py", "s.scatter_(0, classes[None], -1e9)", "s"),
     ("losses.py", "1 / count[classes] / (count > 0).sum()", "1 / count[classes]"),
     ("losses.py", "L_q + alpha * L_r", "L_q + L_r"),
     ("losses.py", "gamma * L_NCE", "beta * L_NCE"),

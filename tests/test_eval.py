@@ -3,8 +3,12 @@
 import csv
 import io
 import json
+import math
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -465,3 +469,33 @@ def test_names_of_pictures_are_distinct_and_cost_no_more_for_more_photos():
     ]
     # once quadratic: minutes
     assert len(set(picture_names([f"{i:06d}.jpg" for i in range(50000)]))) == 50000
+
+
+def test_memory_of_a_split_that_is_scored_does_not_grow_with_its_batches():
+    # in a process of its own: its heap is new
+    script = """
+import torch
+from types import SimpleNamespace
+from bench_step import peak
+from tools.predictor import score_split
+from trm import TRM
+
+class Loader:
+    def __len__(self):
+        return 64 * 128
+    def batches(self, epoch, shuffle):
+        for _ in range(64):
+            yield None, torch.randn(128, 49, 128), torch.randn(128, 128)
+
+torch.set_num_threads(1)
+model, g = TRM(80, 128), torch.randn(3, 80, 128)
+print(peak(lambda: score_split(model, *g[:2], Loader(), g[2])))
+"""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=f"{root}:{root / 'tests'}"))
+    mib = float(done.stdout)
+    if math.isnan(mib):
+        pytest.skip("no Linux: the peak is not known")
+    # 10 MiB of scores and the work of one batch: 130 to 140; 380 to 460 where each batch stays
+    assert mib < 250, done.stderr

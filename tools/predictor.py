@@ -42,16 +42,20 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
     """One pass -> {score: (n, C) probabilities}, with "zero-shot" by the texts g_zero (C, D), and
     {name: (n, C, N)} of maps(out, model), if given. float32 on the CPU."""
     model.eval()
-    scores, kept = defaultdict(list), defaultdict(list)
+    scores, kept, n = {}, defaultdict(list), len(loader)
     for i, (_, f, x) in enumerate(loader.batches(0, shuffle=False)):
-        B = min(loader.batch, len(loader) - i * loader.batch)  # of all processes
+        rows = slice(i * loader.batch, min(n, (i + 1) * loader.batch))  # of all processes
         out = model(f, x, g_pos, g_neg)
-        for name, part in scores_of(out, f, x, g_zero).items():
-            scores[name].append(gather(part, B))
+        for name, part in scores_of(out, f, x, g_zero).items():  # (B, C)
+            # Into one tensor: small ones, kept each among the batch's large ones, keep the heap
+            # from giving those back (3 GiB at COCO's size).
+            if name not in scores:
+                scores[name] = part.new_empty(n, part.shape[1])
+            scores[name][rows] = gather(part, rows.stop - rows.start)
         for name, part in maps(out, model).items() if maps else ():
             kept[name].append(part.half().cpu())  # many: half the memory
-    return [{name: torch.cat(parts).float().cpu() for name, parts in of_split.items()}
-            for of_split in (scores, kept)]
+    return ({name: whole.float().cpu() for name, whole in scores.items()},
+            {name: torch.cat(parts).float() for name, parts in kept.items()})
 
 
 class Predictor:

@@ -34,9 +34,9 @@ def choose_cells(p, labels, threshold, most=MOST):
         x = np.clip(x, 1e-6, 1 - 1e-6)
         return np.log(x / (1 - x))
 
-    image, category = np.nonzero(labels == data.UNKNOWN)
-    believed = p[image, category]
-    margin = logit(believed) - logit(threshold)[category]
+    unknown = np.flatnonzero(labels == data.UNKNOWN)  # of the n * C cells, row after row
+    believed = p.ravel()[unknown]
+    margin = (logit(p) - logit(threshold)).ravel()[unknown]
     order = np.argsort(-believed, kind="stable")
     passes = margin[order] >= 0
     nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, passes.sum() // 2)]
@@ -44,7 +44,7 @@ def choose_cells(p, labels, threshold, most=MOST):
               "absent": order[~passes][::-1][:passes.sum()]}
     for kind in ("present", "absent"):
         chosen[kind] = chosen[kind][~np.isin(chosen[kind], nearest)]
-    return {kind: (image[cells[:most]], category[cells[:most]]) for kind, cells in chosen.items()}
+    return {kind: np.divmod(unknown[cells[:most]], p.shape[1]) for kind, cells in chosen.items()}
 
 
 def region_maps(predictor, loaders, rows):
