@@ -100,7 +100,7 @@ def test_a_new_sheet_that_could_not_be_read_is_not_written(tmp_path, capfd):
     bad = lambda *words: one_line(main, ["new-sheet", tmp_path, "--categories", words[0]], capfd,
                                   *words[1:])
     (tmp_path / "notes.txt").write_text("no image")
-    bad("dog", "none of its 1 files is an image")
+    bad("dog", "expected images and --categories")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     bad("dog,Dog", "dog is listed twice")
     bad(" ,", "--categories")
