@@ -196,7 +196,7 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
         yield from tqdm(drawn, f"drawing {split}", count, unit="image")
     except RuntimeError:  # no thread is left, which would tell the processes to end
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
