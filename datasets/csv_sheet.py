@@ -77,8 +77,7 @@ def sheet_text(path):
 
 
 def table(path):
-    """(header, [(line number, cells)]): empty rows and columns at the end go, short rows are
-    filled, since Excel leaves out empty cells at the end of a row."""
+    """(header, [(line number, cells)]): empty rows and end columns go, short rows are filled."""
     before, text, delimiter, _ = sheet_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:

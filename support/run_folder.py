@@ -36,8 +36,7 @@ def new_run(cfg):
 
 
 def writable(folder):
-    """Whether files can be written into a folder that is there or would be made."""
-    above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    above = next(one for one in (folder, *folder.absolute().parents) if one.exists())  # or itself
     return above.is_dir() and os.access(above, os.W_OK)
 
 
