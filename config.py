@@ -116,8 +116,7 @@ class Config:
         if not is_path("data", self.data):
             self.data = self.data.lower()  # COCO is coco
         if self.test and not (is_path("data", self.data) and is_path("data", self.test)):
-            raise UserError("--data and --test must both be sheets, .csv or .tsv; got "
-                            f"{self.data} and {self.test}")
+            raise UserError(f"--test needs sheets, .csv or .tsv; got {self.data} and {self.test}")
         if self.assume_negative is None:
             self.assume_negative = 0.3 if self.single_positive else 0.0
 

@@ -14,7 +14,6 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
-from multiprocessing import get_start_method
 from pathlib import Path
 
 import torch
@@ -92,7 +91,7 @@ class FeatureLoader:
                 data = self.moved(data)  # (B, 1+N, D)
                 f, x = data[:, 1:].contiguous(), data[:, 0].to(dtype)
             yield self.moved(index), f.to(dtype), x
-        if not shuffle and get_start_method() == "fork":  # else starting them takes seconds
+        if not shuffle and torch.multiprocessing.get_start_method() == "fork":
             self.loader = None  # a split that is scored now and then needs no waiting processes
 
     def moved(self, t, **how):

@@ -93,7 +93,7 @@ def read(file):
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{file.name} is Git LFS's pointer to the weights: run git lfs pull")
     if head.isascii() and b"\0" not in head:  # the page of a server
-        raise UserError(f"it is text ({head.decode()!r}), no weights: download it again")
+        raise ValueError(f"it is text ({head.decode()!r}): download it again")
     if head[8:9] == b"{":
         return load_file(file)
     parts = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []

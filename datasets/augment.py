@@ -18,6 +18,7 @@ TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTO
           8: Image.ROTATE_90}  # EXIF's orientation
 Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow refuses twice as many: 300 megapixels are some 1 GB
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # colour profiles and notes of some MB are common
+PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # and some are damaged
 warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, many pixels: the pixels are fine
 
 

@@ -2,7 +2,6 @@
 
 N images, C categories.
 """
-import codecs
 import hashlib
 import io
 import json
@@ -96,13 +95,10 @@ def read_bytes(path):
 
 
 def read_text(path):
-    """(text, encoding: UTF-8 with or without its mark, or UTF-16)."""
+    """(text, encoding: UTF-8 or UTF-16, with or without its mark)."""
     raw = read_bytes(path)
-    encoding = "utf-8-sig" if raw.startswith(codecs.BOM_UTF8) else "utf-8"
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif b"\0" in raw[:2]:  # the same without its mark
-        encoding = "utf-16-le" if raw[1:2] == b"\0" else "utf-16-be"
+    marks = {b"\xef\xbb": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    encoding = marks.get(raw[:2], "utf-16-le" if raw[1:2] == b"\0" else "utf-8")
     try:
         return raw.decode(encoding), encoding
     except UnicodeDecodeError as error:

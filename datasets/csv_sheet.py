@@ -77,20 +77,19 @@ def sheet_text(path):
 
 
 def table(path):
-    """(header, [(line number, cells)]) of such a file; empty rows and columns at the end go."""
+    """(header, [(line number, cells)]): empty rows and end columns go, short rows are filled."""
     before, text, delimiter, _ = sheet_text(path)
-    skipped = bool(before)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        rows = [(reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader]
+        rows = [(reader.line_num + bool(before), [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num + skipped}: not a CSV row ({error})") from None
+        line = reader.line_num + bool(before)
+        raise UserError(f"{path}:{line}: not a CSV row ({error})") from None
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
     width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
     (_, header), *body = [(line, row[:width]) for line, row in rows]
-    # Excel leaves out empty cells at the end of a row
     body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
     if all(word(cell) in CODES and not re.fullmatch("[a-zA-Z]", cell) for cell in header[1:]):
         raise UserError(f"{path}:1: expected a header 'image,<class>,...' above the labels, got "
@@ -118,14 +117,11 @@ def read(path, root, cfg):
                  for line, row in body if len(row) != len(header)]
     body = [(line, row) for line, row in body if len(row) == len(header)]
 
-    first = [os.path.isfile(os.path.join(root, cell)) for cell in body[0][1]] if body else [True]
-    if True in first[1:] and not first[0]:
-        raise UserError(f"{path}: images are expected in the first column, they are in "
-                        f"{header[first.index(True)]!r}: put it first (pandas: index=False)")
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
-    other = [c for c in columns if holds_no_label([row[c] for _, row in body], codes)]
-    listing = [header[c] for c in other
-               if re.search("label|tags?$|categor|class|choice", header[c].lower())]
+    filled = {c: [word(row[c]) for _, row in body if row[c]] for c in columns}
+    # a column of three or more filled cells without any label is no category
+    other = [c for c in columns if len(filled[c]) > 2 and not {*codes, "-1"} & {*filled[c]}]
+    listing = [header[c] for c in other if re.search("(?i)label|tags?$|categ|class", header[c])]
     if listing and len(other) < len(columns):
         raise UserError(f"{path}: --ignore {listing[0]}, or the other columns if it lists the "
                         "categories (docs/data.md: lists, long)")
@@ -157,12 +153,6 @@ def read(path, root, cfg):
                  where=[f"{path}:{line}" for line, _ in body])
 
 
-def holds_no_label(column, codes):
-    """Whether a column of three or more filled cells holds no label in any."""
-    filled = [word(cell) for cell in column if cell]
-    return len(filled) > 2 and not any(cell in codes or cell == "-1" for cell in filled)
-
-
 def label_cells(path, header, body, columns, codes, problems):
     """N rows of C label codes; what is no label joins `problems`."""
     cells = [[codes.get(word(row[c])) for c in columns] for _, row in body]
@@ -191,7 +181,8 @@ def image_files(path, root, body, problems):
             file = locate(name, [folder], where)
             if not file:
                 raise UserError(f"{where}: no image {safe_join(folder, name, where)}; --root says "
-                                "where image names start, names need their ending (.jpg)")
+                                "where names start, the first column holds them (pandas: "
+                                "index=False) with their ending (.jpg)")
             file = os.path.realpath(file)
             if file in first:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "

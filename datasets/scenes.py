@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -193,6 +194,10 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
     try:
         drawn = pool.map(one, range(count), chunksize=50)
         yield from tqdm(drawn, f"drawing {split}", count, unit="image")
+    except RuntimeError:  # no thread is left, which would tell the processes to end
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -100,9 +100,10 @@ def explain(error):
         return text
     limits = r"DataLoader worker \(|shared memory|ancdata|start new thread|cannot join thread"
     if isinstance(error, BrokenExecutor) or re.search(limits, text):
-        return ("a worker process or thread was ended or could not start, for want of memory (in a "
-                "container also of shared memory: --shm-size) or by a limit (ulimit -a): fewer "
-                "--jobs, --workers 0")
+        return ("a worker was ended or could not start: fewer --jobs, --workers 0, more memory (in "
+                "a container also shared memory: --shm-size) or higher limits (ulimit -a)")
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is missing: pip install {error.name}"
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         return f"too little memory: lower --batch, --size or --queue ({text[:150]})"
     if isinstance(error, OSError):
@@ -121,7 +122,10 @@ def end_with_parent(_=None):
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    try:
+        threading.Thread(target=watch, daemon=True).start()
+    except RuntimeError:  # no thread is left: the parent tells
+        os._exit(1)
 
 
 def best_device(world=1):

@@ -347,7 +347,7 @@ def test_processes_that_are_slow_to_start_stay_between_evaluations(monkeypatch, 
         def encode(self, images, need_global):
             return torch.zeros(2, 1, 3), None
 
-    monkeypatch.setattr(features, "get_start_method", lambda: method)
+    monkeypatch.setattr(torch.multiprocessing, "get_start_method", lambda: method)
     loader = Loader()
     assert len(list(loader.batches(0, shuffle=False))) == 1
     assert (loader.loader is not None) == stay

@@ -161,3 +161,20 @@ def test_pixels_of_32_bits_are_refused_wherever_they_come_from(tmp_path):
     for source in (grey, Image.fromarray(grey), tmp_path / "x.tiff"):
         with pytest.raises(ValueError, match="32 bits a pixel"):
             augment.read(source)
+
+
+@pytest.mark.parametrize("kind, content", ((b"tEXt", b"Comment\0hi"), (b"iCCP", b"p\0\0damaged"),
+                                           (b"eXIf", b"damaged")))
+def test_a_damaged_note_or_profile_says_nothing_about_the_pixels(tmp_path, kind, content):
+    fake.photo(tmp_path / "a.png", 0)
+    raw = (tmp_path / "a.png").read_bytes()
+    chunk = struct.pack(">I", len(content)) + kind + content + b"\0\0\0\0"  # no checksum
+    (tmp_path / "b.png").write_bytes(raw[:33] + chunk + raw[33:])
+    same = np.asarray(augment.read(tmp_path / "b.png")) == np.asarray(
+        augment.read(tmp_path / "a.png"))
+    assert same.all()
+    damaged = bytearray(raw)
+    damaged[len(raw) // 2] ^= 255  # among the pixels
+    (tmp_path / "c.png").write_bytes(damaged)
+    with pytest.raises(Exception):
+        augment.read(tmp_path / "c.png")

@@ -100,12 +100,40 @@ def test_a_new_sheet_that_could_not_be_read_is_not_written(tmp_path, capfd):
     bad = lambda *words: one_line(main, ["new-sheet", tmp_path, "--categories", words[0]], capfd,
                                   *words[1:])
     (tmp_path / "notes.txt").write_text("no image")
-    bad("dog", "none of its 1 files is an image")
+    bad("dog", "expected images and --categories")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     bad("dog,Dog", "dog is listed twice")
     bad(" ,", "--categories")
     assert not (tmp_path / "labels.csv").exists()
     assert command(main, ["new-sheet", tmp_path, "--categories", "dog"], capfd)[0] == 0
+
+
+def exported(tmp_path, image, *annotations):
+    """Label Studio's JSON of one task, each annotation a list of choices."""
+    notes = [{"result": [{"value": {"choices": chosen}}]} for chosen in annotations]
+    (tmp_path / "t.json").write_text(json.dumps([{"data": {"image": image}, "annotations": notes}]))
+    return tmp_path / "t.json", "--unlisted", "absent"
+
+
+def test_uploads_of_label_studio_find_their_photo(tmp_path, capfd):
+    (tmp_path / "x.csv").write_text("image,dog,cat\na-b.jpg,,\n")
+    words = exported(tmp_path, "/data/upload/3/cb044c20-a-b.jpg", ["cat"])
+    assert command(main, ["merge", tmp_path / "x.csv", *words], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text() == "image,dog,cat\na-b.jpg,0,1\n"
+
+
+def test_two_people_who_disagree_in_label_studio_are_a_conflict(tmp_path, capfd):
+    (tmp_path / "x.csv").write_text("image,dog,cat\na.jpg,,\n")
+    words = exported(tmp_path, "/data/local-files/?d=a.jpg", ["cat"], ["dog"])
+    _, out, _ = command(main, ["merge", tmp_path / "x.csv", *words], capfd)
+    assert "4 answers: 2 new, 0 were there, 2 conflicts" in out[1]
+
+
+def test_json_min_of_label_studio_is_named(tmp_path, capfd):
+    (tmp_path / "x.csv").write_text("image,dog\na.jpg,\n")
+    (tmp_path / "t.json").write_text('[{"image": "a.jpg", "choice": "dog"}]')
+    one_line(main, ["merge", tmp_path / "x.csv", tmp_path / "t.json", "--unlisted", "absent"],
+             capfd, "no JSON-MIN")
 
 
 def test_a_merge_that_cannot_be_is_refused(tmp_path, capfd):

@@ -47,9 +47,15 @@ SHEETS = {
     ),
     "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
     "header of words": ("0.jpg,yes,no\n1.jpg,no,yes\n", ":1: expected a header"),
-    "index of pandas": (",image,dog\n0,0.jpg,1\n1,1.jpg,0\n", "they are in 'image'.*index=False"),
-    "image last": ("dog,cat,file\n1,0,0.jpg\n0,1,1.jpg\n", "first column, they are in 'file'"),
-    "name without its ending": (HEAD + "0,1,0\n", "no image .*names need their ending"),
+    "index of pandas": (
+        ",image,dog\n" + "".join(f"{i},{i}.jpg,1\n" for i in range(3)),
+        "first column .*index=False",
+    ),
+    "image last": (
+        "dog,cat,file\n" + "".join(f"1,0,{i}.jpg\n" for i in range(3)),
+        "the first column holds them",
+    ),
+    "name without its ending": (HEAD + "0,1,0\n", "no image .*with their ending"),
     "underscore for a blank": (
         "image,fire_hydrant,Fire hydrant\n0.jpg,1,0\n",
         ":1: the class 'fire hydrant' is there twice",
@@ -103,7 +109,6 @@ def test_sheet_encodings_and_shapes(folder):
         ("sep=\t\n" + plain.replace(",", "\t")).encode(),
         ("sep=,,,\r\n" + plain).encode(),
         plain.encode("utf-16-le"),
-        plain.encode("utf-16-be"),
         plain.replace("1,0", "1.000,0.00").encode(),
         plain.replace(",", ";").replace("1;0", "1,0;0,0").encode(),
         plain.replace("1,0", "Y,n").replace(",,", ",#N/A,").encode(),
@@ -175,8 +180,8 @@ def test_second_sheet(folder):
     shutil.copy(folder / "1.jpg", folder / "copy.jpg")  # the same picture under another name
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\ncopy.jpg,1,0\n")
     refused("b.csv: 1 images are in .*copy.jpg", folder / "a.csv", test=folder / "b.csv")
-    refused("--test must both be sheets.*coco and .*b.csv", "coco", folder, test=folder / "b.csv")
-    refused("--test must both be sheets.*x.txt", folder / "a.csv", test=folder / "x.txt")
+    refused("--test needs sheets.*coco and .*b.csv", "coco", folder, test=folder / "b.csv")
+    refused("--test needs sheets.*x.txt", folder / "a.csv", test=folder / "x.txt")
 
 
 def test_a_share_that_holds_nothing_out(folder):

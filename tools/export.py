@@ -10,7 +10,6 @@ region of a run with --matching carl. model.pt2.json names categories, threshold
 import json
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -42,8 +41,6 @@ def export(run, file, clip=None):
     if file.suffix not in (".pt2", ".onnx"):
         raise UserError(f"expected a file that ends with .pt2 or .onnx, got {file}")
     new(file, "a file")
-    if file.suffix == ".onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
-        raise UserError("a .onnx file needs two packages more: pip install onnx onnxscript")
     warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
     predictor = Predictor(run, device="cpu", places=clip and {"clip": clip})
     predictor.model.heads = None  # training's alone

@@ -82,17 +82,16 @@ def save_regions(predictor, split, file):
 def two_axes(file, width, height, dpi):
     """Two axes to draw into, side by side; what was drawn is then written as a PNG."""
     os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be unknown here
-    from matplotlib import style  # takes a second to load
-    from matplotlib.figure import Figure
+    from matplotlib import figure, style  # takes a second to load
     with style.context("default"):  # a user's matplotlibrc may ask for LaTeX
-        figure = Figure(figsize=(width, height))
-        yield figure.subplots(1, 2)
-        for axis in figure.axes:
+        drawn = figure.Figure(figsize=(width, height))
+        yield drawn.subplots(1, 2)
+        for axis in drawn.axes:
             axis.grid(alpha=0.3)
             if axis.lines:
                 axis.legend(fontsize=8)
-        figure.tight_layout()
-        save_atomically(lambda buffer: figure.savefig(buffer, dpi=dpi, format="png"), file)
+        drawn.tight_layout()
+        save_atomically(lambda buffer: drawn.savefig(buffer, dpi=dpi, format="png"), file)
 
 
 def curves(history, file, weights, best):

@@ -215,7 +215,7 @@ def new_sheet(args):
     file = new(folder / "labels.csv", "the sheet")
     rows, skipped = [], []
     categories = [name.strip() for name in args.categories.split(",") if name.strip()]
-    require_unique([name.lower() for name in categories or ["", ""]], "--categories")
+    require_unique([name.lower() for name in categories], "--categories")
     for path in images_in([folder]):
         name = Path(path).relative_to(folder).as_posix()
         name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
@@ -224,8 +224,9 @@ def new_sheet(args):
             rows.append([name, *[""] * len(categories)])
         except Exception:  # whatever a decoder raises
             skipped.append(path)
-    if not rows:
-        raise UserError(f"{folder}: none of its {len(skipped)} files is an image")
+    if not (rows and categories):
+        raise UserError(f"expected images in {folder} and names in --categories; got {len(rows)} "
+                        f"images and {len(categories)} names")
     write_atomically(file, csv_text(["image", *categories], rows))
     print(f"{file}: {len(rows)} images, {len(categories)} categories, every cell empty")
     if skipped:
