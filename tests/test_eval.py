@@ -22,6 +22,7 @@ import train
 from eval import Predictor
 from eval import best_thresholds
 from support import UserError
+from trm import Prompts
 
 
 @pytest.fixture
@@ -215,6 +216,17 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     assert state["rests_on"] == (val.truth == 1).sum(0).tolist() == model.rests_on
     row = model.row("x", np.where(np.arange(len(model.names)) % 2, 1.0, 0.0))
     assert row["present"] == model.names[1::2]
+
+
+def test_a_checkpoint_holds_the_texts_of_its_prompts(trained):
+    """Present first: swapped, every score would be turned round, here as in training."""
+    state = torch.load(trained / "last.pt", weights_only=True)
+    predictor = Predictor(trained, "last")
+    prompts = Prompts(predictor.clip, predictor.splits()["train"].prompts, predictor.cfg.context)
+    prompts.load_state_dict({"context": state["model"]["prompts.context"]})
+    for g, saved, used in zip(prompts(predictor.clip), (state["g_pos"], state["g_neg"]),
+                              (predictor.g_pos, predictor.g_neg)):
+        assert torch.allclose(g, saved, atol=1e-5) and torch.equal(saved, used)
 
 
 def test_inference_needs_the_run_folder_and_the_image_encoder_only(
