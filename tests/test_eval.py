@@ -303,7 +303,7 @@ def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(tr
     for planted in ((5, 1), (9, 2)):
         scores[planted] = 0.95 if truth[planted] == 1 else 0.05
         truth[planted] *= -1
-    truth[7], scores[7] = 0, 0.5
+    truth[7], scores[7] = 0, 0.3
     assert sorted(suspects(scores, truth)) == [(5, 1), (9, 2)]
     split = Split("x", [f"{i}.png" for i in range(60)], ["a", "b", "c"], truth)
     lines = table(split, scores, np.array([0.9, np.nan, 0.2]), np.full(3, 0.5), [4, 0, 7])
@@ -317,6 +317,15 @@ def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(tr
     names = Predictor(trained).names
     assert status == 0 and {line.split("  ")[0] for line in out[-99:]} >= set(names)
     one_line(evaluation.main, [trained, "--categories", "--json"], capfd, "--categories")
+
+
+def test_the_clearest_suspect_comes_first_and_the_mean_itself_is_suspect():
+    """Labelled present: .75 and .75. Of those labelled absent, one is as high and one is higher.
+    Where no image is labelled present, nothing says how high that would be."""
+    from tools.categories import suspects
+    scores = np.array([[0.75, 0.9], [0.75, 0.9], [0.25, 0.9], [0.75, 0.9], [1.0, 0.9], [0.25, 0.9]])
+    truth = np.array([[1, -1], [1, -1], [-1, -1], [-1, -1], [-1, -1], [-1, -1]], np.int8)
+    assert suspects(scores, truth) == [(4, 0), (3, 0)]
 
 
 def test_a_sheet_without_a_test_split_is_scored_on_its_validation_rows(trained, world, tmp_path,
