@@ -22,7 +22,8 @@ import train
 from eval import Predictor
 from eval import best_thresholds
 from support import UserError
-from trm import Prompts
+from tools.predictor import logits_of, region_map
+from trm import Output, Prompts
 
 
 @pytest.fixture
@@ -216,6 +217,8 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     assert state["rests_on"] == (val.truth == 1).sum(0).tolist() == model.rests_on
     row = model.row("x", np.where(np.arange(len(model.names)) % 2, 1.0, 0.0))
     assert row["present"] == model.names[1::2]
+    assert set(model.row("x", model.threshold)["present"]) == set(model.names)
+    assert model.row("x", np.nextafter(model.threshold, 0))["present"] == []
 
 
 def test_a_checkpoint_holds_the_texts_of_its_prompts(trained):
@@ -280,6 +283,24 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
         for what,
         line in zip(("region score", "query score", "mean score", "mixed score", "mask"), out[-5:])
     )
+
+
+def test_the_mean_score_lies_between_the_two_that_it_is_of():
+    scores = logits_of(Output(torch.tensor([[1.0]]), torch.tensor([[3.0]])))
+    assert scores == {"region": 1, "query": 3, "mean": 2}
+    assert logits_of(Output(torch.tensor([[1.0]]))) == {"region": 1}  # a baseline
+
+
+def test_the_map_of_the_method_is_the_mask_and_that_of_a_baseline_its_similarity():
+    out = Output(torch.zeros(1, 1), energy=torch.tensor([[[0.0, 2.0]]]))
+    assert region_map(out, "carl").tolist() == [[[0.5, pytest.approx(1 / (1 + np.exp(-2)))]]]
+    assert region_map(out, "dualcoop").tolist() == [[[0.0, 2.0]]]
+
+
+def test_a_run_on_another_clip_than_the_first_one_loads_its_own(trained):
+    shared = SimpleNamespace(sha256="of other weights")
+    own = Predictor(trained).clip.sha256
+    assert Predictor(trained, encoder=shared).clip.sha256 == own != shared.sha256
 
 
 def test_an_ensemble_averages_probabilities_and_thresholds(capsys):
