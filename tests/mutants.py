@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METHOD = ["tests/test_method.py", "tests/test_equations.py"]
+METHOD = ["tests/test_equations.py", "tests/test_method.py"]
 TESTS = {  # the tests that should notice, the quick ones first
     "trm.py": METHOD, "memory.py": METHOD, "losses.py": METHOD,
-    "train.py": [*METHOD, "tests/test_report.py", "tests/test_train.py"],
+    "train.py": ["tests/test_method.py", "tests/test_report.py", "tests/test_train.py"],
     "data.py": ["tests/test_masks.py", "tests/test_augment.py", "tests/test_data.py"],
-    "eval.py": ["tests/test_metrics.py", "tests/test_report.py", "tests/test_train.py",
-                "tests/test_eval.py"],
+    "eval.py": ["tests/test_metrics.py", "tests/test_eval.py", "tests/test_report.py",
+                "tests/test_train.py"],
     "datasets/augment.py": ["tests/test_augment.py"],
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
     "paper/captions.py": ["tests/test_captions.py"],
