@@ -356,13 +356,17 @@ def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch)
             chosen.append(named)
             return original(*given, **named)
         monkeypatch.setattr(place, name, noted)
+    step, trains = train.training_step, []
+    monkeypatch.setattr(train, "training_step", lambda model, *given: (
+        trains.append(model.training) or step(model, *given)))
     run(world, tmp_path / "run", epochs=3, clip_grad=0.5, lr=2e-4, weight_decay=0.03)
+    assert trains == [True] * 9  # with dropout, also after an evaluation
     assert (chosen[0]["lr"], chosen[0]["weight_decay"]) == (2e-4, 0.03)
     assert chosen[1] == dict(max_lr=2e-4, total_steps=9)
     assert calls.count("set_text_prototypes") == 1
     second = calls[calls.index("set_text_prototypes") + 1:]
-    step = ["enqueue", "similarities", "update_thresholds", "pseudo_labels"]
-    assert second == step * (len(second) // 4) and len(second) == 4 * 6  # two epochs of three steps
+    order = ["enqueue", "similarities", "update_thresholds", "pseudo_labels"]
+    assert second == order * (len(second) // 4) and len(second) == 4 * 6  # two epochs of three steps
     assert len(norms) == 9 and set(norms) == {0.5}
     assert len(set(seeds[-3:])) == 3
 
