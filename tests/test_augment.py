@@ -79,6 +79,56 @@ def test_table_is_the_published_one():
         assert list(augment.LEVELS.get(short, ())) == pytest.approx(levels or [], abs=1e-6)
 
 
+def test_levels_run_from_nothing_to_autoaugments_strongest():
+    ends = {"shX": (0, 0.3), "shY": (0, 0.3), "trX": (0, 150 / 331), "trY": (0, 150 / 331),
+            "rot": (0, 30), "sol": (256, 0), "pos": (8, 4), "col": (0, 0.9), "con": (0, 0.9),
+            "sha": (0, 0.9), "bri": (0, 0.9)}
+    assert augment.LEVELS.keys() == ends.keys()
+    for name, levels in augment.LEVELS.items():
+        assert (levels[0], levels[9]) == pytest.approx(ends[name]), name
+
+
+def test_a_policy_is_drawn_from_all_and_each_operation_by_its_own_probability(monkeypatch):
+    applied = []
+    monkeypatch.setattr(augment, "apply", lambda image, operation, level, rng: (
+        applied.append((operation, level)) or image))
+
+    class Drawn:
+        def choice(self, options):
+            assert len(options) == 117
+            return [(0.4, "rot", 2), (0.6, "inv", 5), (1.0, "sol", 7)]
+
+        def random(self):
+            return 0.5
+
+    augment.policy(picture(), Drawn())
+    assert applied == [("inv", 5), ("sol", 7)]
+
+
+def test_half_of_the_images_are_mirrored():
+    image = picture()
+    plain, mirrored = image.tobytes(), Image.fromarray(np.asarray(image)[:, ::-1]).tobytes()
+    rng = random.Random(0)
+    seen = Counter(augment.flip(image, rng).tobytes() for _ in range(1000))
+    assert set(seen) == {plain, mirrored} and 440 < seen[mirrored] < 560
+
+
+def test_a_training_image_is_cropped_or_cut_out_then_changed_by_a_policy_and_mirrored(monkeypatch):
+    """TaI-DPT's order; what is cut out of is resized bilinearly, as torchvision's default was."""
+    image, calls = picture(), []
+    for name in ("random_crop", "cutout", "policy", "flip"):
+        monkeypatch.setattr(augment, name, lambda image, *_, name=name: calls.append(name) or image)
+    cropped, rng = 0, random.Random(0)
+    for _ in range(400):
+        calls.clear()
+        out = augment.taidpt(image, 32, rng)
+        assert calls[0] in ("random_crop", "cutout") and calls[1:] == ["policy", "flip"]
+        cropped += calls[0] == "random_crop"
+        if calls[0] == "cutout":
+            assert out.tobytes() == image.resize((32, 32), Image.BILINEAR).tobytes()
+    assert 160 < cropped < 240
+
+
 class Fixed(random.Random):
     """choice() always takes the first: the sign is -1."""
 
@@ -111,6 +161,11 @@ def test_operations(operation, level):
             if 0 <= x + 0.5 - shift < 64:
                 moved[:, x] = a[:, int(x + 0.5 - shift)]
         assert (moved == b).mean() > 0.97
+    if operation in ("shX", "shY"):  # sign -1
+        slopes = (1, -m, 0, 0, 1, 0) if operation == "shX" else (1, 0, 0, -m, 1, 0)
+        sheared = image.transform(image.size, Image.AFFINE, slopes, Image.BICUBIC,
+                                  fillcolor=(128, 128, 128))
+        assert (np.asarray(sheared) == b).all()
     if operation == "rot":  # the published form goes through RGBA and a composite
         turned = image.convert("RGBA").rotate(m)
         grey = Image.new("RGBA", turned.size, (128,) * 4)
@@ -155,9 +210,19 @@ def test_random_crop_statistics(monkeypatch):
         and aspect.max() < 1.345
     )
     boxes.clear()
+    for seed in range(1500):  # of a square image as many parts are wide as are tall
+        augment.random_crop(Image.new("RGB", (600, 600)), 448, random.Random(seed), 0.5)
+    wide = [x1 - x0 > y1 - y0 for x0, y0, x1, y1 in boxes]
+    assert 0.46 < np.mean(wide) < 0.54
+    boxes.clear()
     for size in ((1000, 10), (10, 1000), (1, 1)):  # nothing fits: the largest central part
         augment.random_crop(Image.new("RGB", size), 448, random.Random(0))
     assert boxes == [(493, 0, 506, 10), (0, 493, 10, 506), (0, 0, 1, 1)]
+
+
+def test_the_test_transform_is_bicubic_to_a_square_and_cuts_nothing_off():
+    image = picture((90, 40))
+    assert augment.resize(image, 32).tobytes() == image.resize((32, 32), Image.BICUBIC).tobytes()
 
 
 def test_normalise_is_clips():

@@ -305,6 +305,12 @@ def test_long_captions_lose_their_end_and_ranks_share_a_batch(world):
     )
 
 
+def test_captions_have_another_order_in_each_epoch_and_the_same_again_when_resumed(world):
+    features, _ = feed(world, [f"a cat and {n} dogs" for n in range(8)], batch=8)
+    orders = [tuple(next(iter(features.batches(epoch)))[0].tolist()) for epoch in (0, 1, 2, 1)]
+    assert len(set(orders)) == 3 and orders[3] == orders[1]
+
+
 @pytest.mark.parametrize("matching", ("global", "dualcoop", "carl"))
 def test_prompts_learn_from_captions_and_are_tested_on_photos(world, tmp_path, matching):
     history = run(

@@ -99,6 +99,9 @@ def test_an_image_without_annotation_is_not_held_out(trees):
     (unannotated,) = {p for p, row in zip(whole.paths, whole.labels) if not (row == POSITIVE).any()}
     assert unannotated not in {*train.paths, *val.paths}
     assert len(train.paths) + len(val.paths) == len(whole.paths) - 1
+    few = fake.load("coco", trees / "coco", train_images=4)[0]  # four that are used
+    assert few.paths == fake.load("coco", trees / "coco")[0].paths[:4]
+    assert whole.paths.index(unannotated) < 4
 
 
 @pytest.mark.parametrize("name", list(fake.MAKERS))
@@ -113,6 +116,21 @@ def test_single_positive_largeloss(trees, name):
     if name == "coco":
         ids = sorted(str(int(Path(p).stem[-12:])) for p in train.paths)
         assert [str(int(Path(p).stem[-12:])) for p in train.paths] == ids
+
+
+@pytest.mark.parametrize("name, lost", (("voc2012", False), ("nuswide", True)))
+def test_whose_rows_move_the_stream_of_single_positives(name, lost, monkeypatch):
+    """Cole et al. left out images without labels before they sampled; a photo that has been lost
+    since (NUS-WIDE) was still there."""
+    labels = np.where(np.random.RandomState(0).rand(30, 6) < 0.5, POSITIVE, NEGATIVE)
+    labels, unused = labels.astype(np.int8), np.arange(30) == 4
+    whole = data.Split(name, [f"{i}.jpg" for i in range(30)], list("abcdef"), labels, unused=unused)
+    monkeypatch.setattr(data, "complete", lambda cfg: {"train": whole})
+    train, _, _ = fake.load(name, "somewhere", single_positive="largeloss", val=0)
+    with_it = data.single_positives(labels)[~unused]
+    without_it = data.single_positives(labels[~unused])
+    assert (with_it != without_it).any()
+    assert (train.labels == (with_it if lost else without_it)).all()
 
 
 @pytest.mark.parametrize("name,last", [("coco", 0), ("voc2012", -1), ("nuswide", 0), ("cub", 1)])

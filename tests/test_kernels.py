@@ -120,7 +120,7 @@ def test_only_the_gradients_that_are_asked_for(wanted, kernel, triton_path, laun
 
 
 @each_dtype
-@each_shape
+@pytest.mark.parametrize("shape", [*SHAPES, (35, 2, 1, 130)], ids=str)  # more than a tile holds
 def test_match(shape, dtype, triton_path, launched):
     B, C, _, D = shape
     generator = torch.Generator().manual_seed(B + C + D)
@@ -163,6 +163,15 @@ def test_mixed_types_strides_and_extreme_energies(triton_path, launched):
         exact = region_pool_reference(e.cpu().double(), x.cpu().double())
         assert_close("F^r", kernels.region_pool(e, x), region_pool_reference(e, x), exact)
     assert launched == ["pool_kernel"] * 3
+
+
+@each_dtype
+def test_the_reference_takes_lengths_and_products_in_float32(dtype):
+    """A length rounded to bfloat16 would move a logit of 50 by 0.1."""
+    torch.manual_seed(0)
+    x, toward = torch.randn(4, 3, 64).to(dtype), torch.randn(3, 64)
+    exact = exact_match(x.double(), toward.double(), 50.0)
+    assert torch.allclose(match_reference(x, toward, 50.0).double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_zero_feature_matches_nothing(triton_path, launched):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.paper
 def test_the_energies_start_as_clips_own_similarity():
     """The values start as in torch's attention: Xavier's weights, no bias."""
     torch.manual_seed(0)
+    assert float(CARL(200, 64).Q.std()) == pytest.approx(1, rel=0.05)  # random queries: N(0, 1)
     carl = CARL(3, 64)
     for linear in (carl.q, carl.k):
         assert torch.equal(linear.weight, torch.eye(64))
@@ -208,42 +209,6 @@ def test_an_empty_slot_is_no_sample_of_the_contrastive_loss():
     assert torch.equal(samples, torch.stack([regions[0, 0], regions[1, 1], memory.bank[0, 0]]))
 
 
-def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch):
-    """The bank, then the thresholds, then the verdict; prototypes of the text once, at the end of
-    stage one; other dropout in each epoch; the gradient's norm clipped in each step."""
-    calls, seeds, norms, texts = [], [], [], []
-    for name in ("enqueue", "similarities", "update_thresholds", "pseudo_labels",
-                 "set_text_prototypes"):
-        def recorded(self, *arguments, name=name, original=getattr(MemoryBank, name)):
-            calls.append(name)
-            if name == "set_text_prototypes":
-                assert arguments[0] is texts[-1][0]  # the positive texts
-            return original(self, *arguments)
-        monkeypatch.setattr(MemoryBank, name, recorded)
-    prompts = Prompts.forward
-    monkeypatch.setattr(Prompts, "forward",
-                        lambda self, clip: texts.append(prompts(self, clip)) or texts[-1])
-    seed, clip_norm = torch.manual_seed, torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
-                        lambda parameters, norm: norms.append(norm) or clip_norm(parameters, norm))
-    chosen = []
-    for place, name in ((torch.optim, "AdamW"), (torch.optim.lr_scheduler, "OneCycleLR")):
-        def noted(*given, original=getattr(place, name), **named):
-            chosen.append(named)
-            return original(*given, **named)
-        monkeypatch.setattr(place, name, noted)
-    run(world, tmp_path / "run", epochs=3, clip_grad=0.5, lr=2e-4, weight_decay=0.03)
-    assert (chosen[0]["lr"], chosen[0]["weight_decay"]) == (2e-4, 0.03)
-    assert chosen[1] == dict(max_lr=2e-4, total_steps=9)
-    assert calls.count("set_text_prototypes") == 1
-    second = calls[calls.index("set_text_prototypes") + 1:]
-    step = ["enqueue", "similarities", "update_thresholds", "pseudo_labels"]
-    assert second == step * (len(second) // 4) and len(second) == 4 * 6  # two epochs of three steps
-    assert len(norms) == 9 and set(norms) == {0.5}
-    assert len(set(seeds[-3:])) == 3
-
-
 @pytest.mark.parametrize("scaled", (False, True))
 def test_an_update_takes_the_clipped_gradient_of_its_own_batch_at_the_rate_of_its_step(scaled):
     """By hand, with plain gradient descent; a scaled loss, as float16 has it, changes nothing."""
@@ -259,24 +224,6 @@ def test_an_update_takes_the_clipped_gradient_of_its_own_batch_at_the_rate_of_it
     norm = train.update(state, 0.3 * w[0] + 0.4 * w[1], cfg)  # short enough as it is
     assert float(norm) == pytest.approx(0.5)
     assert w.tolist() == pytest.approx([0.94 - 0.5 * 0.3, 1.92 - 0.5 * 0.4], abs=1e-5)
-
-
-def test_assumed_negatives_give_the_negative_threshold(world, tmp_path):
-    """With a single positive an image nothing else could: without them theta_neg never exists."""
-    for weight, there in ((0.3, True), (0.0, False)):
-        run(world, tmp_path / f"run-{weight}", ratio=None, single_positive="largeloss", epochs=2,
-            stage_one=0, assume_negative=weight)
-        theta = read_checkpoint(tmp_path / f"run-{weight}" / "last.pt")["memory"]["theta"]
-        assert bool(theta[:, 1].isfinite().any()) == there
-
-
-def test_known_positives_alone_enter_the_bank(world, tmp_path):
-    """Eq. 7: K rows for each known positive of each epoch, also in stage one."""
-    run(world, tmp_path / "run", epochs=2, topk=3)
-    predictor = Predictor(tmp_path / "run", "last")
-    known = (predictor.splits()["train"].labels == 1).sum(0)  # (C,)
-    cursor = read_checkpoint(tmp_path / "run" / "last.pt")["memory"]["cursor"]
-    assert cursor.tolist() == (2 * 3 * known).tolist()
 
 
 @pytest.mark.parametrize("settings", ({}, dict(pseudo_in_contrastive=True), dict(without="mmcp"),
@@ -382,3 +329,61 @@ def test_what_each_loss_teaches():
         found = {name for name, gradient in zip(taught, gradients)
                  if gradient is not None and gradient.abs().max() > 0}
         assert found == names, term
+
+
+def test_the_order_of_a_step_and_what_happens_once(world, tmp_path, monkeypatch):
+    """The bank, then the thresholds, then the verdict; prototypes of the text once, at the end of
+    stage one; other dropout in each epoch; the gradient's norm clipped in each step."""
+    calls, seeds, norms, texts = [], [], [], []
+    for name in ("enqueue", "similarities", "update_thresholds", "pseudo_labels",
+                 "set_text_prototypes"):
+        def recorded(self, *arguments, name=name, original=getattr(MemoryBank, name)):
+            calls.append(name)
+            if name == "set_text_prototypes":
+                assert arguments[0] is texts[-1][0]  # the positive texts
+            return original(self, *arguments)
+        monkeypatch.setattr(MemoryBank, name, recorded)
+    prompts = Prompts.forward
+    monkeypatch.setattr(Prompts, "forward",
+                        lambda self, clip: texts.append(prompts(self, clip)) or texts[-1])
+    seed, clip_norm = torch.manual_seed, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda parameters, norm: norms.append(norm) or clip_norm(parameters, norm))
+    chosen = []
+    for place, name in ((torch.optim, "AdamW"), (torch.optim.lr_scheduler, "OneCycleLR")):
+        def noted(*given, original=getattr(place, name), **named):
+            chosen.append(named)
+            return original(*given, **named)
+        monkeypatch.setattr(place, name, noted)
+    step, trains = train.training_step, []
+    monkeypatch.setattr(train, "training_step", lambda model, *given: (
+        trains.append(model.training) or step(model, *given)))
+    run(world, tmp_path / "run", epochs=3, clip_grad=0.5, lr=2e-4, weight_decay=0.03)
+    assert trains == [True] * 9  # with dropout, also after an evaluation
+    assert (chosen[0]["lr"], chosen[0]["weight_decay"]) == (2e-4, 0.03)
+    assert chosen[1] == dict(max_lr=2e-4, total_steps=9)
+    assert calls.count("set_text_prototypes") == 1
+    second = calls[calls.index("set_text_prototypes") + 1:]
+    order = ["enqueue", "similarities", "update_thresholds", "pseudo_labels"]
+    assert second == order * (len(second) // 4) and len(second) == 4 * 6  # two epochs of three steps
+    assert len(norms) == 9 and set(norms) == {0.5}
+    assert len(set(seeds[-3:])) == 3
+
+
+def test_assumed_negatives_give_the_negative_threshold(world, tmp_path):
+    """With a single positive an image nothing else could: without them theta_neg never exists."""
+    for weight, there in ((0.3, True), (0.0, False)):
+        run(world, tmp_path / f"run-{weight}", ratio=None, single_positive="largeloss", epochs=2,
+            stage_one=0, assume_negative=weight)
+        theta = read_checkpoint(tmp_path / f"run-{weight}" / "last.pt")["memory"]["theta"]
+        assert bool(theta[:, 1].isfinite().any()) == there
+
+
+def test_known_positives_alone_enter_the_bank(world, tmp_path):
+    """Eq. 7: K rows for each known positive of each epoch, also in stage one."""
+    run(world, tmp_path / "run", epochs=2, topk=3)
+    predictor = Predictor(tmp_path / "run", "last")
+    known = (predictor.splits()["train"].labels == 1).sum(0)  # (C,)
+    cursor = read_checkpoint(tmp_path / "run" / "last.pt")["memory"]["cursor"]
+    assert cursor.tolist() == (2 * 3 * known).tolist()

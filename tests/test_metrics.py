@@ -202,8 +202,8 @@ def test_localisation_by_loops():
 
 
 def test_the_largest_box_says_whether_an_object_is_small():
-    """Two boxes of a hundredth of the image each are small, not of two hundredths."""
-    boxes = [np.array([[0, 0, 0, 0.1, 0.1], [0, 0.5, 0.5, 0.6, 0.6]])]
+    """Two boxes of 1.4 % of the image each are small, though together they have more than 2 %."""
+    boxes = [np.array([[0, 0, 0, 0.12, 0.12], [0, 0.5, 0.5, 0.62, 0.62]])]
     got = localisation(np.ones((1, 1, 4)), (2, 2), boxes, np.array([[1]]))
     assert got["small"] is not None and got["medium"] is None and got["large"] is None
 

@@ -184,6 +184,31 @@ def test_second_sheet(folder):
     refused("--test needs sheets.*x.txt", folder / "a.csv", test=folder / "x.txt")
 
 
+def test_columns_of_a_second_sheet_come_in_the_order_of_the_first(folder):
+    fake.write(folder / "a.csv", "image,dog,cat,cow\n0.jpg,1,0,0\n")
+    fake.write(folder / "b.csv", "image,cow,dog,cat\n1.jpg,1,0,\n")
+    train, val, _ = fake.load(folder / "a.csv", val=folder / "b.csv")
+    assert val.names == train.names == ["dog", "cat", "cow"]
+    assert val.labels.tolist() == val.truth.tolist() == [[-1, 0, 1]]
+
+
+def test_an_underscore_of_a_column_is_a_blank_of_its_prompt(folder):
+    fake.write(folder / "s.csv", "image,red_car\n0.jpg,1\n")
+    train = fake.load(folder / "s.csv", val=0)[0]
+    assert train.names == ["red_car"] and train.prompts == ["red car"]
+
+
+@pytest.mark.parametrize("said, code, zero", (("absent", -1, 0), ("unknown", 0, -1)))
+def test_what_minus_one_and_a_name_that_is_not_listed_mean_is_said(folder, said, code, zero):
+    """Where -1 is absent, 0 is unknown."""
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,-1\n1.jpg,0,1\n")
+    labels = fake.load(folder / "s.csv", minus_one=said, val=0)[0].labels
+    assert labels.tolist() == [[1, code], [zero, 1]]
+    fake.write(folder / "l.csv", "image,tags\n0.jpg,dog|cat\n1.jpg,cat\n2.jpg,dog\n")
+    labels = fake.load(folder / "l.csv", unlisted=said, val=0)[0].labels
+    assert labels.tolist() == [[1, 1], [1, code], [code, 1]]  # cat, dog
+
+
 def test_a_share_that_holds_nothing_out(folder):
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
     refused("--val 0.2 of 2 training images holds none out", folder / "s.csv", val="0.2")

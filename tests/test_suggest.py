@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from small_world import command, run, trained, world
 
 import data
@@ -16,7 +17,7 @@ from clip.features import FeatureLoader
 from config import Config
 from eval import Predictor
 from tools import review
-from tools.suggest import choose_cells, suggest
+from tools.suggest import choose_cells, region_maps, suggest
 
 
 def rows_of(file):
@@ -51,6 +52,34 @@ def test_certain_cells_and_cells_near_the_threshold():
     assert (p[chosen["present"]] >= threshold[chosen["present"][1]]).all()
     assert (p[chosen["absent"]] < threshold[chosen["absent"][1]]).all()
     assert all(len(cells[0]) <= 3 for cells in choose_cells(p, labels, threshold, 3).values())
+
+
+def test_as_many_are_suggested_absent_as_reach_the_threshold():
+    """Of a hundred cells thirty pass, one of them just so: half as many are uncertain, and the
+    thirty least probable are absent."""
+    p = np.concatenate([[0.5], np.linspace(0.6, 0.99, 29), np.linspace(0.01, 0.4, 70)])[:, None]
+    chosen = choose_cells(p, np.zeros((100, 1), np.int8), np.array([0.5]))
+    assert len(chosen["uncertain"][0]) == 15
+    assert chosen["absent"][0].tolist() == list(range(30, 60))
+
+
+def test_maps_of_two_cached_splits_are_those_of_their_own_rows():
+    class Loader(list):
+        stored = None
+
+    loaders = []
+    for n in (3, 2):
+        loader = Loader(range(n))
+        loader.stored = torch.randn(1, n, 1 + 4, 2)  # a view, n images, global and 4 locations, D
+        loaders.append(loader)
+    predictor = SimpleNamespace(
+        device="cpu", cfg=SimpleNamespace(matching="average"),
+        score=lambda f, x: (None, SimpleNamespace(energy=f.mT)))  # as many categories as dims
+    maps = region_maps(predictor, loaders, [0, 2, 3, 4])
+    for row, found in maps.items():
+        stored = loaders[row > 2].stored[0, row - 3 * (row > 2)]
+        assert np.array_equal(found, stored[1:].T)
+    assert sorted(maps) == [0, 2, 3, 4]
 
 
 def test_the_list_of_a_benchmark_and_its_page(trained, tmp_path, capfd):

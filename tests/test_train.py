@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,27 +174,6 @@ def test_a_sheet_brings_its_recipe(tmp_path, rows, batch):
     assert cfg.batch == batch and cfg.score == "mixed" and cfg.cache_features == 2
     cfg, _ = train.parse(["--data", str(tmp_path / "photos.csv"), "--batch", "7"])
     assert cfg.batch == 7
-
-
-def test_few_positives_choose_no_epoch(monkeypatch):
-    """Ten a category on average let validation choose; test's best is told, and never kept."""
-    monkeypatch.setattr("eval.ENOUGH", 10)
-    for split, positives, noted, kept in (("val", 19, False, False), ("val", 20, True, True),
-                                          ("test", 1, True, False), ("test", 0, False, False)):
-        state = SimpleNamespace(memory=SimpleNamespace(cursor=[0, 0]), best=None, epoch=3)
-        assert train.note_best(state, {split: dict(positives=positives, mAP=50.0)}) == kept
-        assert (state.best is not None) == noted
-
-
-def test_validation_chooses_the_epoch_and_of_equal_ones_the_first():
-    state = SimpleNamespace(memory=SimpleNamespace(cursor=[0]), best=None, epoch=0)
-    chosen = []
-    for on_val, on_test in ((50, 90), (60, 10), (60, 99), (55, 99)):
-        state.epoch += 1
-        numbers = {"val": dict(positives=9, mAP=on_val), "test": dict(positives=9, mAP=on_test)}
-        chosen.append(train.note_best(state, numbers))
-    assert chosen == [True, True, False, False]
-    assert state.best == {"epoch": 2, "chosen_on": "val", "mAP": 60}
 
 
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
