@@ -26,7 +26,8 @@ import train
 from eval import Predictor
 from eval import best_thresholds
 from support import UserError
-from tools.predictor import logits_of, region_map
+from tools.predictor import region_map
+from tools.zero_shot import scores_of
 from trm import Output, Prompts
 
 
@@ -80,9 +81,11 @@ def test_validation_chooses_the_epoch_and_of_equal_ones_the_first():
 
 
 def test_the_mean_score_lies_between_the_two_that_it_is_of():
-    scores = logits_of(Output(torch.tensor([[1.0]]), torch.tensor([[3.0]])))
-    assert scores == {"region": 1, "query": 3, "mean": 2}
-    assert logits_of(Output(torch.tensor([[1.0]]))) == {"region": 1}  # a baseline
+    one, three = torch.tensor([[1.0]]), torch.tensor([[3.0]])
+    scores = scores_of(Output(one, three), None, None, None)
+    logits = {name: float(torch.logit(p)) for name, p in scores.items()}
+    assert logits == pytest.approx({"region": 1, "query": 3, "mean": 2}, abs=1e-5)
+    assert scores_of(Output(one), None, None, None) == {"region": one.sigmoid()}  # a baseline
 
 
 def test_the_map_of_the_method_is_the_mask_and_that_of_a_baseline_its_similarity():
