@@ -134,7 +134,7 @@ class Config:
         return self.matching == "global" or self.score == "mixed"
 
     @property
-    def first_stage(self):
+    def stage_one_epochs(self):
         """Epochs of stage one: no pseudo-labels and no contrastive loss; the bank fills already."""
         return round(self.stage_one * self.epochs)
 

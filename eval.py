@@ -28,7 +28,7 @@ import torch
 from config import Config, preset
 from support import UserError
 from support.cli import run_main
-from tools.categories import table as of_categories
+from tools.categories import category_lines
 from tools.localise import localisation, upright_boxes
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
@@ -54,7 +54,7 @@ def average_precision(scores, positive):
     return float((np.diff(true, prepend=0) * precision).sum() / true[-1])
 
 
-def interpolated_precision(scores, positive):
+def interpolated_ap(scores, positive):
     """VOC's AP (2010 and later; SARB's code): at each recall the best precision from there on. Of
     images ranked absent, present, present, absent: (2/3 + 2/3) / 2, the plain AP (1/2 + 2/3) / 2.
     """
@@ -65,7 +65,7 @@ def interpolated_precision(scores, positive):
     return float(np.maximum.accumulate(precision[::-1])[::-1][positive].mean())
 
 
-def precision_per_category(scores, truth, one=average_precision):
+def ap_per_category(scores, truth, one=average_precision):
     """(C,) AP of each category over the images where it is known."""
     known = truth != 0
     return np.array([one(s[k], t[k] == 1) for s, t, k in zip(scores.T, truth.T, known.T)])
@@ -91,8 +91,8 @@ def metrics(scores, truth, threshold=0.5):
     hit, said = (decided & positive).sum(0), decided.sum(0)  # (C,) each
     CP, CR = np.mean(hit / np.maximum(said, 1)), (hit[there] / exist[there]).sum() / count
     OP, OR = hit.sum() / max(said.sum(), 1), hit.sum() / max(exist.sum(), 1)
-    mAP, mAP_voc = (precision_per_category(scores, truth, one)[there].sum() / count
-                    for one in (average_precision, interpolated_precision))
+    mAP, mAP_voc = (ap_per_category(scores, truth, one)[there].sum() / count
+                    for one in (average_precision, interpolated_ap))
     result = dict(mAP=mAP, mAP_voc=mAP_voc, CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR,
                   OF1=f1(OP, OR))
     percent = {name: round(100 * float(value), 3) for name, value in result.items()}
@@ -165,7 +165,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
         scores = {kind: p.numpy() for kind, p in scores.items()}
         if name != "train":
             truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
-            AP = precision_per_category(chosen, truth).tolist()
+            AP = ap_per_category(chosen, truth).tolist()
             numbers[name] = metrics(chosen, truth)
             numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
@@ -216,7 +216,7 @@ def compare(predictors, split):
     for name, scores in zero_shot(g, batches).items():
         tell(f"zero-shot CLIP, {name}", scores)
     for predictor in predictors:
-        found, maps = predictor.scores(predictor.loader(split), maps_of if boxes else None)
+        found, maps = predictor.all_scores(predictor.loader(split), maps_of if boxes else None)
         for name, scores in found.items():
             if name != "zero-shot":
                 tell(f"{predictor.run}, {name} score", scores)
@@ -238,7 +238,7 @@ def maps_of(out, model):
 
 def table(predictors, split, args):
     """The metrics of a split, of one run or of several whose probabilities are averaged."""
-    scores = np.mean([member.score_split(member.loader(split)) for member in predictors], 0)
+    scores = np.mean([member.probabilities(member.loader(split)) for member in predictors], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
     if args.json:
@@ -247,8 +247,8 @@ def table(predictors, split, args):
           f"{len(split.names) - numbers['left_out']} categories, epoch {predictors[0].epoch}: "
           + "  ".join(f"{name} {value}" for name, value in numbers.items()))
     if args.categories:
-        precision = precision_per_category(scores, split.truth)
-        print(*of_categories(split, scores, precision, threshold, predictors[0].rests_on), sep="\n")
+        ap = ap_per_category(scores, split.truth)
+        print(*category_lines(split, scores, ap, threshold, predictors[0].rests_on), sep="\n")
 
 
 def run(args):

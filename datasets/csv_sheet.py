@@ -76,7 +76,7 @@ def sheet_text(path):
     return "", text, max(",;\t", key=first.count), encoding
 
 
-def table(path):
+def read_cells(path):
     """(header, [(line number, cells)]): empty rows and end columns go, short rows are filled."""
     before, text, delimiter, _ = sheet_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -102,7 +102,7 @@ def read(path, root, cfg):
     sheet's folder). UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
     codes = MEANING[cfg.minus_one]
-    header, body = table(path)
+    header, body = read_cells(path)
     ignored = set(filter(None, (cfg.ignore or "").split(",")))
     if missing := ignored - set(header):
         raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are "

@@ -40,9 +40,9 @@ def match_kernel(x, difference, out, inverse, B, C, D, SMALLEST: tl.constexpr,
         toward = tl.load(difference + c * D + d, mask=d < D, other=0.0).to(tl.float32)
         product += tl.sum(row * toward[None, :], 1)
         square += tl.sum(row * row, 1)
-    one = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), SMALLEST))
-    tl.store(out + b * C + c, product * one, mask=b < B)
-    tl.store(inverse + b * C + c, one, mask=b < B)
+    inverse_norm = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), SMALLEST))
+    tl.store(out + b * C + c, product * inverse_norm, mask=b < B)
+    tl.store(inverse + b * C + c, inverse_norm, mask=b < B)
 
 
 @jit
@@ -57,12 +57,12 @@ def match_grad_kernel(grad, x, difference, cosine, inverse, d_x, d_difference, B
     for start in range(0, B, BLOCK_B):
         b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
         g = tl.load(grad + b * C + c, mask=b < B, other=0.0)
-        one = tl.load(inverse + b * C + c, mask=b < B, other=0.0)
+        inverse_norm = tl.load(inverse + b * C + c, mask=b < B, other=0.0)
         s = tl.load(cosine + b * C + c, mask=b < B, other=0.0)
         where = (b[:, None] * C + c) * D + d[None, :]
         inside = (b < B)[:, None] & (d < D)[None, :]
-        unit = tl.load(x + where, mask=inside, other=0.0).to(tl.float32) * one[:, None]
-        gradient = (g * one)[:, None] * (toward[None, :] - s[:, None] * unit)
+        unit = tl.load(x + where, mask=inside, other=0.0).to(tl.float32) * inverse_norm[:, None]
+        gradient = (g * inverse_norm)[:, None] * (toward[None, :] - s[:, None] * unit)
         tl.store(d_x + where, gradient.to(d_x.dtype.element_ty), mask=inside)
         total += tl.sum(g[:, None] * unit, 0)
     tl.store(d_difference + c * D + d, total, mask=d < D)

@@ -102,7 +102,7 @@ def blocks(C, dtype):
                 num_stages=3)
 
 
-def dense(energy):
+def in_kernel_layout(energy):
     """Energies as the kernels read them: contiguous, or the transpose of that, as CARL gives them
     and as the gradient of f pools with them."""
     return energy if energy.mT.is_contiguous() else energy.contiguous()
@@ -112,7 +112,7 @@ def dense(energy):
 
 @operator("trm_ml::region_pool", mutates_args=())
 def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    (B, C, N), D, energy = energy.shape, f.shape[2], dense(energy)
+    (B, C, N), D, energy = energy.shape, f.shape[2], in_kernel_layout(energy)
     out, how = f.new_empty(B, C, D), blocks(C, f.dtype)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(D, how["BLOCK_D"]),)
     pool_kernel[grid](energy, f.contiguous(), out, C, N, D, *energy.stride()[1:], **how)
@@ -121,7 +121,7 @@ def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 
 @operator("trm_ml::region_pool_grad", mutates_args=())
 def grad_op(grad: torch.Tensor, energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    (B, C, N), D, energy = energy.shape, f.shape[2], dense(energy)
+    (B, C, N), D, energy = energy.shape, f.shape[2], in_kernel_layout(energy)
     out, how = torch.empty_like(energy), blocks(C, f.dtype)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(N, how["BLOCK_N"]),)
     grad_kernel[grid](grad.contiguous(), energy, f.contiguous(), out, C, N, D,
@@ -130,7 +130,7 @@ def grad_op(grad: torch.Tensor, energy: torch.Tensor, f: torch.Tensor) -> torch.
 
 
 pool_op.register_fake(lambda energy, f: f.new_empty(*energy.shape[:2], f.shape[2]))
-grad_op.register_fake(lambda grad, energy, f: torch.empty_like(dense(energy)))
+grad_op.register_fake(lambda grad, energy, f: torch.empty_like(in_kernel_layout(energy)))
 
 
 def backward(ctx, grad):

@@ -130,7 +130,7 @@ def settings_of(runs, seeds, split):
 
 # ---- what is reproduced: own options, Config of all rows, file without its ending -> Markdown
 
-def table(own, base, file):
+def mAP_table(own, base, file):
     """A line a row, under it the paper's numbers where there are any."""
     rows, columns, paper = rows_of(own, base)
     runs, seeds = Runs(base, own.out, own.jobs), range(base.seed, base.seed + own.seeds)
@@ -203,7 +203,7 @@ def figure_4(own, base, file):
         return f"{about}The test split has no boxes: only the picture was drawn, {file}."
     lines, boxes = [], upright_boxes(split)
     for name, predictor in predictors.items():
-        scores, maps = predictor.scores(runs.test, maps_of)
+        scores, maps = predictor.all_scores(runs.test, maps_of)
         where = localisation(next(iter(maps.values())), predictor.grid, boxes, split.truth)
         mAP = metrics(scores.get(base.score, scores["region"]), split.truth)["mAP"]
         lines.append([f"**{name}**", f"{mAP:.2f}", *map(str, where.values())])
@@ -252,7 +252,7 @@ def reproduce(argv):
     kind = "table" if own.table else "figure" if own.figure else "study"
     file = Path(own.out, f"{kind}-{getattr(own, kind)}-{Path(base.data).stem}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    work = figure_4 if own.figure else table_5 if own.table == "5" else table
+    work = figure_4 if own.figure else table_5 if own.table == "5" else mAP_table
     text = f"`python -m paper.reproduce {shlex.join(argv)}`: {work(own, base, file)}"
     write_atomically(file.with_suffix(".md"), text + "\n")
     print(f"\n{text}\n\nwrote {file}.md, {time.perf_counter() - start:.0f} s")

@@ -84,7 +84,7 @@ class Runs:
     @functools.cache
     def scores(self, run):
         """(n, C) probabilities of a run on the test split."""
-        return self.predictor(run).score_split(self.test)
+        return self.predictor(run).probabilities(self.test)
 
     def mAP(self, settings, seed, split):
         """Of the last epoch of a run, or of several's mean scores; None where one diverged."""

@@ -98,7 +98,7 @@ def test_an_ensemble_averages_probabilities_and_thresholds(capsys):
     """Two runs, one category: their means .475 .55 .53 .51 against .52 are all right, while the
     larger probability, one run's threshold or 0.5 would each be wrong about an image."""
     first, second = [[0.9], [0.4], [0.6], [0.51]], [[0.05], [0.7], [0.46], [0.51]]
-    members = [SimpleNamespace(loader=lambda split: None, score_split=lambda _, p=p: np.array(p),
+    members = [SimpleNamespace(loader=lambda split: None, probabilities=lambda _, p=p: np.array(p),
                                threshold=np.array([limit]))
                for p, limit in ((first, 0.44), (second, 0.6))]
     split = SimpleNamespace(truth=np.array([[-1], [1], [1], [-1]], np.int8))
@@ -277,7 +277,7 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     state = torch.load(trained / "last.pt", weights_only=True)
     model = Predictor(trained, "last")
     val = model.splits()["val"]
-    scores = model.score_split(model.loader(val))
+    scores = model.probabilities(model.loader(val))
     assert np.allclose(model.threshold, best_thresholds(scores, val.truth), atol=1e-6)
     assert state["threshold"] == model.threshold.tolist() and len(set(state["threshold"])) > 2
     assert state["rests_on"] == (val.truth == 1).sum(0).tolist() == model.rests_on
@@ -359,7 +359,7 @@ def test_a_run_on_another_clip_than_the_first_one_loads_its_own(trained):
 
 def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(trained, capfd):
     from datasets.base import Split
-    from tools.categories import suspects, table
+    from tools.categories import category_lines, suspects
     truth = np.where(np.random.RandomState(0).random_sample((60, 3)) < 0.4, 1, -1).astype(np.int8)
     scores = np.where(truth == 1, 0.8, 0.1) + np.random.RandomState(1).random_sample((60, 3)) / 10
     for planted in ((5, 1), (9, 2)):
@@ -368,7 +368,7 @@ def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(tr
     truth[7], scores[7] = 0, 0.3
     assert sorted(suspects(scores, truth)) == [(5, 1), (9, 2)]
     split = Split("x", [f"{i}.png" for i in range(60)], ["a", "b", "c"], truth)
-    lines = table(split, scores, np.array([0.9, np.nan, 0.2]), np.full(3, 0.5), [4, 0, 7])
+    lines = category_lines(split, scores, np.array([0.9, np.nan, 0.2]), np.full(3, 0.5), [4, 0, 7])
     assert [line.split()[0] for line in lines[1:4]] == ["c", "a", "b"]
     assert lines[1].split()[-3:] == ["7", "58", "1"] and lines[2].split()[-2:] == ["59", "0"]
     assert any("9.png: c" in line for line in lines[5:7])

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from eval import average_precision, best_thresholds, interpolated_precision, metrics
+from eval import average_precision, best_thresholds, interpolated_ap, metrics
 from datasets import augment
 from datasets.base import Split
 from tools.localise import localisation, upright_boxes
@@ -48,13 +48,13 @@ def test_extremes_of_average_precision():
     assert average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25
     assert average_precision(np.arange(4.0), np.ones(4, bool)) == 1
     assert np.isnan(average_precision(np.zeros(0), np.zeros(0, bool)))
-    assert np.isnan(interpolated_precision(np.zeros(0), np.zeros(0, bool)))
+    assert np.isnan(interpolated_ap(np.zeros(0), np.zeros(0, bool)))
 
 
 def test_the_documented_example():
     scores, positive = np.array([0.9, 0.8, 0.7, 0.6]), np.array([False, True, True, False])
     assert average_precision(scores, positive) == pytest.approx((1 / 2 + 2 / 3) / 2)  # 0.5833
-    assert interpolated_precision(scores, positive) == pytest.approx(2 / 3)  # 0.6667
+    assert interpolated_ap(scores, positive) == pytest.approx(2 / 3)  # 0.6667
 
 
 def test_interpolated_precision_by_loops_and_never_below_the_plain_one():
@@ -67,7 +67,7 @@ def test_interpolated_precision_by_loops_and_never_below_the_plain_one():
             ]
             precision = [sum(ranked[: k + 1]) / (k + 1) for k in range(len(ranked))]
             want = [max(precision[k:]) for k in range(len(ranked)) if ranked[k]]
-            got = interpolated_precision(scores[:, c], positive)
+            got = interpolated_ap(scores[:, c], positive)
             assert got == pytest.approx(sum(want) / len(want))
             assert got >= average_precision(scores[:, c], positive) - 1e-12
 

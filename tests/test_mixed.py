@@ -89,7 +89,7 @@ def trained(world, tmp_path):
 def test_one_photo_is_scored_as_in_its_split(trained):
     predictor = Predictor(trained, "last")
     split = predictor.splits()["test"]
-    whole = predictor.score_split(predictor.loader(split))
+    whole = predictor.probabilities(predictor.loader(split))
     for i, p, _ in predictor.iterate(split.paths[:3]):
         assert np.allclose(p, whole[i], atol=1e-4)
 
@@ -113,7 +113,7 @@ def test_zero_shot_stands_beside_every_score(trained):
 def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
     run(world, tmp_path / "run", epochs=1, **({} if val is None else dict(val=val)))
     predictor = Predictor(tmp_path / "run", "last")
-    scores, _ = predictor.scores(predictor.loader(predictor.splits()[which]))
+    scores, _ = predictor.all_scores(predictor.loader(predictor.splits()[which]))
     scores = {name: torch.from_numpy(p) for name, p in scores.items()}
     positives = (predictor.splits()["train"].labels == 1).sum(0)
     assert torch.allclose(zero_shot_scale(scores, positives), predictor.scale, rtol=1e-3, atol=1e-3)

@@ -91,7 +91,7 @@ def test_the_list_of_a_benchmark_and_its_page(trained, tmp_path, capfd):
     rows = rows_of(tmp_path / "s.csv")
     assert list(rows[0]) == ["image", "category", "label", "probability", "kind"]
     at = {os.path.relpath(path, model.cfg.root): i for i, path in enumerate(split.paths)}
-    p = model.score_split(model.loader(split))
+    p = model.probabilities(model.loader(split))
     listed = [(at[row["image"]], model.names.index(row["category"])) for row in rows]
     assert len(set(listed)) == len(rows) and all(split.labels[cell] == 0 for cell in listed)
     assert {row["kind"]: row["label"] for row in rows} == {"present": "1", "uncertain": "",
@@ -195,7 +195,7 @@ def test_suggestions_name_the_images_as_the_sheet_does(trained, tmp_path, monkey
     model.cfg = Config(data=str(tmp_path / "work" / "x.csv"), root=root, size=64, workers=0)
     model.names = ["sun", "cup"]
     model.threshold = np.zeros(2)
-    model.score_split = lambda loader: np.full((len(loader), 2), 0.5)
+    model.probabilities = lambda loader: np.full((len(loader), 2), 0.5)
     suggest(model, SimpleNamespace(suggest="s.csv", pictures=0))
     assert {row["image"] for row in rows_of("s.csv")} == set(rows)
 

@@ -19,11 +19,11 @@ def suspects(scores, truth):
     return sorted(map(tuple, found.tolist()), key=lambda cell: -beyond[cell])
 
 
-def table(split, scores, precision, threshold, rests_on):
+def category_lines(split, scores, ap, threshold, rests_on):
     """Lines of text: the categories, the worst AP first, ten suspect labels, the worst five images.
 
-    scores (n, C) probabilities, precision (C,) AP in 0..1 or NaN, threshold (C,), rests_on (C,)
-    positives of validation behind each threshold
+    scores (n, C) probabilities, ap (C,) average precision in 0..1 or NaN, threshold (C,),
+    rests_on (C,) positives of validation behind each threshold
     """
     truth = split.truth
     known, positives = (truth != 0).sum(0), (truth == 1).sum(0)
@@ -31,9 +31,9 @@ def table(split, scores, precision, threshold, rests_on):
     width = max(8, *map(len, split.names))
     lines = [f"{'category':{width}}  known  positives     AP  threshold  of positives  right  "
              "wrong"]
-    for c in np.argsort(precision, kind="stable"):  # NaN last: no positive
-        ap = "-" if np.isnan(precision[c]) else f"{100 * precision[c]:.2f}"
-        lines.append(f"{split.names[c]:{width}}  {known[c]:5d}  {positives[c]:9d} {ap:>6}  "
+    for c in np.argsort(ap, kind="stable"):  # NaN last: no positive
+        told = "-" if np.isnan(ap[c]) else f"{100 * ap[c]:.2f}"
+        lines.append(f"{split.names[c]:{width}}  {known[c]:5d}  {positives[c]:9d} {told:>6}  "
                      f"{threshold[c]:9.3f}  {rests_on[c]:12d}  {right[c]:5d}  "
                      f"{known[c] - right[c]:5d}")
     doubted = suspects(scores, truth)

@@ -31,7 +31,7 @@ class Exported(nn.Module):
     def forward(self, images):
         both = self.predictor.cfg.needs_global
         x, f = self.clip.encode(images) if both else (None, self.clip.encode_dense(images))
-        p, out = self.predictor.score(f, x)
+        p, out = self.predictor.score_batch(f, x)
         return p, out.energy
 
 

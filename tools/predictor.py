@@ -92,7 +92,7 @@ class Predictor:
                                     if not name.startswith("prompts.")})
 
     @torch.no_grad()
-    def score(self, f, x):
+    def score_batch(self, f, x):
         """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
         scores = scores_of(out, f, x, self.g_zero)
@@ -100,16 +100,16 @@ class Predictor:
             scores["mixed"] = mixed(scores, self.scale.to(f.device))
         return scores.get(self.cfg.score, scores["region"]), out
 
-    def scores(self, loader, maps=None):
+    def all_scores(self, loader, maps=None):
         """All scores and maps of a split as `score_split` gives them, "mixed" among them."""
         scores, kept = score_split(self.model, self.g_pos, self.g_neg, loader, self.g_zero, maps)
         if self.scale is not None:
             scores["mixed"] = mixed(scores, self.scale)
         return [{name: part.numpy() for name, part in found.items()} for found in (scores, kept)]
 
-    def score_split(self, loader):
+    def probabilities(self, loader):
         """(n, C) probabilities of the run's score."""
-        scores, _ = self.scores(loader)
+        scores, _ = self.all_scores(loader)
         return scores.get(self.cfg.score, scores["region"])
 
     def predict(self, images, batch=32, workers=0):
@@ -137,7 +137,7 @@ class Predictor:
                                amp=autocast_dtype(self.cfg.amp, self.device),
                                need_global=self.cfg.needs_global)
         for index, f, x in loader.batches(0, shuffle=False):
-            p, out = self.score(f, x)
+            p, out = self.score_batch(f, x)
             maps = region_map(out, self.cfg.matching).float().cpu().numpy()
             for i, *of_image in zip(index.tolist(), p.float().cpu().numpy(), maps):
                 if i < 0:
@@ -184,12 +184,12 @@ class ZeroShot(Predictor):
     def splits(self):
         return self.parts
 
-    def score_split(self, loader):
+    def probabilities(self, loader):
         score = zero_shot(self.g, loader.batches(0, shuffle=False))["both"]  # (n, C)
         z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
         return 1 / (1 + np.exp(-2 * (z - 1)))
 
-    def score(self, f, x):
+    def score_batch(self, f, x):
         """Cosines (B, C), not probabilities, and trm.Output."""
         energy = self.g @ F.normalize(f, dim=-1).mT  # (B, C, N)
         return energy.amax(-1), Output(energy.amax(-1), energy=energy)

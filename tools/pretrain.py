@@ -30,8 +30,8 @@ from tools.zero_shot import zero_shot, zero_shot_text
 
 DIMENSIONS = dict(embed_dim=128, resolution=128, layers=(1, 1, 1, 1), vision_width=16, patch=None,
                   context_length=77, vocab_size=512 + 4000 + 2, text_width=128, text_layers=2)
-TEMPLATES = ("a photo of a {}.", "a picture of a {}", "a {}", "an image of a {}.",
-             "a drawing of a {}.")  # as the captions begin
+CAPTION_TEMPLATES = ("a photo of a {}.", "a picture of a {}", "a {}", "an image of a {}.",
+                     "a drawing of a {}.")  # as the captions begin
 
 
 def draw(split, count, size, objects, seed=0):
@@ -68,7 +68,7 @@ def info_nce(image, text, scale, same):
 
 def score(model, pictures, truth):
     """{"global": mAP, "dense": mAP} without further training, in percent."""
-    g = zero_shot_text(model, scenes.NAMES, TEMPLATES)  # (C, D)
+    g = zero_shot_text(model, scenes.NAMES, CAPTION_TEMPLATES)  # (C, D)
     features = (model.encode(normalised(part)) for part in pictures.split(100))
     found = zero_shot(g, ((None, f, x) for x, f in features))
     return {how: metrics(cosines, truth)["mAP"] for how, cosines in found.items()}

@@ -26,7 +26,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json, require_unique
-from datasets.csv_sheet import CODES, MEANING, sheet_text, table, word
+from datasets.csv_sheet import CODES, MEANING, read_cells, sheet_text, word
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
@@ -66,7 +66,7 @@ def write_page(file, title, cells, photos, grid):
 
 def read_answers(path):
     """[(image, category, code)] of a CSV with these columns: suggestions or answers."""
-    header, body = table(path)
+    header, body = read_cells(path)
     columns = ("image", "category", "label")
     if missing := set(columns) - set(header):
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
@@ -158,7 +158,7 @@ def plain(cell):
 def merge(args):
     """Fills empty cells of the sheet with the answers."""
     sheet = Path(args.sheet)
-    table(sheet)  # refuses what is no sheet
+    read_cells(sheet)  # refuses what is no sheet
     skipped, text, delimiter, encoding = sheet_text(sheet)
     rows = split_cells(text, delimiter)
     column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}

@@ -58,7 +58,7 @@ def region_maps(predictor, loaders, rows):
         else:
             for row in here:
                 both = loader.stored[0][row - first][None].to(predictor.device).float()
-                _, out = predictor.score(both[:, 1:], both[:, 0])  # of (1, 1+N, D)
+                _, out = predictor.score_batch(both[:, 1:], both[:, 0])  # of (1, 1+N, D)
                 maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
         first += len(loader)
     return maps
@@ -79,7 +79,7 @@ def suggest(predictor, args):
     parts = [splits[name] for name in ("train", "val") if splits[name]]
     loaders = [predictor.loader(part) for part in parts]
     print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
-    p = np.concatenate([predictor.score_split(loader) for loader in loaders])  # (n, C)
+    p = np.concatenate([predictor.probabilities(loader) for loader in loaders])  # (n, C)
     labels = np.concatenate([part.labels for part in parts])
     truth = np.concatenate([part.truth for part in parts])
     chosen = choose_cells(p, labels, predictor.threshold)
