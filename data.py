@@ -124,8 +124,7 @@ def complete(cfg):
         raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: its folders)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
-        odd = set.symmetric_difference(*(set(parts[part].names) for part in ("train", "test")))
-        raise UserError(f"{cfg.root}: its splits name different classes: {sorted(odd)[:5]}")
+        raise UserError(f"{cfg.root}: its splits name different classes")
     return parts
 
 

@@ -78,13 +78,12 @@ def sheet_text(path):
 
 def read_cells(path):
     """(header, [(line number, cells)]): empty rows and end columns go, short rows are filled."""
-    before, text, delimiter, _ = sheet_text(path)
+    mark, text, delimiter, _ = sheet_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        rows = [(reader.line_num + bool(before), [cell.strip() for cell in row]) for row in reader]
+        rows = [(reader.line_num + bool(mark), [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
-        line = reader.line_num + bool(before)
-        raise UserError(f"{path}:{line}: not a CSV row ({error})") from None
+        raise UserError(f"{path}:{reader.line_num + bool(mark)}: not a CSV row ({error})") from None
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
@@ -123,8 +122,7 @@ def read(path, root, cfg):
     other = [c for c in columns if len(filled[c]) > 2 and not {*codes, "-1"} & {*filled[c]}]
     listing = [header[c] for c in other if re.search("(?i)label|tags?$|categ|class", header[c])]
     if listing and len(other) < len(columns):
-        raise UserError(f"{path}: --ignore {listing[0]}, or the other columns if it lists the "
-                        "categories (docs/data.md: lists, long)")
+        raise UserError(f"{path}: --ignore {listing[0]}, or the rest (docs/data.md: lists, long)")
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], cfg.unlisted)
     else:

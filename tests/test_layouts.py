@@ -619,13 +619,6 @@ def test_file_names_of_coco_may_hold_the_folder(tmp_path):
     assert changed(tmp_path, edit).paths == fake.load("coco", tmp_path)[0].paths
 
 
-def test_what_the_splits_of_coco_disagree_on_is_said(tmp_path):
-    fake.coco(tmp_path)
-    with pytest.raises(UserError, match="different classes: .*background"):
-        changed(tmp_path, lambda content: content["categories"].append(
-            {"id": 0, "name": "background"}))
-
-
 @pytest.mark.parametrize("there", ("annotations/instances_val2017.json", "images/train2017/a.jpg"))
 def test_a_part_of_coco_2017_says_what_it_is(tmp_path, there):
     fake.write(tmp_path / there, "{}")
