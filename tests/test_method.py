@@ -54,6 +54,15 @@ def test_the_defaults_are_the_papers():
         assert {name: found[name].default for name in settings} == settings, function
 
 
+def test_what_follows_from_other_settings():
+    """A third of the epochs, to the nearest whole one, is stage one; single positive assumes that
+    what is unknown is absent; a baseline has no part of the method."""
+    assert [Config(epochs=epochs).first_stage for epochs in (1, 2, 5, 40)] == [0, 1, 2, 13]
+    assert Config(single_positive="largeloss").assume_negative == 0.3
+    assert Config().assume_negative == 0
+    assert Config().uses("mmcp") and not Config(matching="average").uses("mmcp")
+
+
 def test_the_context_starts_as_the_paper_says():
     """N(0, 0.02), Sec. 4.1."""
     clip = build(weights())
