@@ -17,6 +17,8 @@ TESTS = {  # the tests that should notice, the quick ones first
     "data.py": ["tests/test_masks.py", "tests/test_augment.py", "tests/test_data.py"],
     "eval.py": ["tests/test_metrics.py", "tests/test_eval.py", "tests/test_report.py",
                 "tests/test_train.py"],
+    "clip/model.py": ["tests/test_clip.py"], "clip/tokenizer.py": ["tests/test_clip.py"],
+    "config.py": METHOD,
     "datasets/augment.py": ["tests/test_augment.py"],
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
     "paper/captions.py": ["tests/test_captions.py"],
@@ -248,6 +250,19 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
      "[train.names.index(name) for name in split.names]"),
     ("datasets/csv_sheet.py", 'unlisted == "absent" else', 'unlisted != "absent" else'),
     ("datasets/csv_sheet.py", 'name.replace("_", " "))', "name)"),
+    ("clip/model.py", "self.k_proj(x), self.v_proj(x)",
+     "self.k_proj(x[:, 1:]), self.v_proj(x[:, 1:])"),
+    ("clip/model.py", "x.mean(1, keepdim=True), x], 1) + positions",
+     "x.mean(1, keepdim=True), x + positions[1:]], 1)"),
+    ("clip/model.py", "if (h, w) == (g, g):", "if h * w == g * g:"),
+    ("clip/model.py", 'mode="bicubic"', 'mode="bilinear"'),
+    ("clip/tokenizer.py", "html.unescape(html.unescape(ftfy.fix_text(text)))",
+     "html.unescape(ftfy.fix_text(text))"),
+    ("clip/tokenizer.py", "len(ids) > context_length", "len(ids) >= context_length"),
+    ("config.py", "round(self.stage_one * self.epochs)", "int(self.stage_one * self.epochs)"),
+    ("config.py", 'self.matching == "carl" and part not in', "part not in"),
+    ("config.py", "0.3 if self.single_positive else 0.0", "0.0"),
+    ("config.py", "option(5e-4,", "option(1e-3,"),
 )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from clip.model import resize_positions
+from clip.model import AttentionPool, resize_positions
 from clip.weights import dimensions
 from support import UserError
 
@@ -344,3 +344,31 @@ def test_channels_last_input_gives_the_same_features():
     model = clip.build(small("resnet"), fold=True)
     x = images(64, 96)
     close(model.encode_dense(x.to(memory_format=torch.channels_last)), model.encode_dense(x))
+
+
+def test_the_attention_pool_asks_with_the_mean_and_looks_at_all():
+    """Against torch's own attention, with weights that leave it spread over the locations: the mean
+    has a position of its own, and is looked at like any other token."""
+    torch.manual_seed(0)
+    pool, x = AttentionPool(2, 128, 24).double(), torch.randn(3, 128, 2, 2).double()
+    tokens = x.flatten(2).transpose(1, 2)  # (3, 4, 128)
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
+    close(pool(x), mha(tokens[:, :1], tokens, 2, pool.state_dict(), "")[:, 0])
+
+
+def test_positions_are_resized_bicubically_and_by_shape():
+    """A cubic spline goes below zero beside a lone peak; 2 x 8 is not 4 x 4."""
+    positions = torch.zeros(17, 1)
+    positions[6] = 1.0
+    assert resize_positions(positions, 8, 8).min() < 0
+    assert resize_positions(positions, 2, 8)[1:].max() < 1
+
+
+def test_text_may_fill_the_context_and_is_unescaped_twice():
+    tokens = clip.tokenizer.tokenizer(49408)
+    ids = tokens.encode("a photo of a cat")
+    assert tokens(["a photo of a cat"], len(ids) + 2).all()  # start, five words, end
+    with pytest.raises(UserError, match="shorten it"):
+        tokens(["a photo of a cat"], len(ids) + 1)
+    # with a "<" ftfy leaves the text as it is
+    assert tokens.encode("< cat &amp;amp; dog") == tokens.encode("< cat & dog")
