@@ -100,7 +100,7 @@ def test_a_new_sheet_that_could_not_be_read_is_not_written(tmp_path, capfd):
     bad = lambda *words: one_line(main, ["new-sheet", tmp_path, "--categories", words[0]], capfd,
                                   *words[1:])
     (tmp_path / "notes.txt").write_text("no image")
-    bad("dog", "expected images and --categories")
+    bad("dog", "names in --categories; got 0 images and 1 names")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     bad("dog,Dog", "dog is listed twice")
     bad(" ,", "--categories")
@@ -110,7 +110,8 @@ def test_a_new_sheet_that_could_not_be_read_is_not_written(tmp_path, capfd):
 
 def exported(tmp_path, image, *annotations):
     """Label Studio's JSON of one task, each annotation a list of choices."""
-    notes = [{"result": [{"value": {"choices": chosen}}]} for chosen in annotations]
+    notes = [{"result": [{"type": "choices", "value": {"choices": chosen}}]}
+             for chosen in annotations]
     (tmp_path / "t.json").write_text(json.dumps([{"data": {"image": image}, "annotations": notes}]))
     return tmp_path / "t.json", "--unlisted", "absent"
 
@@ -133,7 +134,7 @@ def test_json_min_of_label_studio_is_named(tmp_path, capfd):
     (tmp_path / "x.csv").write_text("image,dog\na.jpg,\n")
     (tmp_path / "t.json").write_text('[{"image": "a.jpg", "choice": "dog"}]')
     one_line(main, ["merge", tmp_path / "x.csv", tmp_path / "t.json", "--unlisted", "absent"],
-             capfd, "no JSON-MIN")
+             capfd, "not JSON-MIN")
 
 
 def test_a_merge_that_cannot_be_is_refused(tmp_path, capfd):
