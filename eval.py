@@ -33,7 +33,7 @@ from tools.localise import localisation, upright_boxes
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.suggest import suggest
-from tools.zero_shot import mixed, zero_shot, zero_shot_scale, zero_shot_text
+from tools.zero_shot import mixed, probabilities, zero_shot, zero_shot_scale, zero_shot_text
 
 # Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
 # choice is worse than the last epoch (docs/readings.md).
@@ -162,7 +162,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
             scale = zero_shot_scale(scores, positives)
         if scale is not None:
             scores["mixed"] = mixed(scores, scale)
-        scores = {kind: p.numpy() for kind, p in scores.items()}
+        scores = probabilities(scores)
         if name != "train":
             truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
             AP = ap_per_category(chosen, truth).tolist()

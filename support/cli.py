@@ -51,11 +51,13 @@ def words(argv):
 
 def stop(*_):
     """Ctrl-C and SIGTERM. Python loses an exception raised in a fork: `asked` remembers it."""
+    if os.getpid() != stop.process:  # a worker that is stopped before it has begun
+        os._exit(1)
     stop.asked = True
     raise KeyboardInterrupt
 
 
-stop.asked = False
+stop.asked, stop.process = False, None
 
 
 def run_command(work, parser, argv):
@@ -66,7 +68,7 @@ def run_command(work, parser, argv):
 def run_main(work, stopped="stopped"):
     """work() -> exit status, 0 where it returns none. An error that `explain` does not know is a
     fault of the project and keeps its traceback."""
-    stop.asked = False
+    stop.asked, stop.process = False, os.getpid()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
     for stream in (sys.stdout, sys.stderr):

@@ -83,9 +83,8 @@ def test_validation_chooses_the_epoch_and_of_equal_ones_the_first():
 def test_the_mean_score_lies_between_the_two_that_it_is_of():
     one, three = torch.tensor([[1.0]]), torch.tensor([[3.0]])
     scores = scores_of(Output(one, three), None, None, None)
-    logits = {name: float(torch.logit(p)) for name, p in scores.items()}
-    assert logits == pytest.approx({"region": 1, "query": 3, "mean": 2}, abs=1e-5)
-    assert scores_of(Output(one), None, None, None) == {"region": one.sigmoid()}  # a baseline
+    assert scores == {"region": 1, "query": 3, "mean": 2}
+    assert scores_of(Output(one), None, None, None) == {"region": 1}  # a baseline
 
 
 def test_the_map_of_the_method_is_the_mask_and_that_of_a_baseline_its_similarity():
@@ -547,6 +546,7 @@ from tools.predictor import score_split
 from trm import TRM
 
 class Loader:
+    batch = 128
     def __len__(self):
         return 64 * 128
     def batches(self, epoch, shuffle):

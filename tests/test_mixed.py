@@ -53,9 +53,9 @@ def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
     rng = np.random.default_rng(0)
     p = rng.uniform(0.05, 0.95, (7, 3)).astype(np.float32)
     cosine = rng.normal(0.2, 0.02, (7, 3)).astype(np.float32)
-    scores = {"region": torch.from_numpy(p), "zero-shot": torch.from_numpy(cosine)}
+    scores = {"region": torch.from_numpy(p).logit(), "zero-shot": torch.from_numpy(cosine)}
     known = (0, 1, 40)
-    got = mixed(scores, zero_shot_scale(scores, known))
+    got = mixed(scores, zero_shot_scale(scores, known)).sigmoid()
     for c in range(3):
         logit = [math.log(v / (1 - v)) for v in p[:, c].tolist()]
         (m, s), (mz, sz) = spread(logit), spread(cosine[:, c].tolist())
@@ -74,7 +74,7 @@ def test_a_category_without_spread_breaks_nothing():
 def test_a_category_that_the_run_always_denies_is_ranked_by_zero_shot():
     """It has no known positive: the run's probabilities are all too small to tell apart."""
     zero = torch.tensor([[0.1], [0.3], [0.2], [0.4]])
-    scores = {"region": torch.full((4, 1), 1e-12), "zero-shot": zero}
+    scores = {"region": torch.full((4, 1), -27.0), "zero-shot": zero}
     for known in (0, 1, 50):
         got = mixed(scores, zero_shot_scale(scores, [known]))
         assert (got.argsort(0) == zero.argsort(0)).all() and len(np.unique(got)) == 4
@@ -114,7 +114,8 @@ def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
     run(world, tmp_path / "run", epochs=1, **({} if val is None else dict(val=val)))
     predictor = Predictor(tmp_path / "run", "last")
     scores, _ = predictor.all_scores(predictor.loader(predictor.splits()[which]))
-    scores = {name: torch.from_numpy(p) for name, p in scores.items()}
+    scores = {name: torch.from_numpy(p) if name == "zero-shot" else torch.from_numpy(p).logit()
+              for name, p in scores.items()}
     positives = (predictor.splits()["train"].labels == 1).sum(0)
     assert torch.allclose(zero_shot_scale(scores, positives), predictor.scale, rtol=1e-3, atol=1e-3)
 

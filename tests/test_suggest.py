@@ -74,7 +74,7 @@ def test_maps_of_two_cached_splits_are_those_of_their_own_rows():
         loaders.append(loader)
     predictor = SimpleNamespace(
         device="cpu", cfg=SimpleNamespace(matching="average"),
-        score=lambda f, x: (None, SimpleNamespace(energy=f.mT)))  # as many categories as dims
+        score_batch=lambda f, x: (None, SimpleNamespace(energy=f.mT)))  # as many categories as dims
     maps = region_maps(predictor, loaders, [0, 2, 3, 4])
     for row, found in maps.items():
         stored = loaders[row > 2].stored[0, row - 3 * (row > 2)]

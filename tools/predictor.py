@@ -21,7 +21,7 @@ from support.checkpoint import begun, read_checkpoint, writable
 from support.cli import best_device
 from support.distributed import gather
 from tools import inspection
-from tools.zero_shot import mixed, scores_of, zero_shot, zero_shot_score, zero_shot_text
+from tools.zero_shot import mixed, probabilities, scores_of, zero_shot, zero_shot_text
 from trm import TRM, Output
 
 
@@ -39,8 +39,8 @@ def region_map(out, matching):
 
 @torch.no_grad()
 def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
-    """One pass -> {score: (n, C) probabilities}, with "zero-shot" by the texts g_zero (C, D), and
-    {name: (n, C, N)} of maps(out, model), if given. float32 on the CPU."""
+    """One pass -> {score: (n, C)} as `scores_of` has them, by the texts g_zero (C, D) of zero-shot,
+    and {name: (n, C, N)} of maps(out, model), if given. float32 on the CPU."""
     model.eval()
     scores, kept, n = {}, defaultdict(list), len(loader)
     for i, (_, f, x) in enumerate(loader.batches(0, shuffle=False)):
@@ -98,14 +98,14 @@ class Predictor:
         scores = scores_of(out, f, x, self.g_zero)
         if self.cfg.score == "mixed":
             scores["mixed"] = mixed(scores, self.scale.to(f.device))
-        return scores.get(self.cfg.score, scores["region"]), out
+        return scores.get(self.cfg.score, scores["region"]).sigmoid(), out
 
     def all_scores(self, loader, maps=None):
-        """All scores and maps of a split as `score_split` gives them, "mixed" among them."""
+        """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
         scores, kept = score_split(self.model, self.g_pos, self.g_neg, loader, self.g_zero, maps)
         if self.scale is not None:
             scores["mixed"] = mixed(scores, self.scale)
-        return [{name: part.numpy() for name, part in found.items()} for found in (scores, kept)]
+        return probabilities(scores), {name: part.numpy() for name, part in kept.items()}
 
     def probabilities(self, loader):
         """(n, C) probabilities of the run's score."""

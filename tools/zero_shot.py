@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}",
              "there is a {} in the scene")
+SURE = 13.8  # a logit; beyond it (a probability of 1e-6) a run is not surer
 
 
 @torch.no_grad()
@@ -36,13 +37,18 @@ def zero_shot(g, batches):
 
 
 def scores_of(out, f, x, g):
-    """trm.Output of a batch -> {score: (B, C)}: probabilities, of which the paper has "region" and
-    a baseline no other; with x also the "zero-shot" cosines."""
-    scores = {"region": out.logits_r.sigmoid()}
+    """trm.Output of a batch -> {score: (B, C)}: logits, of which the paper has "region" and a
+    baseline no other; with x also the "zero-shot" cosines."""
+    scores = {"region": out.logits_r}
     if out.logits_q is not None:
-        mean = (out.logits_r + out.logits_q) / 2
-        scores |= {"query": out.logits_q.sigmoid(), "mean": mean.sigmoid()}
+        scores |= {"query": out.logits_q, "mean": (out.logits_r + out.logits_q) / 2}
     return scores if x is None else scores | {"zero-shot": zero_shot_score(f, x, g)}
+
+
+def probabilities(scores):
+    """The scores of a split, logits, as probabilities; the cosines stay. numpy."""
+    return {name: (score if name == "zero-shot" else score.sigmoid()).numpy()
+            for name, score in scores.items()}
 
 
 def zero_shot_scale(scores, positives):
@@ -52,7 +58,7 @@ def zero_shot_scale(scores, positives):
     deviation is 1 at least, so that zero-shot still ranks them; and where no positive is known the
     scale is that of a score without a run, 2 (z - 1), so that some images pass.
     scores: those images' as `scores_of` gives them, positives (C,)"""
-    logit, zero = torch.logit(scores.get("mean", scores["region"]), 1e-6), scores["zero-shot"]
+    logit, zero = scores.get("mean", scores["region"]).clamp(-SURE, SURE), scores["zero-shot"]
     n = torch.as_tensor(positives, dtype=torch.float32)
     mean = logit.mean(0).where(n > 0, -2)
     deviation = logit.std(0, correction=0).clamp(min=1).where(n > 0, 2)
@@ -61,8 +67,8 @@ def zero_shot_scale(scores, positives):
 
 
 def mixed(scores, scale):
-    """The weighted mean of the run's logit and the zero-shot score on its scale, as probabilities
-    (n, C). scores: as `scores_of` gives them, scale (3, C)"""
+    """The weighted mean of the run's logit and the zero-shot score on its scale: a logit (n, C).
+    scores: as `scores_of` gives them, scale (3, C)"""
     slope, offset, weight = scale
-    logit = torch.logit(scores.get("mean", scores["region"]), 1e-6)
-    return ((1 - weight) * logit + weight * (slope * scores["zero-shot"] + offset)).sigmoid()
+    logit = scores.get("mean", scores["region"]).clamp(-SURE, SURE)
+    return (1 - weight) * logit + weight * (slope * scores["zero-shot"] + offset)
