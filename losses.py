@@ -25,17 +25,11 @@ def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_
     if shift > 0:  # very easy negatives vanish
         p_m = (p - shift).clamp(min=0)
         log_not_p = torch.log1p(-p_m)
-    positive = _power(1 - p, gamma_pos) * log_p
-    negative = _power(p_m, gamma_neg) * log_not_p
+    # at least 1e-12: for an exponent below 1 the gradient of 0 ** exponent is infinite
+    positive = (1 - p).clamp(min=1e-12) ** gamma_pos * log_p
+    negative = p_m.clamp(min=1e-12) ** gamma_neg * log_not_p
     loss = -torch.where(labels == 1, positive, negative)
     return torch.where(labels == 0, assume_negative * loss, loss).sum(1).mean()
-
-
-def _power(base, exponent):
-    """base ** exponent with gradient 0, not infinity, where base is 0 and exponent below 1."""
-    if 0 < exponent < 1:
-        return torch.where(base > 0, base, 1.0) ** exponent * (base > 0)
-    return base**exponent
 
 
 def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="region"):

@@ -15,8 +15,8 @@ from tools.predictor import Predictor
 
 @pytest.fixture(params=("region", "mixed"))
 def case(request, world, tmp_path):
-    """(run folder, images (5, 3, H, W), their probabilities by the Predictor, how close those of the
-    export must be: the mixed score's slope multiplies the rounding of the cosines)"""
+    """(run folder, images (5, 3, H, W), their probabilities by the Predictor, how close those of
+    the export must be: the mixed score's slope multiplies the rounding of the cosines)"""
     folder = tmp_path / "run"
     run(world, folder, epochs=1, score=request.param)
     predictor = Predictor(folder)
