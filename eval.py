@@ -149,9 +149,9 @@ class PseudoCount:
 
 @torch.no_grad()
 def evaluate(model, encoder, g_zero, train_split, loaders, score):
-    """Scores the splits of `loaders`, {name: loader} -> {name: metrics of `score`, mAP of every
-    score}, and what inference needs: the texts g_pos and g_neg (C, D), zero_shot_scale (3, C) or
-    None, threshold (C,) and rests_on (C,), the positives of validation behind each threshold."""
+    """Scores the splits of `loaders`, {name: loader} -> three dicts: {name: metrics of `score`, mAP
+    of every score}; the texts g_pos and g_neg (C, D); zero_shot_scale (3, C) or None, threshold
+    (C,) and rests_on (C,), the positives of validation behind each threshold."""
     g_pos, g_neg = model.prompts(encoder)
     positives = (train_split.labels == 1).sum(0)  # (C,)
     numbers, scale = {}, None

@@ -196,7 +196,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
         numbers, texts, scaled = evaluate(model, encoder, g_zero, train_split,
                                           loaders if due else {}, cfg.score)
-        state.scaled = scaled if due or not state.scaled else state.scaled
+        if due or not state.scaled:
+            state.scaled = scaled
         line |= numbers
         state.history.append(line)
         improved = note_best(state, numbers)

@@ -91,7 +91,7 @@ class FeatureLoader:
                 data = self.moved(data)  # (B, 1+N, D)
                 f, x = data[:, 1:].contiguous(), data[:, 0].to(dtype)
             yield self.moved(index), f.to(dtype), x
-        if not shuffle and torch.multiprocessing.get_start_method() == "fork":
+        if not shuffle and self.workers and torch.multiprocessing.get_start_method() == "fork":
             self.loader = None  # a split that is scored now and then needs no waiting processes
 
     def moved(self, t, **how):

@@ -117,7 +117,8 @@ def read_lines(path, names=None):
 
 
 def read_json(path, **options):
-    with refused(f"{path}: not valid JSON, is the download complete?"):
+    with refused(f"{path}: not valid JSON, is the download complete?",
+                 known=(ValueError, RecursionError)):  # not want of memory
         return json.loads(read_bytes(path), **options)
 
 

@@ -24,9 +24,10 @@ def load(root, cfg):
 def split(root, folder, keep_unannotated=False, by_id=False):
     """One split in the JSON's order, images without any annotation unused: masks are drawn for them
     too. by_id: only annotated images, ordered by their id as a string (LargeLoss's order)."""
-    hint = " (COCO 2017's lists are there; the field uses the split of 2014)" if (
-        any(Path(root).glob("*/*2017*"))) else ""
-    path = find(root, f"annotations/instances_{folder}.json", hint=hint)
+    listing, hint = f"annotations/instances_{folder}.json", ""
+    if not Path(root, listing).exists() and any(Path(root).glob("*/*2017*")):
+        hint = " (COCO 2017's lists are there; the field uses the split of 2014)"
+    path = find(root, listing, hint=hint)
     images = find(root, folder, folders=("", "images"))
     content = read_json(path, object_hook=without_polygons)
     with refused(f"{path}: expected COCO's images, annotations, categories with id and name"):

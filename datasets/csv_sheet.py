@@ -122,7 +122,8 @@ def read(path, root, cfg):
     other = [c for c in columns if len(filled[c]) > 2 and not {*codes, "-1"} & {*filled[c]}]
     listing = [header[c] for c in other if re.search("(?i)label|tags?$|categ|class", header[c])]
     if listing and len(other) < len(columns):
-        raise UserError(f"{path}: --ignore {listing[0]}, or the rest (docs/data.md: lists, long)")
+        raise UserError(f"{path}: the column {listing[0]!r} holds no labels, but may list them: "
+                        f"--ignore {listing[0]}, or the others (docs/data.md: lists, long)")
     if len(other) == len(columns) == 1:
         cells, names = lists(path, body, other[0], cfg.unlisted)
     else:

@@ -27,7 +27,8 @@ def topk_prototypes_reference(energy, f, labels, bank, cursor, k):
     L, k = bank.shape[1], min(k, energy.shape[2])
     c, b = (labels == POSITIVE).t().nonzero(as_tuple=True)  # (P,) by category, then by image
     count = (labels == POSITIVE).sum(0)  # (C,)
-    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]  # (P,) of c's
+    # (P,) which of its category's positives the image is
+    rank = torch.arange(len(c), device=c.device) - (count.cumsum(0) - count)[c]
     e = energy[b, c]
     e = torch.where(e.isnan(), -torch.inf, e)  # (P, N)
     n = e.sort(dim=1, descending=True, stable=True).indices[:, :k]  # (P, k) equal: by location

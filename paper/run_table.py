@@ -68,9 +68,9 @@ class Runs:
         configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in wanted)}
         todo = [cfg for cfg in configs.values() if not finished(cfg)]
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
-        for cfg in tqdm(trained, "runs", len(todo), disable=None):
+        for count, cfg in enumerate(tqdm(trained, "runs", len(todo), disable=None), 1):
             told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}" if finished(cfg) else "diverged"
-            tqdm.write(f"{Path(cfg.out).name}: {told}")
+            tqdm.write(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}")
 
     @functools.cached_property
     def test(self):
@@ -114,7 +114,8 @@ def finished(cfg):
 
 def in_processes(todo, jobs):
     """What train_one returns, as the runs end."""
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it clears up after stopped ones
+    # the tracker of semaphores clears up after stopped processes, and would say so
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, share_cores, (jobs,)) as pool:
         try:

@@ -10,11 +10,11 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def refused(message):
-    """Whatever a damaged or foreign file makes a reader raise becomes UserError(message)."""
+def refused(message, known=Exception):
+    """What a damaged or foreign file makes a reader raise, one of `known`, becomes UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except known as error:
         raise UserError(f"{message} ({str(error)[:150]})") from None

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from support import UserError
 
+SCALED = ("zero_shot_scale", "threshold", "rests_on")  # what inference needs of an evaluation
 FILES = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "curves.png", "regions.png")
 
 
@@ -82,19 +83,19 @@ class State:
     epoch: int = 0  # finished epochs
     best: dict = None  # {"epoch", "chosen_on", "mAP"} of the best epoch
     history: list = field(default_factory=list)  # a line of metrics.jsonl an epoch
-    scaled: dict = None  # scale and thresholds of the last epoch that was evaluated
+    scaled: dict = None  # SCALED of the last epoch that was evaluated
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        return parts | dict(epoch=self.epoch, best=self.best, history=json.dumps(self.history),
-                            scaled=self.scaled)
+        return parts | dict(epoch=self.epoch, best=self.best, history=json.dumps(self.history))
 
     def load_state_dict(self, saved):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(saved[name])
-        self.epoch, self.best, self.scaled = saved["epoch"], saved["best"], saved.get("scaled")
+        self.epoch, self.best = saved["epoch"], saved["best"]
         self.history = json.loads(saved["history"])
+        self.scaled = {name: saved[name] for name in SCALED}
 
 
 # ---- the folder

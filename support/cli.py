@@ -88,7 +88,7 @@ def run_main(work, stopped="stopped"):
         line = explain(error)
         if line is None:
             raise
-        sys.unraisablehook = str  # a loader that was half built complains when it goes
+        sys.unraisablehook = str  # prints nothing: a half-built loader complains when it goes
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 

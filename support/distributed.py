@@ -43,7 +43,7 @@ def gather(x, B):
     W = dist.get_world_size()
     parts = [torch.empty_like(x) for _ in range(W)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[dist.get_rank()] = x + (W - 1) * (x - x.detach())
+    parts[dist.get_rank()] = x + (W - 1) * (x - x.detach())  # the value x, its gradient times W
     return torch.stack(parts, 1).flatten(0, 1)[:B]  # behind row B: padding
 
 

@@ -333,7 +333,7 @@ def test_processes_that_are_slow_to_start_stay_between_evaluations(monkeypatch, 
     from clip import features
 
     class Loader(features.FeatureLoader):
-        stored, world, rank, batch, amp, pinned = None, 1, 0, 2, None, False
+        stored, world, rank, batch, amp, pinned, workers = None, 1, 0, 2, None, False, 2
         device = torch.device("cpu")
 
         def __init__(self):

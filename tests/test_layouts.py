@@ -623,3 +623,16 @@ def test_file_names_of_coco_may_hold_the_folder(tmp_path):
 def test_a_part_of_coco_2017_says_what_it_is(tmp_path, there):
     fake.write(tmp_path / there, "{}")
     refused("COCO 2017", "coco", tmp_path)
+
+
+def test_want_of_memory_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    from datasets.base import read_json
+
+    (tmp_path / "x.json").write_text("[]")
+
+    def loads(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("datasets.base.json.loads", loads)
+    with pytest.raises(MemoryError):
+        read_json(tmp_path / "x.json")

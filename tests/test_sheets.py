@@ -64,7 +64,7 @@ SHEETS = {
     **{
         f"labels beside {name}": (
             f"image,{column},{name}\n0.jpg,dog|cat,1\n1.jpg,cat,0\n2.jpg,dog,0\n",
-            f"--ignore {column}, or the rest .docs/data.md: lists, long",
+            f"--ignore {column}, or the others .docs/data.md: lists, long",
         )
         for column, name in (("labels", "is_valid"), ("LabelName", "Confidence"), ("tags", "fold"))
     },

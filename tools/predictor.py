@@ -47,8 +47,8 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
         rows = slice(i * loader.batch, min(n, (i + 1) * loader.batch))  # of all processes
         out = model(f, x, g_pos, g_neg)
         for name, part in scores_of(out, f, x, g_zero).items():  # (B, C)
-            # Into one tensor: small ones, kept each among the batch's large ones, keep the heap
-            # from giving those back (3 GiB at COCO's size).
+            # One tensor for the split: a small one a batch, between the batch's large ones, would
+            # keep their memory from being given back (3 GiB at COCO's size).
             if name not in scores:
                 scores[name] = part.new_empty(n, part.shape[1])
             scores[name][rows] = gather(part, rows.stop - rows.start)
