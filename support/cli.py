@@ -54,6 +54,8 @@ def stop(*_):
     if os.getpid() != stop.process:  # a worker that is stopped before it has begun
         os._exit(1)
     stop.asked = True
+    if hasattr(signal, "SIGCHLD"):  # torch would raise for each worker that the same signal ends
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     raise KeyboardInterrupt
 
 

@@ -337,6 +337,37 @@ def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):
     assert at_work.returncode == 130 and "stopped; last.pt holds what was finished" in err, err
 
 
+TOLD_WHILE_STOPPING = """
+import os, signal, sys
+from support import cli
+
+class Stderr:  # torch's handler raises for a loader process that the same Ctrl-C has ended
+    def write(self, text):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        sys.__stderr__.write(text)
+
+def a_worker_is_gone(*_):
+    raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 1")
+
+def work():
+    signal.signal(signal.SIGCHLD, a_worker_is_gone)
+    sys.stderr = Stderr()
+    os.kill(os.getpid(), signal.SIGINT)
+
+status = cli.run_main(work)
+sys.stderr = sys.__stderr__
+sys.exit(status)
+"""
+
+
+@posix
+def test_a_worker_that_ends_after_ctrl_c_says_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_WHILE_STOPPING], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "\nstopped\n")
+
+
 @pytest.mark.parametrize("error, told", (
     (RuntimeError("can't start new thread"), "--workers 0"),
     (RuntimeError("cannot join thread before it is started"), "ulimit -a"),
