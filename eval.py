@@ -99,18 +99,21 @@ def metrics(scores, truth, threshold=0.5):
     return percent | {"left_out": int((~there).sum()), "positives": int(exist.sum())}
 
 
-def best_thresholds(scores, truth, k=2):
-    """(C,) thresholds with the best F1 on a validation split, shrunk towards 0.5, since few
-    positives say little: t of n positives becomes (n t + 0.5 k) / (n + k) (docs/readings.md)."""
+def best_thresholds(scores, truth, k):
+    """(C,) thresholds with the best F1, midway to the next lower score, and shrunk towards 0.5,
+    since few positives say little: t of n positives becomes (n t + 0.5 k) / (n + k)
+    (docs/readings.md); 0.5 where all known labels are alike. scores (n, C), truth (n, C)"""
     thresholds = np.full(truth.shape[1], 0.5)
     for c, known in enumerate((truth != 0).T):
         s, positive = scores[known, c], truth[known, c] == 1
-        if positive.any():
+        if positive.any() and not positive.all():
             n = positive.sum()
             rank = np.argsort(-s, kind="stable")
             f1 = 2 * np.cumsum(positive[rank]) / (np.arange(1, len(s) + 1) + n)
             f1[np.append(np.diff(s[rank]) == 0, False)] = 0  # a threshold cannot split a tie
-            thresholds[c] = (n * s[rank[f1.argmax()]] + k * 0.5) / (n + k)
+            best = f1.argmax()
+            t = s[rank[best:best + 2]].mean()
+            thresholds[c] = (n * t + k * 0.5) / (n + k)
     return thresholds
 
 
@@ -151,11 +154,12 @@ class PseudoCount:
 def evaluate(model, encoder, g_zero, train_split, loaders, score):
     """Scores the splits of `loaders`, {name: loader} -> three dicts: {name: metrics of `score`, mAP
     of every score}; the texts g_pos and g_neg (C, D); zero_shot_scale (3, C) or None, threshold
-    (C,) and rests_on (C,), the positives of validation behind each threshold."""
+    (C,), chosen on validation, for the mixed score also on training photos, and rests_on (C,), the
+    known positives behind each threshold."""
     g_pos, g_neg = model.prompts(encoder)
     positives = (train_split.labels == 1).sum(0)  # (C,)
     numbers, scale = {}, None
-    threshold, rests_on = np.full(len(g_pos), 0.5), np.zeros(len(g_pos), int)
+    rated, labels = [np.zeros((0, len(g_pos)))], [np.zeros((0, len(g_pos)))]  # for the thresholds
     for name, loader in loaders.items():
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         if scale is None and name != "test":
@@ -163,16 +167,20 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
         if scale is not None:
             scores["mixed"] = mixed(scores, scale)
         scores = probabilities(scores)
+        truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
+        if name == "val" or name == "train" and score == "mixed":
+            rated.append(chosen)
+            labels.append(loader.split.labels)
         if name != "train":
-            truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
             AP = ap_per_category(chosen, truth).tolist()
             numbers[name] = metrics(chosen, truth)
             numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
-        if name == "val":
-            threshold, rests_on = best_thresholds(chosen, truth), (truth == 1).sum(0)
+    rated, labels = np.concatenate(rated), np.concatenate(labels)
+    threshold = best_thresholds(rated, labels, k=0 if score == "mixed" else 2)
     return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu()), dict(
-        zero_shot_scale=scale, threshold=threshold.tolist(), rests_on=rests_on.tolist())
+        zero_shot_scale=scale, threshold=threshold.tolist(),
+        rests_on=(labels == 1).sum(0).tolist())
 
 
 def note_best(state, numbers):

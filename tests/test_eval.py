@@ -277,7 +277,7 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     model = Predictor(trained, "last")
     val = model.splits()["val"]
     scores = model.probabilities(model.loader(val))
-    assert np.allclose(model.threshold, best_thresholds(scores, val.truth), atol=1e-6)
+    assert np.allclose(model.threshold, best_thresholds(scores, val.truth, k=2), atol=1e-6)
     assert state["threshold"] == model.threshold.tolist() and len(set(state["threshold"])) > 2
     assert state["rests_on"] == (val.truth == 1).sum(0).tolist() == model.rests_on
     row = model.row("x", np.where(np.arange(len(model.names)) % 2, 1.0, 0.0))

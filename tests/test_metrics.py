@@ -128,14 +128,14 @@ def test_scores_of_unknown_cells_change_nothing():
     scores, truth = case(3)
     other = np.where(truth == 0, 1 - scores, scores)
     assert metrics(scores, truth) == metrics(other, truth)
-    assert np.array_equal(best_thresholds(scores, truth), best_thresholds(other, truth))
+    assert np.array_equal(best_thresholds(scores, truth, 2), best_thresholds(other, truth, 2))
 
 
 def test_best_thresholds_by_brute_force():
     for seed in range(20):
         scores, truth = case(seed)
         got = best_thresholds(scores, truth, k=0)
-        shrunk = best_thresholds(scores, truth)
+        shrunk = best_thresholds(scores, truth, k=2)
         for c in range(truth.shape[1]):
             known = truth[:, c] != 0
             s, positive = scores[known, c], truth[known, c] == 1
@@ -143,7 +143,11 @@ def test_best_thresholds_by_brute_force():
                 assert got[c] == 0.5
                 continue
             f1 = lambda t: 2 * (positive & (s >= t)).sum() / ((s >= t).sum() + positive.sum())
-            assert f1(got[c]) == max(f1(t) for t in s)
+            best = max(f1(t) for t in s)
+            assert f1(got[c]) == best
+            lowest = min(t for t in s if f1(t) == f1(got[c]) and t >= got[c])  # that passes
+            below = max((t for t in s if t < lowest), default=lowest)
+            assert got[c] == pytest.approx((lowest + below) / 2)
             n = positive.sum()  # a threshold of few positives is drawn towards 0.5
             assert shrunk[c] == pytest.approx((n * got[c] + 2 * 0.5) / (n + 2))
 
@@ -252,3 +256,11 @@ def test_boxes_turn_with_their_image(tmp_path, mark, capsys):
     assert not capsys.readouterr().err
     boxes_of(stored, (30, 30))
     assert "1 images have another size than their list says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", (1, -1))
+def test_labels_that_are_all_alike_choose_no_threshold(label):
+    """A sheet may tell only what is present: the lowest score would pass everything."""
+    scores = np.array([[0.9], [0.2], [0.1]], np.float32)
+    truth = np.array([[label], [label], [0]], np.int8)
+    assert best_thresholds(scores, truth, k=0).tolist() == [0.5]

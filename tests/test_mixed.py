@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from small_world import options, run, world
 
+import data
 import oracles
 import train
-from eval import metrics
+from eval import best_thresholds, metrics
 from support import UserError
 from support.checkpoint import read_checkpoint
-from tools import report
+from tools import build, report
 from tools.predictor import Predictor
 from tools.zero_shot import mixed, zero_shot, zero_shot_scale, zero_shot_score, zero_shot_text
 
@@ -118,6 +119,30 @@ def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
               for name, p in scores.items()}
     positives = (predictor.splits()["train"].labels == 1).sum(0)
     assert torch.allclose(zero_shot_scale(scores, positives), predictor.scale, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ratio", (1.0, 0.5))
+@pytest.mark.parametrize("val", (None, 0))
+def test_thresholds_of_the_mixed_score_rest_on_training_photos_too(world, tmp_path, ratio, val):
+    """On the labels that training sees, not on the hidden ones."""
+    given = {} if val is None else dict(val=val)
+    run(world, tmp_path / "run", epochs=1, score="mixed", ratio=ratio, **given)
+    predictor = Predictor(tmp_path / "run", "last")
+    splits = [split for name, split in predictor.splits().items() if split and name != "test"]
+    p = np.concatenate([predictor.probabilities(predictor.loader(split)) for split in splits])
+    labels = np.concatenate([split.labels for split in splits])
+    assert len(splits) == (1 if val == 0 else 2)
+    assert predictor.rests_on == (labels == 1).sum(0).tolist()
+    assert np.allclose(predictor.threshold, best_thresholds(p, labels, k=0), atol=1e-4)
+
+
+def test_the_thousand_training_photos_come_from_the_whole_list(world, tmp_path):
+    cfg, _ = train.parse(options(world, tmp_path / "run", score="mixed"))
+    split = data.Split("many", [f"{i}.jpg" for i in range(2100)], ["dog"],
+                       np.ones((2100, 1), np.int8))
+    with mock.patch.object(build, "evaluation_loader", lambda cfg, split, *_: split):
+        few = build.evaluation_loaders(cfg, (split, split, None), None, None, 0, 1)["train"]
+    assert few.paths == [f"{i}.jpg" for i in range(0, 2100, 3)]
 
 
 def test_rows_that_changed_since_training_are_told(trained, tmp_path, capfd):

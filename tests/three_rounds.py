@@ -50,12 +50,12 @@ def keys_pressed(cells, truth):
 
 
 def OF1_of_each_shrink(predictor, scores, truth):
-    """{k: OF1} on unseen scenes, scores (n, C), of validation's thresholds shrunk by k. Their
+    """{k: OF1} on unseen scenes, scores (n, C), of the sheet's thresholds shrunk by k. Their
     maximum is an oracle: no user could choose k so."""
-    val = predictor.splits()["val"]
-    known = predictor.probabilities(predictor.loader(val))
-    return {k: metrics(scores, truth, best_thresholds(known, val.truth, k))["OF1"]
-            for k in SHRINKS}
+    parts = [predictor.splits()[name] for name in ("val", "train")]
+    rated = np.concatenate([predictor.probabilities(predictor.loader(part)) for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    return {k: metrics(scores, truth, best_thresholds(rated, labels, k))["OF1"] for k in SHRINKS}
 
 
 def study(mask, share, args, place):

@@ -29,12 +29,14 @@ def training_loader(cfg, split, encoder, device, rank, world):
 
 
 def evaluation_loaders(cfg, splits, encoder, device, rank, world):
-    """{name: loader} of the splits that an epoch is measured on. Where there is no validation, the
-    first training photos bring zero-shot to the scale of the run (`--score mixed`)."""
+    """{name: loader} of the splits that an epoch is measured on. "train" is at most 1,000 photos:
+    they bring zero-shot to the scale of the run where there is no validation, and help to choose
+    the thresholds of the mixed score."""
     train_split, val_split, test_split = splits
     few = None
-    if not val_split and cfg.images == "photos":
-        few = train_split.subset(range(min(1000, len(train_split.paths))))
+    if cfg.images == "photos" and (not val_split or cfg.score == "mixed"):
+        n = len(train_split.paths)
+        few = train_split.subset(range(0, n, -(-n // 1000)))  # a sheet may be in order: all over it
     named = {"val": val_split, "train": few, "test": test_split}
     return {name: evaluation_loader(cfg, split, encoder, device, rank, world)
             for name, split in named.items() if split}

@@ -23,7 +23,7 @@ def category_lines(split, scores, ap, threshold, rests_on):
     """Lines of text: the categories, the worst AP first, ten suspect labels, the worst five images.
 
     scores (n, C) probabilities, ap (C,) average precision in 0..1 or NaN, threshold (C,),
-    rests_on (C,) positives of validation behind each threshold
+    rests_on (C,) known positives behind each threshold
     """
     truth = split.truth
     known, positives = (truth != 0).sum(0), (truth == 1).sum(0)

@@ -85,7 +85,7 @@ class Predictor:
             raise UserError(f"{file}: the mixed score needs photos (train with another --score), "
                             "and an epoch that was evaluated (--resume the run)")
         self.threshold = np.asarray(state["threshold"])  # (C,)
-        self.rests_on = state["rests_on"]  # (C,) validation positives behind each threshold
+        self.rests_on = state["rests_on"]  # (C,) known positives behind each threshold
         self.model = TRM(*self.g_pos.shape, matching=cfg.matching,
                          contrastive=cfg.uses("mmcl")).to(self.device).eval()
         self.model.load_state_dict({name: value for name, value in state["model"].items()
