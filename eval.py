@@ -100,12 +100,14 @@ def metrics(scores, truth, threshold=0.5):
 
 
 def best_thresholds(scores, truth, k):
-    """(C,) thresholds with the best F1, midway to the next lower score, and shrunk towards 0.5,
-    since few positives say little: t of n positives becomes (n t + 0.5 k) / (n + k)
-    (docs/readings.md); 0.5 where all known labels are alike. scores (n, C), truth (n, C)"""
+    """(C,) thresholds with the best F1: midway to the next lower score, and drawn towards 0.5, as
+    few positives say little. On the scale of logits t of n positives becomes n t / (n + k)
+    (docs/readings.md). 0.5 where the known labels are all alike.
+    scores (n, C) probabilities, truth (n, C) in {1, -1, 0}"""
+    logits = torch.as_tensor(scores).logit(eps=1e-6).numpy()  # (n, C)
     thresholds = np.full(truth.shape[1], 0.5)
     for c, known in enumerate((truth != 0).T):
-        s, positive = scores[known, c], truth[known, c] == 1
+        s, positive = logits[known, c], truth[known, c] == 1
         if positive.any() and not positive.all():
             n = positive.sum()
             rank = np.argsort(-s, kind="stable")
@@ -113,7 +115,7 @@ def best_thresholds(scores, truth, k):
             f1[np.append(np.diff(s[rank]) == 0, False)] = 0  # a threshold cannot split a tie
             best = f1.argmax()
             t = s[rank[best:best + 2]].mean()
-            thresholds[c] = (n * t + k * 0.5) / (n + k)
+            thresholds[c] = 1 / (1 + np.exp(-n * t / (n + k)))
     return thresholds
 
 
@@ -177,7 +179,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
             numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
     rated, labels = np.concatenate(rated), np.concatenate(labels)
-    threshold = best_thresholds(rated, labels, k=0 if score == "mixed" else 2)
+    threshold = best_thresholds(rated, labels, k=0.5 if score == "mixed" else 2)
     return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu()), dict(
         zero_shot_scale=scale, threshold=threshold.tolist(),
         rests_on=(labels == 1).sum(0).tolist())

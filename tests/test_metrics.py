@@ -1,6 +1,8 @@
 """Metrics against scikit-learn, loops and brute force: ties, empty categories and unknown labels
 included."""
 
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -143,13 +145,13 @@ def test_best_thresholds_by_brute_force():
                 assert got[c] == 0.5
                 continue
             f1 = lambda t: 2 * (positive & (s >= t)).sum() / ((s >= t).sum() + positive.sum())
-            best = max(f1(t) for t in s)
-            assert f1(got[c]) == best
-            lowest = min(t for t in s if f1(t) == f1(got[c]) and t >= got[c])  # that passes
-            below = max((t for t in s if t < lowest), default=lowest)
-            assert got[c] == pytest.approx((lowest + below) / 2)
+            passes = s[s >= got[c] - 1e-6].min()
+            assert f1(passes) == max(f1(t) for t in s)
+            logit = lambda p: math.log(max(p, 1e-6) / max(1 - p, 1e-6))
+            below = max((t for t in s if t < passes), default=passes)
+            assert logit(got[c]) == pytest.approx((logit(passes) + logit(below)) / 2, abs=1e-4)
             n = positive.sum()  # a threshold of few positives is drawn towards 0.5
-            assert shrunk[c] == pytest.approx((n * got[c] + 2 * 0.5) / (n + 2))
+            assert logit(shrunk[c]) == pytest.approx(n * logit(got[c]) / (n + 2), abs=1e-4)
 
 
 def test_localisation_by_loops():

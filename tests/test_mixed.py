@@ -133,7 +133,7 @@ def test_thresholds_of_the_mixed_score_rest_on_training_photos_too(world, tmp_pa
     labels = np.concatenate([split.labels for split in splits])
     assert len(splits) == (1 if val == 0 else 2)
     assert predictor.rests_on == (labels == 1).sum(0).tolist()
-    assert np.allclose(predictor.threshold, best_thresholds(p, labels, k=0), atol=1e-4)
+    assert np.allclose(predictor.threshold, best_thresholds(p, labels, k=0.5), atol=1e-4)
 
 
 def test_the_thousand_training_photos_come_from_the_whole_list(world, tmp_path):

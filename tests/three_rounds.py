@@ -32,7 +32,7 @@ from eval import Predictor, best_thresholds, metrics
 from tools import review
 
 RECIPE = "--clip tiny --size 256 --workers 0"
-SHRINKS = (0, 1, 2, 5, 20, 1e9)  # the last gives 0.5
+SHRINKS = (0, 0.5, 1, 2, 5, 20, 1e9)  # the last gives 0.5
 # of a person: a key that is decided on; a tile of a group that is looked over
 SECONDS = {"key": 1.5, "look": 0.5}
 
