@@ -34,14 +34,16 @@ class Config:
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
     single_positive: str | None = option(None, "one positive an image", choices="largeloss|splc")
     assume_negative: float | None = option(
-        None, "weight of unknown labels as negatives; 0.3 for single positive, else 0", 0, 1)
+        None, "weight of unknown labels as negatives; 0.3 where no label is known to be absent, as "
+        "with a single positive; else 0", 0, 1)
     mask: str | None = option(None, "file of the known cells, instead of drawing them")
     val: str | None = option(None, "validation CSV, or a share of the training rows such as 0.2")
     test: str | None = option(None, "test CSV of a sheet")
     ignore: str | None = option(None, "columns of a sheet that are no category: a,b")
     minus_one: str | None = option(None, "what -1 means in a sheet (absent: 0 is unknown)",
                                    choices="absent|unknown")
-    unlisted: str | None = option(None, "what a sheet's lists leave out", choices="absent|unknown")
+    unlisted: str | None = option(None, "the rest of a sheet that tells only what is present",
+                                  choices="absent|unknown")
     names: str | None = option(None, "file of prompt names, one category a line")
     prompt_names: str = option("peers", "category words in the prompts: the peers', the official "
                                "ones, or joined words split", choices="peers|official|words")
@@ -117,8 +119,6 @@ class Config:
             self.data = self.data.lower()  # COCO is coco
         if self.test and not (is_path("data", self.data) and is_path("data", self.test)):
             raise UserError(f"--test needs sheets, .csv or .tsv; got {self.data} and {self.test}")
-        if self.assume_negative is None:
-            self.assume_negative = 0.3 if self.single_positive else 0.0
 
     @property
     def left_out(self):

@@ -200,6 +200,8 @@ def load(cfg):
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
     splits = train, val and val.used(), test and test.used()
     for name, split in zip(("train", "val", "test"), splits):
+        if split and split is not train and not (split.truth == NEGATIVE).any():
+            split.truth = signed(split.truth == POSITIVE)  # it tells only what is present
         if split:
             split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
     return splits

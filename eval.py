@@ -172,7 +172,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
         truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
         if name == "val" or name == "train" and score == "mixed":
             rated.append(chosen)
-            labels.append(loader.split.labels)
+            labels.append(truth if name == "val" else loader.split.labels)
         if name != "train":
             AP = ap_per_category(chosen, truth).tolist()
             numbers[name] = metrics(chosen, truth)
@@ -265,7 +265,8 @@ def run(args):
     """What `python eval.py` does with its options."""
     if args.zero_shot:
         size = {"size": args.size} if args.size else {}
-        return suggest(ZeroShot(Config(**preset(args.data) | args.places | size)), args)
+        cfg = Config(**preset(args.data) | args.places | size | {"unlisted": "unknown"})
+        return suggest(ZeroShot(cfg), args)
     runs = [args.run, *(args.ensemble or args.compare or ())]
     predictors = load_runs(runs, args.checkpoint, args.places)
     if args.image:

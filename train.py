@@ -70,7 +70,7 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
 
     # Sec. 3.3, 3.5 and 3.6: the losses.
     asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift,
-               assume_negative=cfg.assume_negative)
+               assume_negative=cfg.assume_negative or 0.0)
     terms = {"L_r": losses.asymmetric(out.logits_r, completed, **asl)}  # Eq. 14
     if out.logits_q is not None:
         terms["L_q"] = losses.asymmetric(out.logits_q, completed, **asl)  # Eq. 14
@@ -160,6 +160,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     run = resume or new_run(cfg)
     splits = splits or load_data(cfg)
     train_split = splits[0]
+    if cfg.assume_negative is None and not (train_split.labels == -1).any():
+        cfg = dataclasses.replace(cfg, assume_negative=0.3)
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
 
@@ -188,6 +190,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         count = sum(p.numel() for p in trainable) / 2**20
         print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
               f"{count:.2f} Mi trainable; {kernels.chosen()}")
+        if cfg.assume_negative:
+            print(f"unknown labels count as absent, with weight {cfg.assume_negative:g}")
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
                  clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # the same in every epoch
     while state.epoch < cfg.epochs:

@@ -7,8 +7,9 @@ empty unknown.
 
 Sheets full of unknowns are the point. Other forms are understood: the WORDS below; commas,
 semicolons or tabs; UTF-8 or UTF-16; columns that are no category (--ignore, or found); one column
-of lists such as `dog|cat` (--unlisted says what the others are). What could mean two things is
-refused with the option that settles it; `python data.py SHEET.csv` prints every problem.
+of lists such as `dog|cat`. Where lists or cells tell only what is present, --unlisted says what the
+rest is. What could mean two things is refused with the option that settles it; `python data.py
+SHEET.csv` prints every problem.
 """
 import csv
 import io
@@ -125,7 +126,10 @@ def read(path, root, cfg):
         raise UserError(f"{path}: the column {listing[0]!r} holds no labels, but may list them: "
                         f"--ignore {listing[0]}, or the others (docs/data.md: lists, long)")
     if len(other) == len(columns) == 1:
-        cells, names = lists(path, body, other[0], cfg.unlisted)
+        if cfg.unlisted is None:
+            raise UserError(f"{path}: its cells are lists ({body[0][1][other[0]][:60]!r}): is what "
+                            "they do not name absent or unknown? Say --unlisted absent or unknown")
+        cells, names = lists(path, body, other[0])
     else:
         if other:
             print(f"{path}: no categories, since no cell is a label: "
@@ -133,6 +137,9 @@ def read(path, root, cfg):
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
+    codes_used = {code for row in cells for code in row}
+    if cfg.unlisted == "absent" and NEGATIVE not in codes_used:
+        cells = [[NEGATIVE if code == UNKNOWN else code for code in row] for row in cells]
     prompts = [words.get(name, name.replace("_", " ")) for name in names]
     problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
                  "one of its own, capitals aside"
@@ -192,17 +199,13 @@ def image_files(path, root, body, problems):
     return list(first)
 
 
-def lists(path, body, column, unlisted):
+def lists(path, body, column):
     """One column of lists, such as `dog|cat` -> cells (N rows of C codes), names."""
-    if unlisted is None:
-        raise UserError(f"{path}: its cells are lists ({body[0][1][column][:60]!r}): is what they "
-                        "do not name absent or unknown? Say --unlisted absent or unknown")
     cells = [row[column] for _, row in body]
     if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
         raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
     separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
     rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
     names = sorted({name for row in rows for name in row})
-    rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     print(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
-    return [[POSITIVE if name in row else rest for name in names] for row in rows], names
+    return [[POSITIVE if name in row else UNKNOWN for name in names] for row in rows], names

@@ -241,8 +241,6 @@ def parse(argv):
         base.train_images = 1000
     if own.table == "2" and base.data != "scenes" and "--clip" not in names:
         base.clip = "RN50"  # "All models adopt ResNet50"
-    if own.table == "2" and "--assume-negative" not in names:
-        base.assume_negative = 0.3  # single positive's default; the base has another label setting
     return own, base
 
 

@@ -171,7 +171,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("losses.py", "beta=0.05, gamma=0.01", "beta=0.5, gamma=0.01"),
     ("losses.py", "p = log_p.exp()", "p = log_p.exp().detach()"),
     ("train.py", "pseudo_labels(s, labels, modalities)", "pseudo_labels(s, assumed, modalities)"),
-    ("train.py", "shift=cfg.shift,\n               assume_negative=cfg.assume_negative)",
+    ("train.py", "shift=cfg.shift,\n               assume_negative=cfg.assume_negative or 0.0)",
      "shift=cfg.shift)"),
     ("train.py", "gamma_neg=cfg.gamma_neg, shift=cfg.shift", "gamma_neg=cfg.gamma_neg"),
     ("train.py", "cfg.kd_temperature,\n                                            cfg.kd_teacher)",

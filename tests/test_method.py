@@ -45,7 +45,8 @@ def test_the_defaults_are_the_papers():
     for function, settings in (
             (losses.total, dict(alpha=cfg.alpha, beta=cfg.beta, gamma=cfg.gamma)),
             (losses.asymmetric, dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg,
-                                     shift=cfg.shift, assume_negative=cfg.assume_negative)),
+                                     shift=cfg.shift,
+                                     assume_negative=cfg.assume_negative or 0.0)),
             (losses.distillation, dict(how=cfg.kd, temperature=cfg.kd_temperature,
                                        teacher=cfg.kd_teacher)),
             (losses.contrastive, dict(tau=cfg.tau)),
@@ -56,11 +57,9 @@ def test_the_defaults_are_the_papers():
 
 
 def test_what_follows_from_other_settings():
-    """A third of the epochs, to the nearest whole one, is stage one; single positive assumes that
-    what is unknown is absent; a baseline has no part of the method."""
+    """A third of the epochs, to the nearest whole one, is stage one; a baseline has no part of the
+    method."""
     assert [Config(epochs=epochs).stage_one_epochs for epochs in (1, 2, 5, 40)] == [0, 1, 2, 13]
-    assert Config(single_positive="largeloss").assume_negative == 0.3
-    assert Config().assume_negative == 0
     assert Config().uses("mmcp") and not Config(matching="average").uses("mmcp")
 
 
@@ -282,7 +281,7 @@ def test_two_training_steps_are_section_3_by_the_oracles(settings):
             assert (pseudo.numpy() == guessed).all()
             estimated += np.count_nonzero(guessed)
             completed = np.where(known == 0, guessed, known)
-        want = {name: oracles.asymmetric(logits, completed, 1.5, 3, 0.1, cfg.assume_negative)
+        want = {name: oracles.asymmetric(logits, completed, 1.5, 3, 0.1, cfg.assume_negative or 0)
                 for name, logits in (("L_r", logits_r), ("L_q", logits_q))}
         if cfg.uses("kd"):
             teacher, student = logits_r, logits_q

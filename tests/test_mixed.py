@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_world import options, run, world
+from small_world import options, run, sheet, world
 
 import data
+import eval as evaluation
 import oracles
 import train
 from eval import best_thresholds, metrics
 from support import UserError
-from support.checkpoint import read_checkpoint
+from support.checkpoint import begun, read_checkpoint
 from tools import build, report
 from tools.predictor import Predictor
 from tools.zero_shot import mixed, zero_shot, zero_shot_scale, zero_shot_score, zero_shot_text
@@ -219,3 +220,60 @@ def test_a_run_whose_epochs_were_never_due_says_so(world, tmp_path):
         train.train(cfg, on_epoch=stop)
     with pytest.raises(UserError, match="an epoch that was evaluated .--resume"):
         Predictor(tmp_path / "run", "last")
+
+
+@pytest.mark.parametrize("more, weight", (
+    ({}, None), (dict(ratio=1.0, single_positive="largeloss"), 0.3),
+    (dict(ratio=1.0, single_positive="largeloss", assume_negative=0), 0.0)))
+def test_unknown_counts_as_absent_where_no_label_is_known_to_be_absent(world, tmp_path, more,
+                                                                       weight):
+    run(world, tmp_path / "run", epochs=1, **more)
+    assert begun(tmp_path / "run")["config"]["assume_negative"] == weight
+    settings = json.loads(read_checkpoint(tmp_path / "run" / "last.pt")["config"])
+    assert settings["assume_negative"] == weight
+
+
+def only_ticks(sheet):
+    """The sheet without its zeros: a person may tick what is there, and no more."""
+    _, file = sheet
+    file.write_text(file.read_text().replace(",0", ","))
+    return file
+
+
+@pytest.mark.parametrize("unlisted, code", ((None, 0), ("unknown", 0), ("absent", -1)))
+def test_a_sheet_that_tells_only_what_is_present(world, tmp_path, sheet, capfd, unlisted, code):
+    """A run that sees no absent label says yes to all, and its mAP was 100."""
+    file = only_ticks(sheet)
+    given = {} if unlisted is None else dict(unlisted=unlisted)
+    line = run(world, tmp_path / "ticks", data=file, root=None, ratio=None, epochs=1, val=0.25,
+               score="mixed", **given)[-1]
+    said = "unknown labels count as absent, with weight 0.3" in capfd.readouterr().out
+    assert said == (unlisted != "absent")
+    predictor = Predictor(tmp_path / "ticks", "last")
+    train_split, val_split, _ = predictor.splits().values()
+    assert sorted({*train_split.labels.ravel().tolist()}) == sorted({1, code})
+    assert {*val_split.truth.ravel().tolist()} == {1, -1} and line["val"]["mAP"] < 100
+    assert {*val_split.labels.ravel().tolist()} == {1, code}  # a suggestion may ask for them
+    p = np.concatenate([predictor.probabilities(predictor.loader(split))
+                        for split in (val_split, train_split)])
+    labels = np.concatenate([val_split.labels, train_split.labels])
+    labels = np.where(labels == 1, 1, -1)
+    assert np.allclose(predictor.threshold, best_thresholds(p, labels, k=0.5), atol=1e-4)
+
+
+def test_suggestions_for_ticks_alone_agree_with_no_hidden_label(world, tmp_path, sheet, capfd):
+    file = only_ticks(sheet)
+    run(world, tmp_path / "ticks", data=file, root=None, ratio=None, epochs=1, val=0.25)
+    assert evaluation.main([str(tmp_path / "ticks"), "--suggest", str(tmp_path / "s.csv")]) == 0
+    assert "agree" not in capfd.readouterr().out
+
+
+def test_ticks_and_lists_are_suggested_for_without_a_run(tmp_path, sheet, capfd):
+    file = only_ticks(sheet)
+    lists = file.with_name("lists.csv")
+    names = [line.split(",")[0] for line in file.read_text().splitlines()[1:]]
+    lists.write_text("image,tags\n" + "".join(f"{name},sun|cup\n" for name in names))
+    for data_file in (file, lists):
+        words = ["--zero-shot", "--data", data_file, "--clip", "tiny", "--size", 64,
+                 "--suggest", tmp_path / f"{data_file.stem}-s.csv"]
+        assert evaluation.main([str(word) for word in words]) == 0, capfd.readouterr().err

@@ -1,6 +1,8 @@
 """What a run is made of, from its Config: data, loaders, and the model before its first step."""
 from pathlib import Path
 
+import numpy as np
+
 import data
 from clip.features import FeatureLoader, autocast_dtype
 from paper import captions
@@ -37,6 +39,8 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
     if cfg.images == "photos" and (not val_split or cfg.score == "mixed"):
         n = len(train_split.paths)
         few = train_split.subset(range(0, n, -(-n // 1000)))  # a sheet may be in order: all over it
+        if cfg.assume_negative:
+            few.labels = np.where(few.labels == 0, -1, few.labels)
     named = {"val": val_split, "train": few, "test": test_split}
     return {name: evaluation_loader(cfg, split, encoder, device, rank, world)
             for name, split in named.items() if split}

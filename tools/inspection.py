@@ -69,7 +69,7 @@ def inspect(predictor, image, labels=None):
     if labels is not None:
         labels = torch.as_tensor(labels, device=f.device)[None]  # (1, C)
         asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift,
-                   assume_negative=cfg.assume_negative)
+                   assume_negative=cfg.assume_negative or 0.0)
         terms = {"L_q": losses.asymmetric(logits_q, labels, **asl),
                  "L_r": losses.asymmetric(logits_r, labels, **asl),
                  "L_KD": losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature,

@@ -81,7 +81,7 @@ def suggest(predictor, args):
     print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
     p = np.concatenate([predictor.probabilities(loader) for loader in loaders])  # (n, C)
     labels = np.concatenate([part.labels for part in parts])
-    truth = np.concatenate([part.truth for part in parts])
+    hidden = parts[0].truth  # (n of train, C); of a sheet nothing is hidden
     chosen = choose_cells(p, labels, predictor.threshold)
     root = predictor.cfg.root or data.SCENES
     paths, listed = [], []
@@ -111,7 +111,9 @@ def suggest(predictor, args):
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
           f"{len(shown)} of them to look at in {page}")
     for kind, code in (("present", data.POSITIVE), ("absent", data.NEGATIVE)):
-        known = truth[chosen[kind]]
+        images, categories = chosen[kind]
+        here = images < len(hidden)
+        known = hidden[images[here], categories[here]]
         known = known[known != data.UNKNOWN]
         if len(known):  # a benchmark whose labels were hidden
             print(f"suggested {kind}: {100 * np.mean(known == code):.1f} % of {len(known)} agree "
