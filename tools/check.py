@@ -32,8 +32,8 @@ def check(cfg, decode=True):
         if never and name == "train":
             yield f"train: no image has {first_of(never)}: none to learn"
         if 0 < len(always) < len(split.names) and name == "train":  # of all: --unlisted
-            yield (f"train: no image is known to be without {first_of(always)}, but some without "
-                   "others: a run would see it everywhere; fill in some 0")
+            print(f"note: no image is known to be without {first_of(always)}, but some without "
+                  "others: a run would see it everywhere; fill in some 0")
         for i, first in enumerate(twins(split.paths)):
             if first != i:
                 differ = (split.labels[first] * split.labels[i] < 0).any()
