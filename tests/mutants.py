@@ -223,7 +223,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("tools/predictor.py", "out.energy.sigmoid() if", "out.energy if"),
     ("tools/predictor.py", 'encoder is None or encoder.sha256 != state["clip_sha256"]:',
      "encoder is None:"),
-    ("tools/localise.py", "(y1 - y0)).max()", "(y1 - y0)).sum()"),
+    ("tools/localise.py", "mass.append(m[inside]", "mass.append(m[~inside]"),
     ("tools/localise.py", "peak[truth == -1]", "peak[truth != 1]"),
     ("tools/inspection.py", "regions, labels == 1, memory", "regions, labels != 0, memory"),
     ("tools/inspection.py", "    found[~memory.filled().flatten().cpu()] = -1\n", ""),
