@@ -29,8 +29,6 @@ def write_atomically(file, content):
     file = file.resolve()  # what a link points to, not the link
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        if file.exists() and not file.is_file():  # a device, which a rename would replace
-            raise OSError("not a regular file")
         with open(temporary, "wb") as handle:
             handle.write(content)
             handle.flush()

@@ -49,8 +49,6 @@ def of_run(run, cfg, state, encoder, splits, seconds):
               f"{mAPs(history[best['epoch'] - 1])}")
     else:
         print("no best epoch: too few known positives to choose it on")
-    if not (run / "best.pt").exists():
-        print("eval.py takes the last epoch: no validation has chosen one")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
     curves(history, run / "curves.png", weights, best and best["epoch"])
     train_split, val_split, test_split = splits
@@ -58,8 +56,7 @@ def of_run(run, cfg, state, encoder, splits, seconds):
     if shown:
         predictor = Predictor(run, "last", state.memory.bank.device, encoder)
         save_regions(predictor, shown, run / "regions.png")
-    training = sum(line["seconds"] for line in state.history)
-    print(f"{seconds:.0f} s with features and evaluation; its epochs took {training:.0f} s")
+    print(f"{seconds:.0f} s with features and evaluation")
     if torch.cuda.is_available():
         print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most")
     print(f"wrote {run}/: {' '.join(name for name in FILES[1:] if (run / name).exists())}")
