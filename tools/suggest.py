@@ -63,7 +63,6 @@ def suggest(predictor, args):
     print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
     p = np.concatenate([predictor.probabilities(loader) for loader in loaders])  # (n, C)
     labels = np.concatenate([part.labels for part in parts])
-    truth = np.concatenate([part.truth for part in parts])
     chosen = choose_cells(p, labels, predictor.threshold)
     root = predictor.cfg.root or data.SCENES
     paths, listed = [], []
@@ -93,11 +92,5 @@ def suggest(predictor, args):
     counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
           f"{len(shown)} of them to look at in {page}")
-    for kind, code in (("present", data.POSITIVE), ("absent", data.NEGATIVE)):
-        known = truth[chosen[kind]]
-        known = known[known != data.UNKNOWN]
-        if len(known):  # a benchmark whose labels were hidden
-            print(f"suggested {kind}: {100 * np.mean(known == code):.1f} % of {len(known)} agree "
-                  "with the hidden labels")
     print("A probability ranks, it is no frequency: look at the cells, save the answers, then "
           "python -m tools.review merge SHEET ANSWERS, and train again.")
