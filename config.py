@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from support import UserError
+from support import UserError, refused
 from support.checkpoint import begun
 from support.cli import make_parser, words
 
@@ -218,7 +218,5 @@ def is_path(name, value):
 
 def restored(settings, file, given):
     """Settings that `file` holds, and those given anew, dicts -> Config; the rest is default."""
-    try:
+    with refused(f"{file} is of another version: restore it", known=TypeError):  # unknown settings
         return Config(**(settings | given))
-    except TypeError as error:  # an unknown setting, or a word for a number
-        raise UserError(f"{file} is of another version, restore it: {error}") from None

@@ -185,17 +185,6 @@ def note_best(state, numbers):
 # ---- command line
 
 
-def load_runs(runs, checkpoint, places):
-    """Predictors of several runs on the same categories; they share CLIP where it is the same."""
-    predictors = []
-    for run in runs:
-        encoder = predictors[0].clip if predictors else None
-        predictors.append(Predictor(run, checkpoint, encoder=encoder, places=places))
-        if predictors[-1].names != predictors[0].names:
-            raise UserError(f"{run} has other categories than {runs[0]}: they cannot be compared")
-    return predictors
-
-
 def compare(predictors, split):
     """Zero-shot CLIP and several runs side by side: prints mAP of every score; where the split has
     boxes, also how each map sits on them."""
@@ -250,8 +239,12 @@ def run(args):
     if args.zero_shot:
         size = {"size": args.size} if args.size else {}
         return suggest(ZeroShot(Config(**preset(args.data) | args.places | size)), args)
-    runs = [args.run, *(args.ensemble or args.compare or ())]
-    predictors = load_runs(runs, args.checkpoint, args.places)
+    predictors = []
+    for name in (args.run, *(args.ensemble or args.compare or ())):
+        encoder = predictors[0].clip if predictors else None  # shared where it is the same
+        predictors.append(Predictor(name, args.checkpoint, encoder=encoder, places=args.places))
+        if predictors[-1].names != predictors[0].names:
+            raise UserError(f"{name} has other categories than {args.run}: drop it")
     if args.image:
         return predict(predictors[0], images_in(args.image), args)
     if args.suggest:

@@ -44,10 +44,6 @@ STUDIES = {name: dict(rows=rows, ratios=[0.1], printed=[], paper={"coco": {}})
 AVERAGE = "Avg."
 
 
-def at(ratios):
-    return {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}
-
-
 def rows_of(own, base):
     """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}."""
     asked = STUDIES[own.study] if own.study else TABLES[own.table]
@@ -68,7 +64,8 @@ def rows_of(own, base):
     if own.table == "3" and base.single_positive:  # which the paper leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}
     fewer = asked.get("ratios of scenes") if base.data == "scenes" else None
-    return rows, at(own.ratios or fewer or asked["ratios"]), paper
+    ratios = own.ratios or fewer or asked["ratios"]
+    return rows, {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}, paper
 
 
 # ---- measuring
