@@ -206,13 +206,10 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
     counts = dict(zip(SPLITS, (train, val, test)))
     marker = json.dumps({"version": VERSION, "size": size, "seed": seed, **counts})
     note = root / "scenes.json"
+    if note.is_file() and note.read_text(errors="replace") == marker:
+        return
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
-        found = "something else (no scenes.json)"
-        if note.is_file():
-            found = note.read_text(errors="replace")
-        if found == marker:
-            return
-        raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found[:200]}: "
+        raise UserError(f"{root} should hold scenes drawn with {marker}, but holds something else: "
                         "delete it or name another root")
     for left in root.parent.glob(f"{root.name}.*.part"):
         if ended(int(left.name.split(".")[-2])):  # killed while it drew
