@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from support import UserError
+from support import UserError, refused
 from support.checkpoint import begun
 from support.cli import make_parser, words
 
@@ -149,14 +149,12 @@ def type_of(f):
 
 
 def checked(f, value):
-    """The value of a field, an int as a float where one is asked for; UserError if it cannot be."""
+    """The value of a field, an int as a float where one is asked for; UserError out of range."""
     name, kind, rules = flag(f.name), type_of(f), f.metadata
     if value is None and kind is not f.type:
         return None
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{name} expects {kind.__name__}, got {value!r}")
     if rules["choices"] and value not in rules["choices"].split("|"):
         raise UserError(f"{name} expects one of {rules['choices']}, got {value!r}")
     if kind in (int, float):
@@ -220,7 +218,5 @@ def is_path(name, value):
 
 def restored(settings, file, given):
     """Settings that `file` holds, and those given anew, dicts -> Config; the rest is default."""
-    try:
+    with refused(f"{file} is of another version: restore it", known=TypeError):  # unknown settings
         return Config(**(settings | given))
-    except TypeError as error:  # an unknown setting
-        raise UserError(f"{file} is of another version, restore it: {error}") from None

@@ -121,35 +121,21 @@ def best_thresholds(scores, truth, k):
 
 # ---- in training
 
-class PseudoCount:
-    """Pseudo-labels of an epoch against the truth that training may not see, in percent.
+def count_pseudo(pseudo, labels, truth):
+    """Pseudo-labels of a batch against the truth that training may not see, (B, C) int8 each ->
+    (2, 2): how many positives were given and how many of them are right; the same of negatives."""
+    given = torch.stack([pseudo == 1, pseudo == -1])  # (2, B, C)
+    given &= (labels == 0) & (truth != 0)
+    return torch.stack([given, given & (pseudo == truth)], 1).sum((2, 3))
 
-    pseudo_pos, pseudo_neg  how many were given;  ..._precision: how many of them are right
-    ..._coverage            share of the hidden positives (negatives) that got the right one
-    pseudo_coverage         share of all unknown cells that got any
-    """
 
-    def __init__(self, device):  # (positive, negative) x (hidden, given, right)
-        self.count = torch.zeros(2, 3, dtype=torch.int64, device=device)
-
-    def add(self, pseudo, labels, truth):
-        """pseudo, labels, truth (B, C) int8 of a batch."""
-        unknown = (labels == 0) & (truth != 0)
-        for count, sign in zip(self.count, (1, -1)):
-            hidden, given = unknown & (truth == sign), unknown & (pseudo == sign)
-            count += torch.stack([hidden.sum(), given.sum(), (hidden & given).sum()])
-
-    def report(self):
-        """The numbers above; empty in stage one, and where no label was hidden."""
-        def share(a, b):
-            return round(100 * a / b, 2) if b else None
-
-        line = {}
-        for name, (hidden, given, right) in zip(("pos", "neg"), self.count.tolist()):
-            line |= {f"pseudo_{name}": given, f"pseudo_{name}_precision": share(right, given),
-                     f"pseudo_{name}_coverage": share(right, hidden)}
-        hidden, given, _ = self.count.sum(0).tolist()
-        return line | {"pseudo_coverage": share(given, hidden)} if hidden else {}
+def pseudo_numbers(count):
+    """The counts of an epoch, (2, 2), and precisions in percent; empty where none was given."""
+    line = {}
+    for name, (given, right) in zip(("pos", "neg"), count.tolist()):
+        line |= {f"pseudo_{name}": given,
+                 f"pseudo_{name}_precision": round(100 * right / given, 2) if given else None}
+    return line if count.any() else {}
 
 
 @torch.no_grad()
@@ -199,17 +185,6 @@ def note_best(state, numbers):
 
 
 # ---- command line
-
-
-def load_runs(runs, checkpoint, places):
-    """Predictors of several runs on the same categories; they share CLIP where it is the same."""
-    predictors = []
-    for run in runs:
-        encoder = predictors[0].clip if predictors else None
-        predictors.append(Predictor(run, checkpoint, encoder=encoder, places=places))
-        if predictors[-1].names != predictors[0].names:
-            raise UserError(f"{run} has other categories than {runs[0]}: they cannot be compared")
-    return predictors
 
 
 def compare(predictors, split):
@@ -267,8 +242,12 @@ def run(args):
         size = {"size": args.size} if args.size else {}
         cfg = Config(**preset(args.data) | args.places | size | {"unlisted": "unknown"})
         return suggest(ZeroShot(cfg), args)
-    runs = [args.run, *(args.ensemble or args.compare or ())]
-    predictors = load_runs(runs, args.checkpoint, args.places)
+    predictors = []
+    for name in (args.run, *(args.ensemble or args.compare or ())):
+        encoder = predictors[0].clip if predictors else None  # shared where it is the same
+        predictors.append(Predictor(name, args.checkpoint, encoder=encoder, places=args.places))
+        if predictors[-1].names != predictors[0].names:
+            raise UserError(f"{name} has other categories than {args.run}: drop it")
     if args.image:
         return predict(predictors[0], images_in(args.image), args)
     if args.suggest:

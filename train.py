@@ -28,7 +28,7 @@ import data
 import kernels
 import losses
 from clip.features import autocast_dtype
-from eval import PseudoCount, evaluate, note_best
+from eval import count_pseudo, evaluate, note_best, pseudo_numbers
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, begin, new_run, read_checkpoint, save, write_metrics
@@ -113,7 +113,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     model.train()
     # A resumed run continues with the same dropout.
     torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + loader.rank)
-    pseudo_count, sums = PseudoCount(device), {}
+    pseudo_count, sums = torch.zeros(2, 2, dtype=torch.int64, device=device), {}
     start, steps = time.perf_counter(), math.ceil(len(loader) / cfg.batch)
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
                leave=False, disable=loader.rank > 0 or None)  # None: no bar without a terminal
@@ -125,7 +125,7 @@ def train_one_epoch(state, encoder, loader, cfg):
                                             stage_two, amp)
         norm = update(state, loss, cfg)
         if pseudo is not None:
-            pseudo_count.add(pseudo, labels[index], truth[index])
+            pseudo_count += count_pseudo(pseudo, labels[index], truth[index])
         for name, term in {**terms, "L": loss, "gradient_norm": norm}.items():
             sums[name] = sums.get(name, 0) + term.detach()
         if device.type == "cpu" or i % 50 == 1 or i == steps:  # reading a value waits for a GPU
@@ -140,7 +140,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     seconds = time.perf_counter() - start
     means = {name: round(float(value) / steps, 6) for name, value in sums.items()}
     return dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
-                lr=state.scheduler.get_last_lr()[0], **means, **pseudo_count.report(),
+                lr=state.scheduler.get_last_lr()[0], **means, **pseudo_numbers(pseudo_count),
                 images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2),
                 waiting=round(loader.waited / seconds, 3))
 

@@ -9,7 +9,6 @@ not a house, a ring is not a clock). What there is to draw stands in scenes.ini.
 own seed (seed, split, index): splits share no scene, and the number of workers changes no byte.
 Labels, boxes and captions are about what is visible in the end.
 """
-import argparse
 import contextlib
 import json
 import math
@@ -173,14 +172,9 @@ def captions(r, labelled, home):
     return [" ".join(text.split()) for text in texts]
 
 
-def seed_of(seed, split, index):
-    """It holds the split's name ("pretrain" is another): no two splits share a scene."""
-    return f"{seed}/{split}/{index}"
-
-
 def draw(split, size, objects, seed, folder, index):
     """What `scene` gives; where a folder is given, the picture goes into it as JPEG instead."""
-    picture, boxes, texts = scene(seed_of(seed, split, index), size, objects)
+    picture, boxes, texts = scene(f"{seed}/{split}/{index}", size, objects)
     if folder:
         Image.fromarray(picture).save(f"{folder}/COCO_{split}_{index + 1:012d}.jpg", quality=90)
         picture = None
@@ -203,26 +197,19 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
 
 
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
-    """Draws train2014 (`train` images), tune2014 (`val`) and val2014 (`test`) under `root`.
+    """Draws train2014 (`train` images), tune2014 (`val`), val2014 (`test`); size: 64 to 512 pixels.
 
     A root that holds these very scenes is left as it is, one that holds anything else is refused.
     All is written beside it, links followed, and renamed at the end: it is complete or absent.
     """
-    if not 64 <= size <= 512 or min(train, val, test, workers or 1) < 1 or seed < 0:
-        raise UserError("expected 64 to 512 pixels, at least 1 image a split and 1 worker, and a "
-                        f"seed from 0; got {size} pixels, {train}, {val} and {test} images, "
-                        f"workers {workers}, seed {seed}")
     root = Path(os.path.realpath(root))
     counts = dict(zip(SPLITS, (train, val, test)))
     marker = json.dumps({"version": VERSION, "size": size, "seed": seed, **counts})
     note = root / "scenes.json"
+    if note.is_file() and note.read_text(errors="replace") == marker:
+        return
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
-        found = "something else (no scenes.json)"
-        if note.is_file():
-            found = note.read_text(errors="replace")
-        if found == marker:
-            return
-        raise UserError(f"{root} should hold scenes drawn with {marker}, but holds {found[:200]}: "
+        raise UserError(f"{root} should hold scenes drawn with {marker}, but holds something else: "
                         "delete it or name another root")
     for left in root.parent.glob(f"{root.name}.*.part"):
         if ended(int(left.name.split(".")[-2])):  # killed while it drew
@@ -269,11 +256,9 @@ def annotate(folder, split, drawn, size):
 
 
 def main(argv=None):
-    parser = make_parser("datasets.scenes", __doc__, argument_default=argparse.SUPPRESS)
+    parser = make_parser("datasets.scenes", __doc__)
     parser.add_argument("--root", default="generated/scenes",
                         help="folder to make; it must not hold anything else")
-    for name in ("train", "val", "test", "size", "seed", "workers"):
-        parser.add_argument(f"--{name}", type=int, help="as `write` in this file has it")
     return run_command(write, parser, argv)
 
 

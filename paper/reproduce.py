@@ -25,12 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 from config import parse as parse_config
 from datasets.base import read_json
-from eval import maps_of, metrics
+from eval import compare, metrics
 from paper.run_table import Runs
 from support import UserError
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
-from tools.localise import localisation, upright_boxes
 from tools.plots import region_tiles, save_grid, two_axes
 from tools.predict import images_in
 from tools.zero_shot import zero_shot, zero_shot_text
@@ -43,10 +42,6 @@ TABLES = read_json(Path(__file__).with_name("tables.json"))
 STUDIES = {name: dict(rows=rows, ratios=[0.1], printed=[], paper={"coco": {}})
            for name, rows in read_json(Path(__file__).with_name("studies.json")).items()}
 AVERAGE = "Avg."
-
-
-def at(ratios):
-    return {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}
 
 
 def rows_of(own, base):
@@ -69,7 +64,8 @@ def rows_of(own, base):
     if own.table == "3" and base.single_positive:  # which the paper leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}
     fewer = asked.get("ratios of scenes") if base.data == "scenes" else None
-    return rows, at(own.ratios or fewer or asked["ratios"]), paper
+    ratios = own.ratios or fewer or asked["ratios"]
+    return rows, {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}, paper
 
 
 # ---- measuring
@@ -182,7 +178,7 @@ def table_5(*_):
 
 
 def figure_4(own, base, file):
-    """DualCoOp's row above TRM-ML's for each image, and how their maps sit on the test boxes."""
+    """DualCoOp's row above TRM-ML's for each image; prints how their maps sit on the boxes."""
     runs, file = Runs(base, own.out, own.jobs), file.with_suffix(".png")
     split = runs.splits[2]
     images = images_in(own.image) if own.image else split.paths[:4]
@@ -198,17 +194,8 @@ def figure_4(own, base, file):
             (photo, caption), *tiles = region_tiles(predictor, path, p, maps, 3)
             rows.append([(photo, f"{name}: {caption}"), *tiles])
     save_grid(rows, file)
-    about = settings_of(runs, range(base.seed, base.seed + 1), "test")
-    if not split.boxes:
-        return f"{about}The test split has no boxes: only the picture was drawn, {file}."
-    lines, boxes = [], upright_boxes(split)
-    for name, predictor in predictors.items():
-        scores, maps = predictor.all_scores(runs.test, maps_of)
-        where = localisation(next(iter(maps.values())), predictor.grid, boxes, split.truth)
-        mAP = metrics(scores.get(base.score, scores["region"]), split.truth)["mAP"]
-        lines.append([f"**{name}**", f"{mAP:.2f}", *map(str, where.values())])
-    return about + markdown(["mAP", "pointing game (%)", "small", "medium", "large", "mass in boxes"
-                             " (%)", "peak, present", "peak, absent", "pairs"], lines)
+    compare(list(predictors.values()), split)
+    return settings_of(runs, range(base.seed, base.seed + 1), "test") + f"{file} is drawn."
 
 
 # ---- command line
@@ -230,8 +217,6 @@ def parse(argv):
     own, rest = parser.parse_known_args(argv)  # the rest is train.py's
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
-    if own.ratios and len(at(own.ratios)) < len(own.ratios):
-        raise UserError(f"--ratios must differ by 1 %, got {' '.join(map(str, own.ratios))}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:

@@ -101,11 +101,8 @@ class Runs:
 def history(run):
     """Lines of a run's metrics, one an epoch; none before the first epoch."""
     file = Path(run, "metrics.jsonl")
-    try:
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        return [json.loads(line) for line in text.splitlines()]
-    except ValueError:
-        raise UserError(f"{file} is damaged: train.py --resume {run} writes it anew") from None
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def finished(cfg):

@@ -14,9 +14,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from support import UserError
+from support import UserError, refused
 
 SCALED = ("zero_shot_scale", "threshold", "rests_on")  # what inference needs of an evaluation
 FILES = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "curves.png", "regions.png")
@@ -29,8 +29,6 @@ def write_atomically(file, content):
     file = file.resolve()  # what a link points to, not the link
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        if file.exists() and not file.is_file():  # a device, which a rename would replace
-            raise OSError("not a regular file")
         with open(temporary, "wb") as handle:
             handle.write(content)
             handle.flush()
@@ -126,25 +124,18 @@ def writable(folder):
 def begun(run):
     """What config.json says of a run that was begun."""
     file = run / "config.json"
-    try:
+    with refused(f"{file} holds no run: restore it, or give another folder"):
         about = json.loads(file.read_text(encoding="utf-8"))
-        if about["config"] and about["clip_sha256"] and about["data"]:
-            return about
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{file} holds no run: restore it, or give another folder")
+        return {name: about[name] for name in ("config", "clip_sha256", "data")}
 
 
 def begin(run, cfg, clip_sha256, splits, resume=False):
     """Locks the folder, writes config.json; on resume CLIP and data must be the same -> lock."""
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / ".lock")
-    try:
+    with refused(f"{run} cannot be locked: another process is writing it, or its disk knows no "
+                 "locks; wait, or choose another --out"):
         lock.acquire(timeout=10)  # a killed run's loader processes end within that
-    except Timeout:
-        raise UserError(f"another process is writing {run}: wait, or choose --out") from None
-    except (OSError, NotImplementedError) as error:  # some network disks cannot lock
-        raise UserError(f"{run} cannot be locked ({error}): choose --out on another disk") from None
     about = {"config": asdict(cfg), "clip_sha256": clip_sha256,
              "data": {split.name: split.info for split in splits if split}}
     if not resume:

@@ -15,8 +15,6 @@ from clip import features
 from datasets import scenes
 import train
 from tools import build
-from support import UserError
-from support.checkpoint import write_atomically
 
 
 def test_nothing_that_is_there_is_overwritten(sheet, tmp_path, capfd):
@@ -122,15 +120,6 @@ def test_a_place_for_no_file_is_told_before_the_work(trained, tmp_path, capfd, m
         "--csv",
         "folder is missing",
     )
-
-
-@posix
-def test_what_is_no_regular_file_is_never_replaced(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(UserError, match="not a regular file"):
-            write_atomically(place, "text")
-    assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 @pytest.mark.parametrize("change, word", (("reordered", "another order"), ("renamed", "mug")))

@@ -48,14 +48,7 @@ def test_a_scene_depends_on_its_seed_alone():
     assert (one[0] != scenes.scene("b", 128, (1, 3))[0]).any()
 
 
-def test_no_split_shares_a_seed_or_a_picture(root):
-    seeds = [
-        scenes.seed_of(s, split, i)
-        for s in (0, 1, 11)
-        for split in (*scenes.SPLITS, "pretrain")
-        for i in range(120)
-    ]
-    assert len(set(seeds)) == len(seeds)
+def test_no_split_shares_a_picture(root):
     pictures = [h for name, h in digests(root).items() if name.endswith(".jpg")]
     assert len(set(pictures)) == len(pictures) == 230
 
@@ -154,7 +147,7 @@ def test_captions_of_all_lengths():
     from clip import Tokenizer
 
     texts = [
-        t for i in range(60) for t in scenes.scene(scenes.seed_of(0, "pretrain", i), 128, (1, 3))[2]
+        t for i in range(60) for t in scenes.scene(f"0/pretrain/{i}", 128, (1, 3))[2]
     ]
     lengths = Tokenizer(4514)(texts, 77).argmax(1)
     assert (
@@ -178,10 +171,8 @@ def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
         scenes.write(root, **{**SMALL, "seed": 4})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
-    with pytest.raises(scenes.UserError, match="no scenes.json"):
+    with pytest.raises(scenes.UserError, match="something else"):
         scenes.write(tmp_path / "mine", **SMALL)
-    with pytest.raises(scenes.UserError, match="64 to 512"):
-        scenes.write(tmp_path / "huge", **{**SMALL, "size": 2000})
     monkeypatch.setattr(scenes, "annotate", lambda *a: 1 / 0)  # dies on the way
     with pytest.raises(ZeroDivisionError):
         scenes.write(tmp_path / "killed", **SMALL)

@@ -42,15 +42,14 @@ def localisation(maps, grid, split_boxes, truth):
     grid      (h, w);  split_boxes: n arrays (k, 5) of category, x0, y0, x1, y1 in 0..1
     pointing  share of (image, category) whose highest cell has its centre in a box, % (pointing
               game)
-    small, medium, large   pointing by the area of the largest box: below 0.02, below 0.1, above
     mass      share of the map's sum that lies in the boxes (by cell centre), %
     present, absent        mean peak of the map where the category is there, and where it is not
-    pairs     how many (image, category) there were
+    pairs     how many (image, category) there were; without any, a mean is NaN
     """
     h, w = grid
     y, x = np.indices(grid).reshape(2, -1)
     cy, cx = (y + 0.5) / h, (x + 0.5) / w  # (N,) each
-    hits, mass, sizes = [], [], []
+    hits, mass = [], []
     for of_image, boxes in zip(maps, split_boxes):
         for c in np.unique(boxes[:, 0]).astype(int):
             x0, y0, x1, y1 = boxes[boxes[:, 0] == c, 1:].T[..., None]  # (k, 1) each
@@ -58,17 +57,10 @@ def localisation(maps, grid, split_boxes, truth):
             m = np.clip(of_image[c], 0, None)
             hits.append(inside[of_image[c].argmax()])
             mass.append(m[inside].sum() / max(m.sum(), 1e-12))
-            sizes.append(((x1 - x0) * (y1 - y0)).max())
-    hits, mass, sizes = np.array(hits, float), np.array(mass), np.array(sizes)
     peak = maps.max(-1)  # (n, C)
 
-    def mean(values, scale=1, digits=3):
-        return round(scale * float(values.mean()), digits) if values.size else None
+    def mean(values):
+        return float(np.mean(values)) if len(values) else np.nan
 
-    def percent(values):
-        return mean(values, 100, 2)
-
-    return dict(pointing=percent(hits), small=percent(hits[sizes < 0.02]),
-                medium=percent(hits[(sizes >= 0.02) & (sizes < 0.1)]),
-                large=percent(hits[sizes >= 0.1]), mass=percent(mass),
-                present=mean(peak[truth == 1]), absent=mean(peak[truth == -1]), pairs=len(hits))
+    return dict(pointing=100 * mean(hits), mass=100 * mean(mass), pairs=len(hits),
+                present=mean(peak[truth == 1]), absent=mean(peak[truth == -1]))

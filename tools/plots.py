@@ -72,12 +72,6 @@ def save_grid(rows, file):
     save_atomically(lambda buffer: canvas.save(buffer, "PNG"), file)
 
 
-def save_regions(predictor, split, file):
-    """Fig. 4 as a PNG: a row for each of the first six images."""
-    save_grid([region_tiles(predictor, split.paths[i], p, maps, 3, split.truth[i])
-               for i, p, maps in predictor.iterate(split.paths[:6])], file)
-
-
 @contextmanager
 def two_axes(file, width, height, dpi):
     """Two axes to draw into, side by side; what was drawn is then written as a PNG."""

@@ -1,5 +1,4 @@
 """What a run says about photos: `eval.py RUN --image photo.jpg folder/`."""
-import collections
 import csv
 import glob
 import io
@@ -45,15 +44,13 @@ def new(file, option):
 
 def picture_names(paths):
     """Names of the pictures, each its own: a.jpg and a.png make a.png and a-2.png."""
-    taken, names = collections.Counter(), []
-    for path in paths:
-        stem = name = Path(path).stem[:60]  # with up to 4 bytes each, 255 are the limit
-        while name.lower() in taken:
-            taken[stem.lower()] += 1
-            name = f"{stem}-{taken[stem.lower()]}"
-        taken[name.lower()] = 1
-        names.append(f"{name}.png")
-    return names
+    names = {}  # in lower case: some disks see no difference
+    for number, path in enumerate(paths, 1):
+        name = Path(path).stem[:60]  # with up to 4 bytes each, 255 are the limit
+        while name.lower() in names:
+            name = f"{name}-{number}"
+        names[name.lower()] = f"{name}.png"
+    return list(names.values())
 
 
 def predict(predictor, paths, args):
@@ -63,12 +60,8 @@ def predict(predictor, paths, args):
     pictures = {i: folder / name for i, name in enumerate(names)}
     if args.csv:
         new(args.csv, "--csv")
-    try:
-        if pictures:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give another --out, or "
-                        "--pictures 0 to draw none") from None
+    if pictures:
+        folder.mkdir(parents=True, exist_ok=True)
     for file in pictures.values() if args.out else ():
         new(file, "--out")
     sheet = io.StringIO()

@@ -1,8 +1,6 @@
 """What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
-import torch
-
 from support.checkpoint import FILES
-from tools.plots import curves, save_regions
+from tools.plots import curves, region_tiles, save_grid
 from tools.predictor import Predictor
 
 
@@ -36,11 +34,9 @@ def of_run(run, cfg, state, encoder, splits, seconds):
     history, best = state.history, state.best
     for split in ("val", "test"):
         if numbers := history[-1].get(split):
-            told = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items()
-                             if name not in ("left_out", "positives", "AP"))
-            none = numbers["left_out"]
-            print(f"last epoch, {split}: {told}  (of {numbers['positives']} positives"
-                  + (f", {none} categories without one left out)" if none else ")"))
+            told = "  ".join(f"{name} {round(value, 2)}" for name, value in numbers.items()
+                             if name != "AP")
+            print(f"last epoch, {split}: {told}")
             if numbers["mAP"] < numbers["mAP_zero-shot"]:
                 print(f"warning: on {split} the run is below CLIP without any training"
                       + ("" if cfg.score == "mixed" else "; --score mixed adds the two"))
@@ -49,17 +45,13 @@ def of_run(run, cfg, state, encoder, splits, seconds):
               f"{mAPs(history[best['epoch'] - 1])}")
     else:
         print("no best epoch: too few known positives to choose it on")
-    if not (run / "best.pt").exists():
-        print("eval.py takes the last epoch: no validation has chosen one")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
     curves(history, run / "curves.png", weights, best and best["epoch"])
     train_split, val_split, test_split = splits
     shown = test_split or val_split or (train_split if cfg.images == "photos" else None)
     if shown:
         predictor = Predictor(run, "last", state.memory.bank.device, encoder)
-        save_regions(predictor, shown, run / "regions.png")
-    training = sum(line["seconds"] for line in state.history)
-    print(f"{seconds:.0f} s with features and evaluation; its epochs took {training:.0f} s")
-    if torch.cuda.is_available():
-        print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most")
+        save_grid([region_tiles(predictor, shown.paths[i], p, maps, 3, shown.truth[i])
+                   for i, p, maps in predictor.iterate(shown.paths[:6])], run / "regions.png")
+    print(f"{seconds:.0f} s with features and evaluation")
     print(f"wrote {run}/: {' '.join(name for name in FILES[1:] if (run / name).exists())}")

@@ -15,7 +15,6 @@ from datasets import augment
 from support.checkpoint import write_atomically
 from tools.plots import fit
 from tools.predict import new
-from tools.predictor import region_map
 from tools.review import csv_text, write_page
 
 MOST = 10_000  # rows of a kind in the list
@@ -47,23 +46,6 @@ def choose_cells(p, labels, threshold, most=MOST):
     return {kind: np.divmod(unknown[cells[:most]], p.shape[1]) for kind, cells in chosen.items()}
 
 
-def region_maps(predictor, loaders, rows):
-    """{row: (C, N) map} of some rows of the loaders' images, from the cache where there is one."""
-    maps, first = {}, 0
-    for loader in loaders:
-        here = [row for row in rows if first <= row < first + len(loader)]
-        if loader.stored is None:
-            found = predictor.iterate([loader.split.paths[row - first] for row in here])
-            maps |= {here[k]: of_image for k, _, of_image in found}
-        else:
-            for row in here:
-                both = loader.stored[0][row - first][None].to(predictor.device).float()
-                _, out = predictor.score_batch(both[:, 1:], both[:, 0])  # of (1, 1+N, D)
-                maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
-        first += len(loader)
-    return maps
-
-
 def jpeg(photo, side=256):
     """A photo, as augment.read takes it, as the text of a small JPEG."""
     buffer = io.BytesIO()
@@ -81,7 +63,6 @@ def suggest(predictor, args):
     print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
     p = np.concatenate([predictor.probabilities(loader) for loader in loaders])  # (n, C)
     labels = np.concatenate([part.labels for part in parts])
-    hidden = parts[0].truth  # (n of train, C); of a sheet nothing is hidden
     chosen = choose_cells(p, labels, predictor.threshold)
     root = predictor.cfg.root or data.SCENES
     paths, listed = [], []
@@ -97,7 +78,8 @@ def suggest(predictor, args):
                  for i, c in cells]
         shown += [(kind, i, c) for i, c in cells[:most // (2 if kind == "present" else 4)]]
     photos = {i: jpeg(paths[i]) for i in sorted({i for _, i, _ in shown})}
-    maps = region_maps(predictor, loaders, list(photos))
+    scored = predictor.iterate([paths[i] for i in photos])
+    maps = {i: of_image for i, (_, _, of_image) in zip(photos, scored)}  # (C, N) each
     cells = []
     for kind, i, c in shown:
         region = maps[i][c].clip(0) / max(maps[i][c].max(), 1e-6)  # scaled by its peak
@@ -110,13 +92,5 @@ def suggest(predictor, args):
     counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
           f"{len(shown)} of them to look at in {page}")
-    for kind, code in (("present", data.POSITIVE), ("absent", data.NEGATIVE)):
-        images, categories = chosen[kind]
-        here = images < len(hidden)
-        known = hidden[images[here], categories[here]]
-        known = known[known != data.UNKNOWN]
-        if len(known):  # a benchmark whose labels were hidden
-            print(f"suggested {kind}: {100 * np.mean(known == code):.1f} % of {len(known)} agree "
-                  "with the hidden labels")
     print("A probability ranks, it is no frequency: look at the cells, save the answers, then "
           "python -m tools.review merge SHEET ANSWERS, and train again.")
