@@ -4,6 +4,7 @@
     141 nobody reads the output any more (`| head`)
 """
 import argparse
+import difflib
 import os
 import re
 import signal
@@ -30,7 +31,10 @@ def make_parser(prog, about, **more):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def refuse(message):
-        raise UserError(f"{message} ({prog} --help lists the options)")
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(unknown, parser._option_string_actions, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message}{hint} ({prog} --help lists the options)")
     parser.error = refuse
     return parser
 

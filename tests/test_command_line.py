@@ -287,11 +287,11 @@ def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ([scenes.main, "--rot", "x"], "--rot"),
+        ([scenes.main, "--rot", "x"], "--root"),
         ([scenes.main, "--root", "README.md"], "README.md"),
         ([review.main, "merge"], "sheet, answers"),
         ([check.main], "data"),
-        ([check.main, "coco", "--rot", "x"], "--rot"),
+        ([check.main, "coco", "--rot", "x"], "--root"),
         ([check.main, "x.csv"], "x.csv"),
         ([check.main, "vg200", "--objects", "x.json"], "--root"),
         ([pretrain.main, "--epochs", "5"], "--epochs"),

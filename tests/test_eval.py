@@ -394,7 +394,7 @@ def test_a_sheet_without_a_test_split_is_scored_on_its_validation_rows(trained, 
 # ---- refusals
 def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd):
     bad = lambda *arguments, words: one_line(evaluation.main, arguments, capfd, *words)
-    bad(trained, "--imgae", "x.jpg", words=["--imgae", "--help"])
+    bad(trained, "--imgae", "x.jpg", words=["--imgae", "did you mean --image"])
     bad(trained, "--top", "x", words=["--top"])
     bad(words=["run"])
     bad(tmp_path / "nowhere", words=["nowhere", "run folder"])

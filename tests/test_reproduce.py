@@ -245,7 +245,7 @@ def test_every_study_is_made_of_settings_that_exist():
         (["--table", 7], ["choice", "7"]),
         (["--table", 3, "--seeds", 0], ["start at 1"]),
         (["--table", 3, "--resume", "x"], ["--resume"]),
-        (["--table", 3, "--epoch", 3], ["--epoch"]),
+        (["--table", 3, "--epoch", 3], ["--epochs"]),
         (["--study", "luck"], ["luck"]),
         (["--table", 3, "--rows", "nobody"], ["nobody"]),
         (["--table", 3, "--data", "coco"], ["--root"]),

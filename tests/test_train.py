@@ -211,7 +211,7 @@ def test_pseudo_labels_are_counted_against_the_hidden_truth():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(gama=1), ["--gama", "--help"]),
+        (dict(gama=1), ["--gama", "did you mean --gamma?"]),
         (dict(ratio=0), ["--ratio", "above 0 up to 1", "got 0"]),
         (dict(ratio=1.5), ["--ratio", "1.5"]),
         (dict(ratio=-0.1), ["--ratio"]),
