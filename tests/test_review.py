@@ -12,7 +12,7 @@ from small_world import command, one_line
 
 from tools.review import main, write_page
 
-SHEET = 'image;dog;"small; cat";Hünd\r\nb.jpg;1;;\r\na.jpg; ;0 ;\r\n\r\nsub/c.jpg;;;1\r\n'
+SHEET = 'image;dog;"small; cat";Hünd\r\nb.jpg;1;;\r\n"a.jpg";;"0";\r\n\r\nsub/c.jpg;;;1\r\n'
 
 
 def answers(tmp_path, *rows, head="image,category,label"):
@@ -22,7 +22,7 @@ def answers(tmp_path, *rows, head="image,category,label"):
 
 @pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16"))
 @pytest.mark.parametrize("first", ("", "sep=;\r\n"))
-def test_a_merge_fills_empty_cells_and_leaves_the_others(tmp_path, capfd, encoding, first):
+def test_a_merge_fills_empty_cells_and_leaves_every_other_byte(tmp_path, capfd, encoding, first):
     sheet = tmp_path / "labels.csv"
     sheet.write_bytes((first + SHEET).encode(encoding))
     file = answers(tmp_path, "sub/c.jpg,dog,0", "a.jpg,small; cat,0", "b.jpg,Hünd,1",
@@ -48,7 +48,7 @@ def test_the_last_cell_of_a_sheet_without_a_final_line_end_is_filled(tmp_path, c
     (tmp_path / "x.csv").write_text('image,"two\nlines",dog\na.jpg,,')
     file = answers(tmp_path, "a.jpg,dog,1")
     assert command(main, ["merge", tmp_path / "x.csv", file], capfd)[0] == 0
-    assert (tmp_path / "x.csv").read_text() == 'image,"two\nlines",dog\na.jpg,,1\n'
+    assert (tmp_path / "x.csv").read_text() == 'image,"two\nlines",dog\na.jpg,,1'
 
 
 def test_answers_that_contradict_each_other_are_a_conflict(tmp_path, capfd):

@@ -6,8 +6,8 @@
     python -m tools.review export out.csv tasks.json                 the same for Label Studio
     python -m tools.review merge photos/labels.csv export.json       its answers, JSON as it exports
 
-A merge fills empty cells only, and a copy of the sheet is kept. Where an answer contradicts the
-sheet, the sheet keeps its label and the conflict is printed.
+A merge fills empty cells only: all else stays byte for byte, and a copy of the sheet is kept. Where
+an answer contradicts the sheet, the sheet keeps its label and the conflict is printed.
 """
 import collections
 import csv
@@ -139,8 +139,20 @@ def read_label_studio(path, names, rows, unlisted):
     return answers
 
 
+def split_cells(text, delimiter):
+    """text -> rows of [cell as it stands, what follows it]; joined they are the text again."""
+    end = re.escape(delimiter)
+    rows = [[]]
+    for cell, after in re.findall(rf'("(?:[^"]|"")*"|[^{end}\r\n]*)({end}|\r\n|\n|\r|\Z)', text):
+        rows[-1].append([cell, after])
+        if after != delimiter:
+            rows.append([])
+    return rows[:-1]
+
+
 def plain(cell):
-    return normalize("NFC", cell.strip())  # macOS writes an umlaut as two characters
+    cell = normalize("NFC", cell.strip())  # macOS writes an umlaut as two characters
+    return cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell
 
 
 def merge(args):
@@ -148,9 +160,9 @@ def merge(args):
     sheet = Path(args.sheet)
     read_cells(sheet)  # refuses what is no sheet
     skipped, text, delimiter, encoding = sheet_text(sheet)
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    column = {plain(cell): c for c, cell in enumerate(rows[0]) if c}
-    image = {plain(row[0]): row for row in rows[1:] if row and plain(row[0]) != "#prompt"}
+    rows = split_cells(text, delimiter)
+    column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
+    image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
     if args.answers.lower().endswith(".json"):
         answers = read_label_studio(args.answers, column, image, args.unlisted)
     else:
@@ -159,20 +171,21 @@ def merge(args):
 
     # 1 and 0 are written as this sheet mostly writes them
     codes = MEANING[args.minus_one]
-    used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell in row[1:])
+    used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
     written = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
     written |= {codes[word(w)]: w for w, _ in reversed(used.most_common()) if word(w) in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
         row, c = image.get(plain(name)), column.get(plain(category))
-        if row and c:
-            row += [""] * (1 + c - len(row))  # cells that Excel left out at the end
-        cell = plain(row[c]) if row and c else "-"  # which is no label
+        while row and c and len(row) <= c:  # cells that Excel left out at the end
+            row.append(["", row[-1][1]])
+            row[-2][1] = delimiter
+        cell = plain(row[c][0]) if row and c else "-"  # which is no label
         said = codes.get(word(cell))
         if said is None:
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
-            row[c] = written[code]
+            row[c][0] = written[code]
             filled += 1
         elif said == code:
             same += 1
@@ -185,10 +198,8 @@ def merge(args):
         backups = (sheet.with_name(f"{sheet.name}.{k}.bak") for k in itertools.count(1))
         kept = next(file for file in backups if not file.exists())
         write_atomically(kept, sheet.read_bytes())
-        end = "\r\n" if "\r\n" in text else "\n"
-        after = io.StringIO(newline="")
-        csv.writer(after, delimiter=delimiter, lineterminator=end).writerows(rows)
-        write_atomically(sheet, (skipped + after.getvalue()).encode(encoding))
+        text = skipped + "".join(cell + end for row in rows for cell, end in row)
+        write_atomically(sheet, text.encode(encoding))
         print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
     print(f"{len(answers)} answers: {filled} new, {same} were there, {len(conflicts)} conflicts, "
           f"{len(strangers)} without a cell")
