@@ -11,7 +11,6 @@ them, 8.0 us of the special-function unit (a sigmoid of an energy for every bloc
 of memory. Plain torch also writes the mask, in training its gradient, and reads each back.
 """
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import interpreted, jit, operator, runs_triton, tl, triton
 
@@ -143,16 +142,6 @@ def backward(ctx, grad):
 
 pool_op.register_autograd(backward, setup_context=lambda ctx, inputs, output:
                           ctx.save_for_backward(*inputs))
-
-
-@register_flop_formula(torch.ops.trm_ml.region_pool)
-def pool_flops(energy, f, *args, out_shape=None, **kwargs):
-    return 2 * energy[0] * energy[1] * energy[2] * f[2]
-
-
-@register_flop_formula(torch.ops.trm_ml.region_pool_grad)
-def grad_flops(grad, energy, f, *args, out_shape=None, **kwargs):
-    return pool_flops(energy, f)
 
 
 # ---- public function

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import gpu
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels.match import match_reference
@@ -185,14 +184,6 @@ def test_one_feature_for_all_categories_takes_the_reference(triton_path, launche
     assert kernels.match(x, toward, 1.0).shape == (2, 3) and not launched
 
 
-def test_flops(triton_path):
-    energy, f, _ = inputs((2, 3, 20, 8), torch.float32, triton_path)
-    with FlopCounterMode(display=False) as counter:
-        kernels.region_pool(energy.requires_grad_(), f.requires_grad_()).sum().backward()
-    # forward, two gradients: 2 B C N D each
-    assert counter.get_total_flops() == 3 * 2 * 2 * 3 * 20 * 8
-
-
 # ---- topk_prototypes
 
 
@@ -355,8 +346,6 @@ def test_choice_of_path(triton_path):
     assert kernels.use("triton") == "reference" and not kernels.runs_triton(torch.zeros(1).double())
     kernels.use("auto")
     assert kernels.runs_triton(torch.zeros(1, device=triton_path)) == (triton_path == "cuda")
-    with pytest.raises(ValueError, match="expected auto, reference or triton, got 'cuda'"):
-        kernels.use("cuda")
 
 
 @pytest.mark.parametrize("capability, path", (((7, 5), "reference"), ((8, 0), "triton")))
