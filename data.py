@@ -209,14 +209,12 @@ def load(cfg):
 
 def held_share(text):
     """The share of the training rows that --val asks to hold out."""
-    try:
+    with refused("--val expects a share in [0, 1), or for a sheet the CSV of its validation "
+                 f"images; got {text}"):
         share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise UserError("--val expects a share in [0, 1), or for a sheet the CSV of its validation "
-                        f"images; got {text}")
-    return share
+        if not 0 <= share < 1:
+            raise ValueError("out of range")
+        return share
 
 
 def prompts_for(cfg, split):
