@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 METHOD = ["tests/test_equations.py", "tests/test_method.py"]
 TESTS = {  # the tests that should notice, the quick ones first
     "trm.py": METHOD, "memory.py": METHOD, "losses.py": METHOD,
-    "train.py": ["tests/test_method.py", "tests/test_report.py", "tests/test_train.py"],
+    "train.py": ["tests/test_method.py", "tests/test_mixed.py", "tests/test_report.py",
+                 "tests/test_train.py"],
     "data.py": ["tests/test_masks.py", "tests/test_augment.py", "tests/test_data.py"],
-    "eval.py": ["tests/test_metrics.py", "tests/test_eval.py", "tests/test_report.py",
-                "tests/test_train.py"],
+    "eval.py": ["tests/test_metrics.py", "tests/test_mixed.py", "tests/test_eval.py",
+                "tests/test_report.py", "tests/test_train.py"],
     "clip/model.py": ["tests/test_clip.py"], "clip/tokenizer.py": ["tests/test_clip.py"],
     "config.py": METHOD,
     "datasets/augment.py": ["tests/test_augment.py"],
@@ -247,7 +248,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("datasets/csv_sheet.py", '{"0": UNKNOWN, "-1": NEGATIVE}', '{"-1": NEGATIVE}'),
     ("datasets/csv_sheet.py", "[split.names.index(name) for name in train.names]",
      "[train.names.index(name) for name in split.names]"),
-    ("datasets/csv_sheet.py", 'unlisted == "absent" else', 'unlisted != "absent" else'),
+    ("datasets/csv_sheet.py", 'cfg.unlisted == "absent" and', 'cfg.unlisted != "absent" and'),
     ("datasets/csv_sheet.py", 'name.replace("_", " "))', "name)"),
     ("clip/model.py", "self.k_proj(x), self.v_proj(x)",
      "self.k_proj(x[:, 1:]), self.v_proj(x[:, 1:])"),
@@ -260,7 +261,11 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("clip/tokenizer.py", "len(ids) > context_length", "len(ids) >= context_length"),
     ("config.py", "round(self.stage_one * self.epochs)", "int(self.stage_one * self.epochs)"),
     ("config.py", 'self.matching == "carl" and part not in', "part not in"),
-    ("config.py", "0.3 if self.single_positive else 0.0", "0.0"),
+    ("train.py", "is None and not (train_split.labels == -1).any()", "is None"),
+    ("eval.py", "s[rank[best:best + 2]].mean()", "s[rank[best]]"),
+    ("eval.py", "positive.any() and not positive.all()", "positive.any()"),
+    ("eval.py", 'k=0.5 if score == "mixed" else 2', "k=2"),
+    ("eval.py", 'name == "val" or name == "train" and score == "mixed"', 'name == "val"'),
     ("config.py", "option(5e-4,", "option(1e-3,"),
 )
 

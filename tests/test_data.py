@@ -1,6 +1,7 @@
 """The six layouts: on faithful fakes everywhere, and on real samples where TRM_SAMPLES (default
 ../shared/data) has them."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -521,3 +522,16 @@ def test_real_names():
         "owl-like shape::owl-like",
     } <= set(prompts)
     assert datasets.read_lines(SAMPLES / "vg200/train_list_500.head200.txt")[0] == "2360596.jpg"
+
+
+@pytest.mark.parametrize("part, value", (
+    ("names", ["dog", "cow"]), ("prompts", ["dog", "kitten"]), ("paths", ["x/a.jpg", "x/c.jpg"]),
+    ("labels", np.array([[1, 0], [0, 0]], np.int8)),
+    ("truth", np.array([[1, -1], [0, 0]], np.int8))))
+def test_a_splits_hash_covers_all_that_a_resumed_run_must_find_again(part, value):
+    split = data.Split("s", ["x/a.jpg", "x/b.jpg"], ["dog", "cat"],
+                       np.array([[1, 0], [0, 1]], np.int8),
+                       truth=np.array([[1, -1], [0, 1]], np.int8))
+    moved = dataclasses.replace(split, paths=["elsewhere/a.jpg", "elsewhere/b.jpg"])
+    assert moved.info["sha256"] == split.info["sha256"]
+    assert dataclasses.replace(split, **{part: value}).info["sha256"] != split.info["sha256"]

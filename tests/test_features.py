@@ -349,3 +349,9 @@ def test_processes_that_are_slow_to_start_stay_between_evaluations(monkeypatch, 
     loader = Loader()
     assert len(list(loader.batches(0, shuffle=False))) == 1
     assert (loader.loader is not None) == stay
+
+
+def test_no_two_epochs_or_seeds_share_an_order():
+    orders = [tuple(epoch_order(50, epoch, seed).tolist())
+              for seed in range(4) for epoch in range(4)]
+    assert len({*orders}) == 16 and all(sorted(order) == [*range(50)] for order in orders)

@@ -258,3 +258,8 @@ def test_a_wrong_call_is_one_line(arguments, words, world, tmp_path, capfd):
         capfd,
         *words,
     )
+
+
+def test_the_spread_is_the_sample_deviation_of_the_seeds():
+    assert reproduce.spread({0: 80.0, 1: 82.0}) == "81.00 ± 1.41"  # sqrt(2), not 1
+    assert reproduce.spread({0: 80.0}) == "80.00" and reproduce.spread({}) == "no run finished"

@@ -45,6 +45,8 @@ def of_run(run, cfg, state, encoder, splits, seconds):
               f"{mAPs(history[best['epoch'] - 1])}")
     else:
         print("no best epoch: too few known positives to choose it on")
+    if not (run / "best.pt").exists():
+        print("eval.py takes the last epoch: no validation has chosen one")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
     curves(history, run / "curves.png", weights, best and best["epoch"])
     train_split, val_split, test_split = splits
