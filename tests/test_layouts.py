@@ -636,3 +636,32 @@ def test_want_of_memory_is_not_called_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.base.json.loads", loads)
     with pytest.raises(MemoryError):
         read_json(tmp_path / "x.json")
+
+
+def test_nuswide_in_one_flat_folder_and_one_merged_file_is_the_same(tmp_path):
+    fake.nuswide(tmp_path / "a")
+    want = fake.load("nuswide", tmp_path / "a")[0]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    labels = tmp_path / "b/Groundtruth/TrainTestLabels"
+    for part in ("Train", "Test"):
+        columns = [(labels / f"Labels_concept{c:02d}_{part}.txt").read_text().split()
+                   for c in range(81)]
+        (tmp_path / f"b/Groundtruth/Labels_{part}.txt").write_text(
+            "".join(" ".join(row) + "\n" for row in zip(*columns)))
+    shutil.rmtree(labels)
+    for photo in list((tmp_path / "b/Flickr").rglob("*.jpg")):
+        photo.rename(tmp_path / "b/Flickr" / photo.name)
+    got = fake.load("nuswide", tmp_path / "b")[0]
+    assert [Path(path).name for path in got.paths] == [Path(path).name for path in want.paths]
+    assert np.array_equal(got.labels, want.labels) and (got.labels == 1).any(1).sum() > 5
+
+
+def test_voc_drops_an_image_whose_objects_are_all_difficult(tmp_path):
+    fake.voc(tmp_path, 2007)
+    main = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main"
+    for file in main.glob("*_trainval.txt"):
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join([lines[0].replace(" 1", " 0"), *lines[1:]]))
+    train = fake.load("voc2007", tmp_path)[0]
+    assert "000000.jpg" not in {Path(path).name for path in train.paths}
+    assert train.info["dropped"]["without a positive"] == 1
