@@ -149,12 +149,14 @@ def type_of(f):
 
 
 def checked(f, value):
-    """The value of a field, an int as a float where one is asked for; UserError out of range."""
+    """The value of a field, an int as a float where one is asked for; UserError if it cannot be."""
     name, kind, rules = flag(f.name), type_of(f), f.metadata
     if value is None and kind is not f.type:
         return None
     if kind is float and type(value) is int:
         value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{name} expects {kind.__name__}, got {value!r}")
     if rules["choices"] and value not in rules["choices"].split("|"):
         raise UserError(f"{name} expects one of {rules['choices']}, got {value!r}")
     if kind in (int, float):

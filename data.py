@@ -199,9 +199,10 @@ def load(cfg):
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
     splits = train, val and val.used(), test and test.used()
+    if not any((split.truth == NEGATIVE).any() for split in splits if split):  # ticks alone:
+        for split in filter(None, splits[1:]):  # measured as if the rest were absent
+            split.truth = signed(split.truth == POSITIVE)
     for name, split in zip(("train", "val", "test"), splits):
-        if split and split is not train and not (split.truth == NEGATIVE).any():
-            split.truth = signed(split.truth == POSITIVE)  # it tells only what is present
         if split:
             split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
     return splits

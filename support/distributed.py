@@ -49,7 +49,10 @@ def gather(x, B):
 
 def average_gradients(parameters):
     """Each rank has the loss of the whole batch, so the mean over ranks is its exact gradient."""
-    if dist.is_initialized():
-        for grad in (p.grad for p in parameters if p.grad is not None):
-            dist.all_reduce(grad)
-            grad /= dist.get_world_size()
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])  # one message, not one a parameter
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads])):
+        grad.copy_(mean.view_as(grad))

@@ -1,6 +1,7 @@
 """The mixed score: the run's logit and what CLIP knows without training, on one scale."""
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,6 +15,7 @@ import data
 import eval as evaluation
 import oracles
 import train
+from config import Config
 from eval import best_thresholds, metrics
 from support import UserError
 from support.checkpoint import begun, read_checkpoint
@@ -277,3 +279,15 @@ def test_ticks_and_lists_are_suggested_for_without_a_run(tmp_path, sheet, capfd)
         words = ["--zero-shot", "--data", data_file, "--clip", "tiny", "--size", 64,
                  "--suggest", tmp_path / f"{data_file.stem}-s.csv"]
         assert evaluation.main([str(word) for word in words]) == 0, capfd.readouterr().err
+
+
+def test_what_a_half_filled_sheet_does_not_know_of_validation_stays_unknown(sheet):
+    """A few rows may by chance know of nothing absent, where the sheet does."""
+    _, file = sheet
+    cfg = Config(data=str(file), val="0.25")
+    header, *rows = file.read_text().splitlines()
+    held = {Path(name).name for name in data.load(cfg)[1].paths}
+    file.write_text("\n".join([header, *(
+        row.replace(",0", ",") if Path(row.split(",")[0]).name in held else row for row in rows)]))
+    train_split, val_split, _ = data.load(cfg)
+    assert -1 in train_split.truth and {*val_split.truth.ravel().tolist()} == {0, 1}

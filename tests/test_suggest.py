@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from small_world import command, run, trained, world
 
 import data
@@ -16,7 +17,7 @@ from clip.features import FeatureLoader
 from config import Config
 from eval import Predictor
 from tools import review
-from tools.suggest import choose_cells, suggest
+from tools.suggest import choose_cells, region_maps, suggest
 
 
 def rows_of(file):
@@ -62,6 +63,25 @@ def test_as_many_are_suggested_absent_as_reach_the_threshold():
     assert chosen["absent"][0].tolist() == list(range(30, 60))
 
 
+def test_maps_of_two_cached_splits_are_those_of_their_own_rows():
+    class Loader(list):
+        stored = None
+
+    loaders = []
+    for n in (3, 2):
+        loader = Loader(range(n))
+        loader.stored = torch.randn(1, n, 1 + 4, 2)  # a view, n images, global and 4 locations, D
+        loaders.append(loader)
+    predictor = SimpleNamespace(
+        device="cpu", cfg=SimpleNamespace(matching="average"),
+        score_batch=lambda f, x: (None, SimpleNamespace(energy=f.mT)))  # as many categories as dims
+    maps = region_maps(predictor, loaders, [0, 2, 3, 4])
+    for row, found in maps.items():
+        stored = loaders[row > 2].stored[0, row - 3 * (row > 2)]
+        assert np.array_equal(found, stored[1:].T)
+    assert sorted(maps) == [0, 2, 3, 4]
+
+
 def test_the_list_of_a_benchmark_and_its_page(trained, tmp_path, capfd):
     arguments = [trained, "--suggest", tmp_path / "s.csv", "--pictures", 20]
     status, out, err = command(evaluation.main, arguments, capfd)
@@ -94,13 +114,11 @@ def test_the_list_of_a_benchmark_and_its_page(trained, tmp_path, capfd):
 
 
 def test_cached_features_are_used_and_the_backbone_is_not_run(trained, tmp_path, monkeypatch):
-    """But for the photos on the page, of which there are none here."""
     assert evaluation.main([str(trained), "--suggest", str(tmp_path / "first.csv")]) == 0
 
     monkeypatch.setattr(FeatureLoader, "load", None)  # what reads photos and runs the backbone
-    monkeypatch.setattr(Predictor, "iterate", lambda model, images: iter(()))
-    words = [str(trained), "--suggest", str(tmp_path / "second.csv"), "--pictures", "0"]
-    assert evaluation.main(words) == 0
+    monkeypatch.setattr(Predictor, "iterate", None)
+    assert evaluation.main([str(trained), "--suggest", str(tmp_path / "second.csv")]) == 0
     assert rows_of(tmp_path / "first.csv") == rows_of(tmp_path / "second.csv")
 
 

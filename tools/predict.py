@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support import UserError
+from support import UserError, refused
 from support.checkpoint import write_atomically
 from tools.plots import region_tiles, save_grid
 
@@ -60,8 +60,10 @@ def predict(predictor, paths, args):
     pictures = {i: folder / name for i, name in enumerate(names)}
     if args.csv:
         new(args.csv, "--csv")
-    if pictures:
-        folder.mkdir(parents=True, exist_ok=True)
+    with refused(f"{folder} cannot be made: give another --out, or --pictures 0 to draw none",
+                 known=OSError):
+        if pictures:
+            folder.mkdir(parents=True, exist_ok=True)
     for file in pictures.values() if args.out else ():
         new(file, "--out")
     sheet = io.StringIO()

@@ -15,6 +15,7 @@ from datasets import augment
 from support.checkpoint import write_atomically
 from tools.plots import fit
 from tools.predict import new
+from tools.predictor import region_map
 from tools.review import csv_text, write_page
 
 MOST = 10_000  # rows of a kind in the list
@@ -44,6 +45,23 @@ def choose_cells(p, labels, threshold, most=MOST):
     for kind in ("present", "absent"):
         chosen[kind] = chosen[kind][~np.isin(chosen[kind], nearest)]
     return {kind: np.divmod(unknown[cells[:most]], p.shape[1]) for kind, cells in chosen.items()}
+
+
+def region_maps(predictor, loaders, rows):
+    """{row: (C, N) map} of some rows of the loaders' images, from the cache where there is one."""
+    maps, first = {}, 0
+    for loader in loaders:
+        here = [row for row in rows if first <= row < first + len(loader)]
+        if loader.stored is None:
+            found = predictor.iterate([loader.split.paths[row - first] for row in here])
+            maps |= {here[k]: of_image for k, _, of_image in found}
+        else:
+            for row in here:
+                both = loader.stored[0][row - first][None].to(predictor.device).float()
+                _, out = predictor.score_batch(both[:, 1:], both[:, 0])  # of (1, 1+N, D)
+                maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
+        first += len(loader)
+    return maps
 
 
 def jpeg(photo, side=256):
@@ -78,8 +96,7 @@ def suggest(predictor, args):
                  for i, c in cells]
         shown += [(kind, i, c) for i, c in cells[:most // (2 if kind == "present" else 4)]]
     photos = {i: jpeg(paths[i]) for i in sorted({i for _, i, _ in shown})}
-    scored = predictor.iterate([paths[i] for i in photos])
-    maps = {i: of_image for i, (_, _, of_image) in zip(photos, scored)}  # (C, N) each
+    maps = region_maps(predictor, loaders, list(photos))
     cells = []
     for kind, i, c in shown:
         region = maps[i][c].clip(0) / max(maps[i][c].max(), 1e-6)  # scaled by its peak
