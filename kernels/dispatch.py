@@ -50,6 +50,12 @@ def runs_triton(x):
     return _path == "triton" and interpreted()
 
 
+def in_kernel_layout(energy):
+    """Energies (B, C, N) as the kernels read them: contiguous, or the transpose of that, as CARL
+    gives them and as the gradient of f pools with them."""
+    return energy if energy.mT.is_contiguous() else energy.contiguous()
+
+
 def chosen():
     """One line: the path in use and why."""
     if torch.cuda.is_available() and too_old() and _path != "reference":

@@ -70,7 +70,7 @@ def match_grad_kernel(grad, x, difference, cosine, inverse, d_x, d_difference, B
 
 # ---- operators and autograd
 
-TILE = dict(BLOCK_B=16, BLOCK_D=128, num_warps=4)
+TILE = dict(BLOCK_B=32, BLOCK_D=128, num_warps=2)
 
 
 @operator("trm_ml::match", mutates_args=())
@@ -93,7 +93,8 @@ def match_grad_op(grad: torch.Tensor, x: torch.Tensor, difference: torch.Tensor,
     return d_x, d_difference
 
 
-match_op.register_fake(lambda x, difference: (x.new_empty(x.shape[:2], dtype=torch.float32),) * 2)
+match_op.register_fake(lambda x, difference: tuple(x.new_empty(x.shape[:2], dtype=torch.float32)
+                                                   for _ in range(2)))  # two, not one twice
 match_grad_op.register_fake(lambda grad, x, difference, cosine, inverse:
                             (torch.empty_like(x), torch.empty_like(difference)))
 match_op.register_autograd(

@@ -12,7 +12,7 @@ of memory. Plain torch also writes the mask, in training its gradient, and reads
 """
 import torch
 
-from kernels.dispatch import interpreted, jit, operator, runs_triton, tl, triton
+from kernels.dispatch import in_kernel_layout, interpreted, jit, operator, runs_triton, tl, triton
 
 
 # ---- reference
@@ -28,20 +28,20 @@ INTERPRETED = tl.constexpr(interpreted())
 
 
 @jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc):
     # the interpreter would multiply bfloat16's bits as integers; its products fit float32
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @jit
-def pool_kernel(energy, f, out, C, N, D, stride_c, stride_n,
-                BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """Programs: image x category block x dim block. The dim block runs fastest, so the energies of
-    an image are read from memory once and from L2 by its other programs; with C <= BLOCK_C every
-    row of f is read exactly once."""
+def pool_kernel(energy, f, out, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+                stride_c: tl.constexpr, stride_n: tl.constexpr,
+                BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Programs: image x category block x dim block, the dim block fastest: the energies of an image
+    are read from memory once, and from L2 by its other programs. Sizes are compiled in: only so
+    does the compiler know that a row of 200 energies can be read 16 bytes at a time."""
     blocks_c, blocks_d = tl.cdiv(C, BLOCK_C), tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     b = (pid // (blocks_c * blocks_d)).to(tl.int64)
@@ -56,55 +56,46 @@ def pool_kernel(energy, f, out, C, N, D, stride_c, stride_n,
         mask = tl.sigmoid(e.to(tl.float32)).to(f.dtype.element_ty)  # Eq. 2, rounded as torch does
         x = tl.load(f + b * N * D + n[:, None] * D + d[None, :],
                     mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-        acc = dot(mask, x, acc, PRECISION)  # Eq. 4 on the tensor cores
+        acc = dot(mask, x, acc)  # Eq. 4 on the tensor cores
     tl.store(out + b * C * D + c[:, None] * D + d[None, :], acc.to(out.dtype.element_ty),
              mask=(c < C)[:, None] & (d < D)[None, :])
 
 
 @jit
-def grad_kernel(grad, energy, f, out, C, N, D, stride_c, stride_n,
-                BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                PRECISION: tl.constexpr):
+def grad_kernel(grad, energy, f, out, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+                stride_c: tl.constexpr, stride_n: tl.constexpr,
+                BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """d energy_cn = s (1 - s) <dF^r_c, f_n> with s = sigmoid(energy_cn) recomputed. Programs: image
-    x category block x location block, the category block fastest so that it finds f in L2."""
+    x location block x category block, the last fastest so that it finds f in L2. Locations are the
+    rows: neighbouring threads then write neighbouring categories, as CARL's energies lie."""
     blocks_c, blocks_n = tl.cdiv(C, BLOCK_C), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     b = (pid // (blocks_c * blocks_n)).to(tl.int64)
     n = (pid // blocks_c) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    acc = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         g = tl.load(grad + b * C * D + c[:, None] * D + d[None, :],
                     mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
         x = tl.load(f + b * N * D + n[:, None] * D + d[None, :],
                     mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-        acc = dot(g, tl.trans(x), acc, PRECISION)
-    where = b * C * N + c[:, None] * stride_c + n[None, :] * stride_n
-    inside = (c < C)[:, None] & (n < N)[None, :]
+        acc = dot(x, tl.trans(g), acc)
+    where = b * C * N + c[None, :] * stride_c + n[:, None] * stride_n
+    inside = (c < C)[None, :] & (n < N)[:, None]
     s = tl.sigmoid(tl.load(energy + where, mask=inside, other=0.0).to(tl.float32))
     tl.store(out + where, (acc * s * (1 - s)).to(out.dtype.element_ty), mask=inside)
 
 
 # ---- operators and autograd
 
-def blocks(C, dtype):
-    """Tile sizes: the largest that spill on no GPU from sm_80 on (kernels/compiled.csv). float32
-    products are IEEE, on the ordinary units, unless torch.set_float32_matmul_precision asks for
-    TF32 tensor cores: the same switch and default as torch.matmul. bfloat16 and float16 products
-    are exact either way."""
-    single = dtype == torch.float32
-    tf32 = single and torch.get_float32_matmul_precision() != "highest"
-    rows = min(64 if single and not tf32 else 128, max(16, 1 << (int(C) - 1).bit_length()))
-    return dict(BLOCK_C=rows, BLOCK_N=32, BLOCK_D=64 if single else 128,
-                PRECISION="tf32" if tf32 else "ieee", num_warps=8 if rows >= 64 else 4,
-                num_stages=3)
+# The fastest of those tried on an H200 (docs/speed.md); no GPU from sm_80 on spills them.
+GRAD_TILE = dict(BLOCK_C=64, BLOCK_N=64, BLOCK_D=64, num_warps=4, num_stages=3)
 
 
-def in_kernel_layout(energy):
-    """Energies as the kernels read them: contiguous, or the transpose of that, as CARL gives them
-    and as the gradient of f pools with them."""
-    return energy if energy.mT.is_contiguous() else energy.contiguous()
+def pool_tile(C):
+    return dict(BLOCK_C=min(64, max(16, 1 << (int(C) - 1).bit_length())), BLOCK_N=32, BLOCK_D=256,
+                num_warps=4, num_stages=3)
 
 
 # Operators of torch.library: torch.compile knows them.
@@ -112,7 +103,7 @@ def in_kernel_layout(energy):
 @operator("trm_ml::region_pool", mutates_args=())
 def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     (B, C, N), D, energy = energy.shape, f.shape[2], in_kernel_layout(energy)
-    out, how = f.new_empty(B, C, D), blocks(C, f.dtype)
+    out, how = f.new_empty(B, C, D), pool_tile(C)
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(D, how["BLOCK_D"]),)
     pool_kernel[grid](energy, f.contiguous(), out, C, N, D, *energy.stride()[1:], **how)
     return out
@@ -121,7 +112,7 @@ def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 @operator("trm_ml::region_pool_grad", mutates_args=())
 def grad_op(grad: torch.Tensor, energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     (B, C, N), D, energy = energy.shape, f.shape[2], in_kernel_layout(energy)
-    out, how = torch.empty_like(energy), blocks(C, f.dtype)
+    out, how = torch.empty_like(energy), GRAD_TILE
     grid = (B * triton.cdiv(C, how["BLOCK_C"]) * triton.cdiv(N, how["BLOCK_N"]),)
     grad_kernel[grid](grad.contiguous(), energy, f.contiguous(), out, C, N, D,
                       *energy.stride()[1:], **how)
@@ -149,11 +140,13 @@ pool_op.register_autograd(backward, setup_context=lambda ctx, inputs, output:
 def region_pool(energy, f):
     """F^r_c = sum_n sigmoid(energy_cn) f_n (Eq. 2, 4).
 
-    energy  (B, C, N) float32, bfloat16 or float16, before the sigmoid; differentiable
-    f       (B, N, D) any of these types; its gradient is computed only if it is asked for
-    returns (B, C, D) in f's type; sums are float32
+    energy  (B, C, N) float, before the sigmoid; differentiable
+    f       (B, N, D) float; its gradient is computed only if it is asked for
+    returns (B, C, D) in f's type; sums are float32. Without half precision the reference runs:
+            float32 products are not for the tensor cores, and cuBLAS is twice as fast at them
     """
     if energy.ndim != 3 or f.ndim != 3 or energy.shape[::2] != f.shape[:2]:
         raise ValueError(f"expected energy (B, C, N) and f (B, N, D), got {tuple(energy.shape)} "
                          f"and {tuple(f.shape)}")
-    return pool_op(energy, f) if runs_triton(energy) else region_pool_reference(energy, f)
+    half = f.dtype in (torch.bfloat16, torch.float16)
+    return pool_op(energy, f) if half and runs_triton(energy) else region_pool_reference(energy, f)

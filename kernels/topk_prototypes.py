@@ -15,7 +15,7 @@ operations and `nonzero` makes the host wait; the kernel is one launch, no wait.
 """
 import torch
 
-from kernels.dispatch import jit, operator, runs_triton, tl, triton
+from kernels.dispatch import in_kernel_layout, jit, operator, runs_triton, tl, triton
 
 POSITIVE = 1  # data.POSITIVE; the kernels import nothing of the project above them
 TICKET = 1 << 40  # the cursor's upper bits count arrivals during the launch, its lower 40 the rows
@@ -44,8 +44,9 @@ def topk_prototypes_reference(energy, f, labels, bank, cursor, k):
 # ---- kernel
 
 @jit
-def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, TICKET: tl.constexpr,
-                BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, stride_c, stride_n,
+                TICKET: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_D: tl.constexpr):
     """One program for each image and category; all but the known positives leave at once. The
     others agree on slots without a second launch. Each counts the positives of earlier images, so
     its place does not depend on timing. Only the cursor is shared: every program takes a ticket by
@@ -66,7 +67,8 @@ def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, TICKET: tl.co
 
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    e = tl.load(energy + (b * C + c) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    e = tl.load(energy + b * C * N + c * stride_c + n * stride_n, mask=n < N, other=0.0)
+    e = e.to(tl.float32)
     e = tl.where(e != e, float("-inf"), e)
     left = n < N
     for j in range(K):
@@ -89,8 +91,10 @@ def launch_topk(energy, f, labels, bank, cursor, k):
     (B, C, N), D = energy.shape, f.shape[2]
     blocks = {f"BLOCK_{name}": triton.next_power_of_2(size)
               for name, size in (("B", B), ("N", N), ("D", D))}
-    topk_kernel[(B * C,)](energy.contiguous(), f.contiguous(), labels.contiguous(), bank, cursor, B,
-                          C, N, D, bank.shape[1], min(k, N), TICKET, **blocks, num_warps=4)
+    energy = in_kernel_layout(energy)
+    topk_kernel[(B * C,)](energy, f.contiguous(), labels.contiguous(), bank, cursor, B, C, N, D,
+                          bank.shape[1], min(k, N), *energy.stride()[1:], TICKET, **blocks,
+                          num_warps=4)
 
 
 @operator("trm_ml::topk_prototypes", mutates_args=("bank", "cursor"))

@@ -28,29 +28,32 @@ FIELDS = ("kernel", "dtype", "C", "arch", "registers", "spills", "stack", "share
 def cases():
     """(name, kernel, pointer types, compile-time values, C) as the launchers call them at the
     paper's and VOC's size."""
-    import torch
     from kernels.match import SMALLEST, TILE, match_grad_kernel, match_kernel
-    from kernels.region_pool import blocks, grad_kernel, pool_kernel
+    from kernels.region_pool import GRAD_TILE, grad_kernel, pool_kernel, pool_tile
     from kernels.topk_prototypes import TICKET, topk_kernel
 
     for t, C in (("bf16", 80), ("bf16", 20), ("fp16", 80), ("fp32", 80)):
-        dtype = getattr(torch, TYPES[t])
-        how, tall = blocks(C, dtype), blocks(196, dtype)
+        half = t != "fp32"  # pooling in float32 is cuBLAS's
         pointers = dict(energy=t, f=t, out=t)
-        # CARL hands its energies over transposed: stride_c is 1
-        yield "pool", t, pool_kernel, pointers, dict(how, stride_c=1), C
+        # CARL hands its energies over transposed
+        sizes = dict(C=C, N=196, D=512, stride_c=1, stride_n=C)
+        if half:
+            yield "pool", t, pool_kernel, pointers, pool_tile(C) | sizes, C
         if t == "fp16" or C == 20:  # the rest differs from bf16 at 80 by nothing new
             continue
-        yield "pool, gradient of f", t, pool_kernel, pointers, dict(tall, stride_n=1), C
-        yield ("pool, gradient of energy", t, grad_kernel, dict(pointers, grad=t),
-               dict(how, stride_c=1), C)
+        if half:
+            turned = dict(C=196, N=C, D=512, stride_c=C, stride_n=1)
+            yield "pool, gradient of f", t, pool_kernel, pointers, pool_tile(196) | turned, C
+            yield ("pool, gradient of energy", t, grad_kernel, dict(pointers, grad=t),
+                   GRAD_TILE | sizes, C)
         wide = dict.fromkeys(("difference", "out", "inverse", "grad", "cosine", "d_difference"),
                              "fp32")
         yield "match", t, match_kernel, dict(wide, x=t), dict(TILE, SMALLEST=SMALLEST), C
         yield "match, gradient", t, match_grad_kernel, dict(wide, x=t, d_x=t), TILE, C
         yield ("topk", t, topk_kernel,
                dict(energy=t, f=t, labels="i8", bank="fp32", cursor="i64"),
-               dict(TICKET=TICKET, BLOCK_B=128, BLOCK_N=256, BLOCK_D=512, num_warps=4), C)
+               dict(stride_c=1, TICKET=TICKET, BLOCK_B=128, BLOCK_N=256, BLOCK_D=512, num_warps=4),
+               C)
 
 
 def resources(cubin, arch):
@@ -84,7 +87,8 @@ def sources():
         names = kernel.arg_names
         signature = {a: "constexpr" if a in fixed else "*" + pointers[a] if a in pointers else "i32"
                      for a in names}
-        even = [a for a in names if a in pointers or a == "D" or a == "C" and C % 16 == 0]
+        even = [a for a in names if a not in fixed and (
+            a in pointers or a == "D" or a in ("C", "stride_n") and C % 16 == 0)]
         attrs = {(names.index(a),): [["tt.divisibility", 16]] for a in even}
         values = {(names.index(k),): v for k, v in fixed.items()}
         yield name, t, C, ASTSource(kernel, signature, values, attrs), options

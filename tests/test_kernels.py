@@ -2,8 +2,7 @@
 natively with one.
 
 Tolerance is derived: an element may be off by twice the reference's largest error in the same dtype
-(it sums in another order) plus one unit in the last place. float32 products are IEEE here
-(region_pool.blocks), so no TF32 slack is needed.
+(it sums in another order) plus one unit in the last place.
 """
 
 import itertools
@@ -90,11 +89,15 @@ def launched(triton_path, monkeypatch):
 @each_dtype
 @each_shape
 def test_region_pool(shape, dtype, triton_path, launched):
+    # float32 sums show the smallest slip; users get the reference for it, so the interpreter alone
+    single = dtype == torch.float32
+    if single and triton_path == "cuda":
+        pytest.skip("no GPU runs this kernel on float32")
     energy, f, generator = inputs(shape, dtype, triton_path)
     upstream = torch.randn(shape[0], shape[1], shape[3], generator=generator).to(triton_path, dtype)
     results = []
     for pool, to in (
-        (kernels.region_pool, dtype),
+        (pool_op if single else kernels.region_pool, dtype),
         (region_pool_reference, dtype),
         (region_pool_reference, torch.float64),
     ):
@@ -111,7 +114,7 @@ def test_region_pool(shape, dtype, triton_path, launched):
 
 @pytest.mark.parametrize("wanted, kernel", [("energy", "grad_kernel"), ("f", "pool_kernel")])
 def test_only_the_gradients_that_are_asked_for(wanted, kernel, triton_path, launched):
-    energy, f, _ = inputs((2, 3, 20, 8), torch.float32, triton_path)
+    energy, f, _ = inputs((2, 3, 20, 8), torch.bfloat16, triton_path)
     kernels.region_pool(
         energy.requires_grad_(wanted == "energy"), f.requires_grad_(wanted == "f")
     ).sum().backward()
@@ -154,14 +157,21 @@ def exact_match(x, difference, scale):
 def test_mixed_types_strides_and_extreme_energies(triton_path, launched):
     energy, f, _ = inputs((2, 20, 81, 20), torch.float32, triton_path, spread=200.0)
     energy[0, 0, :3] = torch.tensor([torch.inf, -torch.inf, 0.0])
+    half = f.half()
     for e, x in (
         (energy, f.bfloat16()),
-        (energy.mT.contiguous().mT, f.mT.contiguous().mT),
-        (energy[:, ::2], f),
+        (energy.mT.contiguous().mT, half.mT.contiguous().mT),
+        (energy[:, ::2], half),
     ):
         exact = region_pool_reference(e.cpu().double(), x.cpu().double())
         assert_close("F^r", kernels.region_pool(e, x), region_pool_reference(e, x), exact)
     assert launched == ["pool_kernel"] * 3
+
+
+def test_float32_regions_take_the_reference(triton_path, launched):
+    energy, f, _ = inputs((2, 20, 81, 20), torch.float32, triton_path)
+    assert torch.equal(kernels.region_pool(energy, f), region_pool_reference(energy, f))
+    assert not launched
 
 
 @each_dtype
@@ -313,13 +323,15 @@ def test_opcheck(path, triton_path):
 
 @pytest.mark.parametrize("path", ["triton", "reference"])
 def test_torch_compile_sees_whole_graphs(path, triton_path):
-    energy, f, _ = inputs((2, 3, 20, 8), torch.float32, triton_path)
+    energy, f, generator = inputs((2, 3, 20, 8), torch.bfloat16, triton_path)
     labels = torch.tensor([[1, 0, -1], [1, 1, -1]], dtype=torch.int8, device=triton_path)
+    toward = torch.randn(3, 8, generator=generator).to(triton_path)
     kernels.use(path)
 
     def step(energy, f, bank, cursor):
         kernels.topk_prototypes(energy, f, labels, bank, cursor, 3)
-        return kernels.region_pool(energy, f).square().sum(), bank.sum()
+        logits = kernels.match(kernels.region_pool(energy, f), toward, 2.0)
+        return logits.square().sum(), bank.sum()
 
     results = []
     for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
@@ -423,7 +435,7 @@ def test_wrong_shapes_are_named():
 
 
 @gpu
-@each_dtype
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_native_at_the_papers_size(dtype, triton_path, launched):
     energy, f, generator = inputs((128, 80, 196, 512), dtype, "cuda")
     exact = region_pool_reference(energy.cpu().double(), f.cpu().double())
