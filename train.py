@@ -34,6 +34,7 @@ from support import UserError, distributed
 from support.checkpoint import State, begin, new_run, read_checkpoint, save, write_metrics
 from support.cli import best_device, run_main, stop
 from support.distributed import average_gradients, gather
+from support.replay import replayed
 from tools import report
 from tools.build import build_model, evaluation_loaders, load_carl, load_data, training_loader
 from tools.zero_shot import zero_shot_text
@@ -169,7 +170,9 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     model = build_model(cfg, train_split, encoder).to(device)
     if cfg.carl_from and not (run / "last.pt").is_file():
         load_carl(model, cfg.carl_from, train_split, encoder)
-    memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta).to(device)
+    model.prompts.forward = replayed(model.prompts, encoder, autocast_dtype(cfg.amp, device))
+    with device:
+        memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta)
     start = time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
     loaders = evaluation_loaders(cfg, splits, encoder, device, rank, world)

@@ -56,15 +56,17 @@ class FeatureLoader:
     workers: processes that decode;  views: 0 computes on the fly, V > 0 caches V augmented views
     amp: autocast's dtype or None;  rank of world: this process
     need_global: whether x is wanted (the attention pool is skipped otherwise, and x is None)
+    compiled: whether torch.compile prepares the encoder of f alone
     """
 
     def __init__(self, images, clip, batch=128, workers=0, views=0, cache="generated/features",
-                 device="cpu", amp=None, rank=0, world=1, need_global=True):
+                 device="cpu", amp=None, rank=0, world=1, need_global=True, compiled=False):
         self.images, self.split, self.clip, self.batch = images, images.split, clip, batch
         self.workers, self.device, self.amp = workers, torch.device(device), amp
         self.rank, self.world, self.need_global = rank, world, need_global
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
         self.keys, self.loader, self.waited = [], None, 0.0
+        self.encode_dense = torch.compile(clip.encode_dense) if compiled else clip.encode_dense
         self.grid = clip.grid(images.size, images.size)
         images.mean, images.std = clip.mean, clip.std
         self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
@@ -146,7 +148,7 @@ class FeatureLoader:
         """What `encode` returns, in one piece."""
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, self.amp is not None):
             if not need_global:
-                return self.clip.encode_dense(images), None
+                return self.encode_dense(images), None
             x, f = self.clip.encode(images)
         return f, x.float()
 

@@ -5,6 +5,7 @@
 """
 import argparse
 import difflib
+import gc
 import os
 import re
 import signal
@@ -117,6 +118,7 @@ def explain(error):
 
 def end_with_parent(_=None):
     """For worker processes: Ctrl-C is the parent's; when it is gone, even by kill -9, they end."""
+    gc.freeze()  # what the parent left is not theirs to destroy: a CUDA graph would end them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()

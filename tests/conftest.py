@@ -29,6 +29,13 @@ def triton_path():
 
 
 @pytest.fixture(autouse=True)
+def exact_float32():
+    """No test inherits from another that float32 products may be TF32: on a GPU it would show."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
 def small_worlds_may_choose(monkeypatch):
     """A dozen validation images choose the best epoch in tests; test_train.py has the real rule."""
     monkeypatch.setattr("eval.ENOUGH", 0)

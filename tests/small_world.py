@@ -49,6 +49,7 @@ def options(world, out, **changes):
     chosen = dict(data="scenes", root=world / "scenes", ratio=0.5,
                   clip=world / "clip-quickgelu.safetensors", size=64, epochs=3,
                   batch=8, context=4, queue=8, workers=0, cache_features=1,
+                  amp="none",  # the same numbers on a GPU
                   cache_dir=world / "features", out=out) | changes
     return [str(word) for name, value in chosen.items() if value is not None
             for word in ("--" + name.replace("_", "-"), value)]

@@ -212,7 +212,9 @@ def test_batches_workers_and_neighbours_do_not_change_a_prediction(trained, phot
     for other in (model.predict(paths, batch=1), model.predict(paths, batch=3, workers=2)):
         for a, b in zip(rows, other):
             assert a["image"] == b["image"]
-            assert all(abs(p - b["scores"][name]) < 1e-5 for name, p in a["scores"].items())
+            # a GPU sums other batches in another order
+            close = 1e-4 if model.device.type == "cuda" else 1e-5
+            assert all(abs(p - b["scores"][name]) < close for name, p in a["scores"].items())
 
 def test_an_image_may_be_a_path_bytes_a_file_object_a_pil_image_or_an_array(trained, photos):
     path = photos / "grey.png"
@@ -292,9 +294,10 @@ def test_a_checkpoint_holds_the_texts_of_its_prompts(trained):
     predictor = Predictor(trained, "last")
     prompts = Prompts(predictor.clip, predictor.splits()["train"].prompts, predictor.cfg.context)
     prompts.load_state_dict({"context": state["model"]["prompts.context"]})
+    prompts.to(predictor.device)
     for g, saved, used in zip(prompts(predictor.clip), (state["g_pos"], state["g_neg"]),
                               (predictor.g_pos, predictor.g_neg)):
-        assert torch.allclose(g, saved, atol=1e-5) and torch.equal(saved, used)
+        assert torch.allclose(g.cpu(), saved, atol=1e-5) and torch.equal(saved, used.cpu())
 
 
 def test_inference_needs_the_run_folder_and_the_image_encoder_only(
@@ -306,7 +309,9 @@ def test_inference_needs_the_run_folder_and_the_image_encoder_only(
     shutil.rmtree(tmp_path / "scenes")
     shutil.rmtree(tmp_path / "cache")
     for kept in (tmp_path / "run").iterdir():
-        if kept.name != "best.pt":
+        if kept.is_dir():  # tensorboard, where it is installed
+            shutil.rmtree(kept)
+        elif kept.name != "best.pt":
             kept.unlink()
 
     def never(*_, **__):
@@ -559,7 +564,8 @@ print(peak(lambda: score_split(model, *g[:2], Loader(), g[2])))
 """
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env=dict(os.environ, PYTHONPATH=f"{root}:{root / 'tests'}"))
+                          env=dict(os.environ, PYTHONPATH=f"{root}:{root / 'tests'}",
+                                   CUDA_VISIBLE_DEVICES=""))
     mib = float(done.stdout)
     if math.isnan(mib):
         pytest.skip("no Linux: the peak is not known")

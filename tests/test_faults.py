@@ -331,3 +331,30 @@ def test_a_worker_without_a_thread_to_spare_ends(monkeypatch):
     monkeypatch.setattr(cli.os, "_exit", ended.append)
     cli.end_with_parent()
     assert ended == [1]
+
+
+@linux
+def test_a_worker_destroys_nothing_of_its_parents(tmp_path):
+    """A CUDA graph among the parent's garbage, collected in a forked process, would end it."""
+    import gc
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from support.cli import end_with_parent
+
+    class Told:
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        told = Told()
+        told.itself = told
+        del told
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(1, fork, initializer=end_with_parent) as pool:
+            pool.submit(gc.collect).result()
+    finally:
+        gc.enable()
+    assert not list(tmp_path.iterdir())
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]

@@ -305,6 +305,58 @@ def test_auto_is_bf16_where_the_gpu_has_it():
     assert features.autocast_dtype("auto", device) is (torch.bfloat16 if has_it else None)
 
 
+@gpu
+@pytest.mark.parametrize("amp", (None, torch.bfloat16, torch.float16), ids=str)
+def test_texts_replayed_as_a_graph_are_the_same(amp):
+    from support.replay import replayed
+    from trm import Prompts
+    encoder = make_clip().cuda()
+    prompts = Prompts(encoder, ["dog", "traffic light", "cup"], 4).cuda()
+    plain, replay = prompts.forward, replayed(prompts, encoder, amp)
+    up = torch.randn(2, 3, encoder.D, device="cuda")
+
+    def both(forward):
+        with torch.autocast("cuda", amp or torch.bfloat16, amp is not None):
+            g = torch.stack(forward(encoder))
+        return g.detach(), torch.autograd.grad(g, prompts.context, up)[0]
+
+    first = both(replay)
+    assert all(torch.equal(a, b) for a, b in zip(first, both(plain)))
+    kept = first[0].clone()
+    with torch.no_grad():  # as an optimizer does it
+        prompts.context.add_(1.0)
+    second = both(replay)
+    assert all(torch.equal(a, b) for a, b in zip(second, both(plain)))
+    assert torch.equal(first[0], kept) and not torch.equal(first[0], second[0])
+    with torch.no_grad():  # an evaluation is in float32
+        assert torch.equal(torch.stack(replay(encoder)), torch.stack(plain(encoder)))
+
+
+@gpu
+@pytest.mark.parametrize("amp", (None, torch.bfloat16), ids=str)
+def test_a_compiled_encoder_gives_the_same_features(made, amp):
+    made.clip.cuda()
+    found = [[f for _, f, _ in cached(made, views=0, device="cuda", amp=amp, need_global=False,
+                                      compiled=compiled).batches(0, shuffle=False)]
+             for compiled in (False, True)]  # 8 + 8 + 5 images
+    for eager, compiled in zip(*found):
+        assert float((eager - compiled).norm() / eager.norm()) < (1e-5 if amp is None else 2e-2)
+
+
+def test_only_the_encoder_of_many_images_is_compiled(made, monkeypatch):
+    import train
+    from small_world import make, options
+    from tools import build
+    folder = make(made.folder.parent / "world")
+    cfg, _ = train.parse(options(folder, folder / "run", cache_features=0))
+    split = build.load_data(cfg)[0]
+    monkeypatch.setattr(build.kernels, "runs_triton", lambda _: True)
+    for epochs, views, compiled in ((9_000, 0, True), (9_000, 1, False), (8_000, 0, False)):
+        cfg.epochs, cfg.cache_features = epochs, views
+        loader = build.training_loader(cfg, split, made.clip, "cpu", 0, 1)
+        assert (loader.encode_dense != made.clip.encode_dense) == compiled
+
+
 if __name__ == "__main__":  # a process to kill: fills the cache, slowly
     features.CHUNK = 4
     torch.set_num_threads(1)

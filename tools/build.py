@@ -2,8 +2,10 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
+import kernels
 from clip.features import FeatureLoader, autocast_dtype
 from paper import captions
 from support import UserError
@@ -25,9 +27,12 @@ def training_loader(cfg, split, encoder, device, rank, world):
     if cfg.images == "captions":
         return captions.Captions(split, encoder, cfg.batch, cfg.seed, device, rank, world)
     images = data.Images(split, cfg.size, cfg.augment, cfg.seed)
+    # for so many images 20 s of compiling pay: then a GPU encodes 2.3 times as fast (docs/speed.md)
+    many = not cfg.cache_features and len(images) * cfg.epochs >= 200_000
     return FeatureLoader(images, encoder, cfg.batch, cfg.workers, cfg.cache_features, cfg.cache_dir,
                          device, autocast_dtype(cfg.amp, device), rank, world,
-                         need_global=cfg.matching == "global")
+                         need_global=cfg.matching == "global",
+                         compiled=many and kernels.runs_triton(torch.empty(0, device=device)))
 
 
 def evaluation_loaders(cfg, splits, encoder, device, rank, world):
