@@ -6,9 +6,8 @@ autograd, public function.
 The cost at the paper's size (B 128, C 80, N 196, D 512) in bf16:
   forward   reads f 25.7 MB + energy 4.0 MB, writes F^r 10.5 MB = 40 MB; 2 B C N D = 2.06 GFLOP
   backward  reads f 25.7 + energy 4.0 + dF^r 10.5, writes d energy 4.0 = 44 MB; 2.06 GFLOP
-Three limits of a tile of 128 dims on an H100, from the compiled instructions: 13.1 us to issue
-them, 8.0 us of the special-function unit (a sigmoid of an energy for every block of dims), 13.4 us
-of memory. Plain torch also writes the mask, in training its gradient, and reads each back.
+An H200 needs 9.5 us for the first, 20 for both. Measured: 24 and 46.5 us; plain torch 22 and 58.6:
+cuBLAS's product alone takes 18, but the mask and its gradient are written and read back.
 """
 import torch
 

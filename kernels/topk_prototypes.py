@@ -11,7 +11,8 @@ paths:
 The cost at the paper's size (B 128, C 80, N 196, D 512, K 5, 10 % of labels known: some 37
 positives) in bf16: labels 10 KB and, per positive, energies 392 B, K rows of f 5.1 KB, the same
 rows out in float32 10.2 KB: 0.6 MB. Both paths move so little that launches decide: eager runs 35
-operations and `nonzero` makes the host wait; the kernel is one launch, no wait.
+operations and `nonzero` makes the host wait, 1.4 ms beside an H200; the kernel is one launch
+without a wait, 0.17 ms of the host and 15.6 us of the GPU.
 """
 import torch
 
