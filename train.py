@@ -171,7 +171,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     if cfg.carl_from and not (run / "last.pt").is_file():
         load_carl(model, cfg.carl_from, train_split, encoder)
     model.prompts.forward = replayed(model.prompts, encoder, autocast_dtype(cfg.amp, device))
-    with device:
+    with device:  # not on the CPU first, which may have less memory
         memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta)
     start = time.perf_counter()
     loader = training_loader(cfg, train_split, encoder, device, rank, world)
