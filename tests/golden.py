@@ -127,7 +127,8 @@ def main(before, after, *names):
     for name in names or RUNS:
         results = []
         for code in (before, after):
-            out = base / hashlib.sha256(str(code.resolve()).encode()).hexdigest()[:12]
+            commit = subprocess.check_output(["git", "-C", code, "rev-parse", "HEAD"])
+            out = base / hashlib.sha256(str(code.resolve()).encode() + commit).hexdigest()[:12]
             kept = out / f"{name}.json"
             if code is before and kept.exists():  # the same commit gives the same again
                 results.append(json.loads(kept.read_text()))
