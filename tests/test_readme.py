@@ -32,5 +32,15 @@ def test_links_lead_to_files():
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+def test_pages_name_what_is_there():
+    """Names of code in backticks: one outlived its function."""
+    written = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("**/*.py")
+                      if ".venv" not in file.parts)
+    elsewhere = {"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT"}
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"`([A-Za-z]+_\w+)(?:\(\))?`", page.read_text(encoding="utf-8")):
+            assert name in written or name in elsewhere, f"{page.name}: `{name}` is not in the code"
+
+
 def test_the_readme_is_short():
     assert len(README.split()) <= 1800
