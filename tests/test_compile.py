@@ -22,7 +22,20 @@ AMD = ("gfx90a", "gfx942")  # MI200, MI300: they have to compile, for want of a 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MATRIX = {75: "HMMA", 80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA",
           120: "HMMA"}  # the tensor-core instruction of each generation
-FIELDS = ("kernel", "dtype", "C", "arch", "registers", "spills", "stack", "shared", "tensor_core")
+LIMITS = ("issue_us", "sfu_us", "memory_us")
+FIELDS = ("kernel", "dtype", "C", "arch", "registers", "spills", "stack", "shared", "tensor_core",
+          *LIMITS)
+# An H200: warp instructions and bytes a microsecond. 132 multiprocessors of four schedulers at 1.98
+# GHz; a warp's special function takes a scheduler's unit 8 cycles; a copy's bandwidth as measured.
+ISSUE, BANDWIDTH = 132 * 4 * 1980, 4.27e6
+# At the paper's size (B 128, C 80, N 196, D 512), bf16: programs, turns of the loop, bytes moved.
+# Of topk the 37 programs that find a known positive.
+WORK = {"pool": (128 * 2 * 2, 7, 40.2e6),
+        "pool, gradient of f": (128 * 4 * 2, 3, 40.2e6),
+        "pool, gradient of energy": (128 * 2 * 4, 8, 44.2e6),
+        "match": (4 * 80, 4, 10.6e6),
+        "match, gradient": (4 * 80, 4, 21.2e6),
+        "topk": (37, 5, 0.6e6)}
 
 
 def cases():
@@ -57,8 +70,8 @@ def cases():
 
 
 def resources(cubin, arch):
-    """(registers, spill instructions, stack bytes, the matrix instruction or "") out of a compiled
-    kernel."""
+    """(registers, spill instructions, stack bytes, the matrix instruction or "", the disassembly)
+    out of a compiled kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -74,7 +87,24 @@ def resources(cubin, arch):
     registers, stack = (int(re.search(rf"{word}:(\d+)", use)[1]) for word in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))  # loads from and stores to local memory
     matrix = re.findall(r"\b(UTC\w*MMA|[HQ]GMMA|[HQ]MMA)\b", sass)
-    return registers, spills, stack, matrix[0] if matrix else ""
+    return registers, spills, stack, matrix[0] if matrix else "", sass
+
+
+def limits(name, sass, warps):
+    """Three times in us that an H200 cannot beat: to issue the instructions, to compute the special
+    functions, to move the bytes. sass: the disassembly, whose loop is a branch back to a label."""
+    programs, turns, moved = WORK[name]
+    lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in sass.splitlines()]
+    place = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    times = [int(line.endswith(";")) for line in lines]  # how often a line is executed
+    for i, line in enumerate(lines):
+        back = re.search(r"^@.*BRA.*`\((\.L_x_\d+)\)|^BRA `\((\.L_x_\d+)\)", line)
+        start = back and place[back[1] or back[2]]
+        if back and start < i - 1:  # the last instruction branches to itself
+            times[start:i + 1] = [turns * time for time in times[start:i + 1]]
+    special = sum(time for line, time in zip(lines, times) if "MUFU" in line)
+    return [f"{t:.1f}" for t in (programs * warps * sum(times) / ISSUE,
+                                 programs * warps * 8 * special / ISSUE, moved / BANDWIDTH)]
 
 
 def sources():
@@ -103,9 +133,11 @@ def compile_all():
             if arch == 75 and t == "bf16":
                 continue  # its tensor cores do not know bfloat16
             built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            registers, spills, stack, matrix = resources(built.asm["cubin"], arch)
+            registers, spills, stack, matrix, sass = resources(built.asm["cubin"], arch)
+            paper = (arch, t, C) == (90, "bf16", 80)
+            least = limits(name, sass, built.metadata.num_warps) if paper else [""] * 3
             yield dict(zip(FIELDS, (name, TYPES[t], C, f"sm_{arch}", registers, spills, stack,
-                                    built.metadata.shared, matrix)))
+                                    built.metadata.shared, matrix, *least)))
 
 
 def compile_for_amd():
@@ -158,6 +190,19 @@ def test_the_committed_table_is_what_the_compiler_says(rows):
     there = [{name: str(row[name]) for name in FIELDS} for row in rows]
     assert there == [{name: row[name] for name in FIELDS} for row in written], (
         "run python tests/test_compile.py > kernels/compiled.csv")
+
+
+def test_the_limits_of_the_papers_size_are_below_what_was_measured(rows):
+    """Instructions, special functions and bytes are lower bounds: no kernel can beat them."""
+    with open(ROOT / "kernels" / "measured.csv", newline="") as file:
+        took = {row["kernel"]: float(row["p50_us"]) for row in csv.DictReader(file)
+                if (row["shape"], row["dtype"], row["provider"], row["pass"])
+                == ("paper", "bfloat16", "triton", "forward")}
+    least = {row["kernel"]: [float(row[name]) for name in LIMITS] for row in rows
+             if row["issue_us"]}
+    assert least.keys() == WORK.keys()
+    for kernel, name in (("region_pool", "pool"), ("match", "match"), ("topk_prototypes", "topk")):
+        assert 0 < min(least[name][0], least[name][2]) <= max(least[name]) < took[kernel], kernel
 
 
 def test_amd_compiles():
