@@ -188,7 +188,7 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
     try:
         drawn = pool.map(one, range(count), chunksize=50)
         yield from tqdm(drawn, f"drawing {split}", count, unit="image")
-    except RuntimeError:  # no thread is left, which would tell the processes to end
+    except (RuntimeError, KeyboardInterrupt):  # no thread is left that tells the processes to end
         for process in multiprocessing.active_children():
             process.kill()
         raise
