@@ -45,8 +45,8 @@ def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
     if triton is None or _path == "reference" or x.dtype == torch.float64:
         return False  # the kernels sum in float32
-    if x.is_cuda:
-        return not too_old()
+    if x.is_cuda:  # Triton launches on the current GPU, wherever x is
+        return x.get_device() == torch.cuda.current_device() and not too_old()
     return _path == "triton" and interpreted()
 
 

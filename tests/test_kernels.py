@@ -366,8 +366,11 @@ def test_what_is_told_is_what_runs_on_a_gpu(monkeypatch, capability, path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(kernels.dispatch, "triton", kernels.dispatch)  # any: it is installed
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert kernels.runs_triton(on_gpu) == (path == "triton")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    first, second = (SimpleNamespace(is_cuda=True, dtype=torch.float32, get_device=lambda i=i: i)
+                     for i in range(2))
+    assert kernels.runs_triton(first) == (path == "triton")
+    assert not kernels.runs_triton(second)  # Predictor(run, device="cuda:1"): an illegal address
     assert kernels.chosen().startswith(f"kernels: {path} (")
 
 
