@@ -102,7 +102,7 @@ def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, 
     disk = mounted(
         f"size={sum((world / 'measured' / name).stat().st_size // 1024 + 8 for name in room)}k"
     )
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
+    monkeypatch.setattr("tools.report.curves", lambda *_: None)
     line = one_line(
         train.main, options(world, disk / "run", epochs=3), capfd, "No space left on device"
     )
@@ -176,7 +176,7 @@ def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, mon
 def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(
     world, tmp_path, capfd, monkeypatch, where
 ):
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
+    monkeypatch.setattr("tools.report.curves", lambda *_: None)
     with monkeypatch.context() as patch:
         if where == "images":
             step, calls = train.training_step, []
