@@ -14,6 +14,7 @@ from support import UserError, refused
 from support.checkpoint import begun
 from support.cli import make_parser, words
 
+OF_SHEETS = ("ignore", "minus_one", "unlisted")
 PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
 CLIPS = ("tiny", *json.loads(Path(__file__).with_name("clip").joinpath("openai.json").read_text()))
 
@@ -117,6 +118,9 @@ class Config:
                             "and --mask")
         if not is_path("data", self.data):
             self.data = self.data.lower()  # COCO is coco
+            if given := [flag(name) for name in OF_SHEETS if getattr(self, name) is not None]:
+                raise UserError(f"{' '.join(given)} tells how to read a sheet, .csv or .tsv; got "
+                                f"--data {self.data}: drop it")
         if self.test and not (is_path("data", self.data) and is_path("data", self.test)):
             raise UserError(f"--test needs sheets, .csv or .tsv; got {self.data} and {self.test}")
 

@@ -25,7 +25,7 @@ import json
 import numpy as np
 import torch
 
-from config import Config, preset
+from config import Config, is_path, preset
 from support import UserError
 from support.cli import run_main
 from tools.categories import category_lines
@@ -240,7 +240,8 @@ def run(args):
     """What `python eval.py` does with its options."""
     if args.zero_shot:
         size = {"size": args.size} if args.size else {}
-        cfg = Config(**preset(args.data) | args.places | size | {"unlisted": "unknown"})
+        unlisted = {"unlisted": "unknown"} if is_path("data", args.data) else {}
+        cfg = Config(**preset(args.data) | args.places | size | unlisted)
         return suggest(ZeroShot(cfg), args)
     predictors = []
     for name in (args.run, *(args.ensemble or args.compare or ())):

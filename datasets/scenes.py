@@ -10,6 +10,7 @@ own seed (seed, split, index): splits share no scene, and the number of workers 
 Labels, boxes and captions are about what is visible in the end.
 """
 import contextlib
+import glob
 import json
 import math
 import multiprocessing
@@ -188,7 +189,7 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
     try:
         drawn = pool.map(one, range(count), chunksize=50)
         yield from tqdm(drawn, f"drawing {split}", count, unit="image")
-    except RuntimeError:  # no thread is left, which would tell the processes to end
+    except (RuntimeError, KeyboardInterrupt):  # no thread is left that tells the processes to end
         for process in multiprocessing.active_children():
             process.kill()
         raise
@@ -211,7 +212,7 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds something else: "
                         "delete it or name another root")
-    for left in root.parent.glob(f"{root.name}.*.part"):
+    for left in root.parent.glob(f"{glob.escape(root.name)}.*.part"):
         if ended(int(left.name.split(".")[-2])):  # killed while it drew
             shutil.rmtree(left, ignore_errors=True)
     part = root.with_name(f"{root.name}.{os.getpid()}.part")

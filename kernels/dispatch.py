@@ -4,6 +4,7 @@ Both paths have one signature. `use(...)` chooses once (train.py --kernels), `ch
 that is logged.
 """
 import os
+import shutil
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +19,9 @@ except ImportError:  # macOS, Windows: everything runs on the torch references, 
     triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda fn: fn
 operator = torch.library.custom_op  # triton_op would import Inductor, a second at every start
 _path = "auto"
+# Triton builds with it what launches the kernels, and brings one on Windows
+COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+                or os.name == "nt")
 
 
 def interpreted():
@@ -36,17 +40,19 @@ def use(path):
     return earlier
 
 
-def too_old():
-    """Whether the GPU is of Turing or before: tiles of half precision spill (compiled.csv)."""
-    return bool(torch.version.cuda) and torch.cuda.get_device_capability() < (8, 0)
+def unfit():
+    """Why the kernels cannot run on the current GPU, or ""."""
+    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than sm_80"  # tiles of half precision spill (compiled.csv)
+    return "" if COMPILER else "Triton needs a C compiler: install gcc"
 
 
 def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
     if triton is None or _path == "reference" or x.dtype == torch.float64:
         return False  # the kernels sum in float32
-    if x.is_cuda:
-        return not too_old()
+    if x.is_cuda:  # Triton launches on the current GPU, wherever x is
+        return x.get_device() == torch.cuda.current_device() and not unfit()
     return _path == "triton" and interpreted()
 
 
@@ -58,8 +64,8 @@ def in_kernel_layout(energy):
 
 def chosen():
     """One line: the path in use and why."""
-    if torch.cuda.is_available() and too_old() and _path != "reference":
-        return "kernels: reference (the GPU is older than sm_80)"
+    if torch.cuda.is_available() and unfit() and _path != "reference":
+        return f"kernels: reference ({unfit()})"
     if _path != "auto":
         where = ", in the interpreter" if _path == "triton" and interpreted() else ""
         return f"kernels: {_path} (asked for{where})"

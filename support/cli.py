@@ -60,7 +60,13 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
-stop.asked, stop.process = False, None
+stop.asked, stop.process, stop.cause = False, None, None
+
+
+def thread_failed(failure):
+    """An error in a thread ends the work: a pool without its thread would be waited for forever."""
+    stop.cause = failure.exc_value
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # wakes it: `stop` raises
 
 
 def run_command(work, parser, argv):
@@ -71,9 +77,13 @@ def run_command(work, parser, argv):
 def run_main(work, stopped="stopped"):
     """work() -> exit status, 0 where it returns none. An error that `explain` does not know is a
     fault of the project and keeps its traceback."""
-    stop.asked, stop.process = False, os.getpid()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
+    stop.asked, stop.process, stop.cause = False, os.getpid(), None
+    hook = threading.excepthook
+    if threading.current_thread() is threading.main_thread():  # no other one may hear signals
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
+        if hasattr(signal, "pthread_kill"):
+            threading.excepthook = thread_failed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that a terminal cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")
@@ -85,13 +95,15 @@ def run_main(work, stopped="stopped"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except BaseException as error:
-        if stop.asked or isinstance(error, KeyboardInterrupt):
+        if not stop.cause and (stop.asked or isinstance(error, KeyboardInterrupt)):
             print(f"\n{stopped}", file=sys.stderr)
             return 130
-        line = explain(error)
+        line = explain(stop.cause or error)
         if line is None:
-            raise
+            raise stop.cause or error
         sys.unraisablehook = str  # prints nothing: a half-built loader complains when it goes
+    finally:
+        threading.excepthook = hook
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch
 from small_world import make, options, rows
 
-from tools import plots
+from tools import report
 import eval
 import train
 from support.checkpoint import read_checkpoint
@@ -83,7 +83,7 @@ def fork(log, arguments):
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         torch.set_num_threads(1)  # sums are equal bit for bit with equal threads
-        plots.curves = lambda *_: None  # drawing is no part of this
+        report.curves = lambda *_: None  # drawing is no part of this
         eval.ENOUGH = 0  # twelve scenes choose a best epoch too
         os._exit(train.main(arguments))
     return child

@@ -58,7 +58,7 @@ def options(world, out, **changes):
 def run(world, out, **changes):
     """Trains in this process; returns the history."""
     cfg, _ = train.parse(options(world, out, **changes))
-    with mock.patch("tools.plots.curves"):  # matplotlib takes longer than all the rest
+    with mock.patch("tools.report.curves"):  # matplotlib takes longer than all the rest
         return train.train(cfg)
 
 

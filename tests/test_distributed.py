@@ -93,7 +93,7 @@ def record(cfg, folder, name):
     with (
         mock.patch.object(train, "training_step", recorded),
         mock.patch.object(eval, "score_split", scored),
-        mock.patch("tools.plots.curves"),
+        mock.patch("tools.report.curves"),
     ):
         train.train(
             cfg, splits=(training, val, test), on_epoch=lambda state, line: states.append(state)

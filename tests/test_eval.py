@@ -571,3 +571,18 @@ print(peak(lambda: score_split(model, *g[:2], Loader(), g[2])))
         pytest.skip("no Linux: the peak is not known")
     # 10 MiB of scores and the work of one batch: 130 to 140; 380 to 460 where each batch stays
     assert mib < 250, done.stderr
+
+
+def test_a_pattern_that_the_shell_left_alone_and_a_folder_with_brackets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("p/a.jpg", "p/b.jpg", "p/c.png", "p[1]/a.jpg", "p[1]/b[2].jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert images_in(["p/[ac]*"]) == ["p/a.jpg", "p/c.png"]
+    assert images_in(["p[1]/*.jpg"]) == ["p[1]/a.jpg", "p[1]/b[2].jpg"] == images_in(["p[1]"])
+    assert images_in(["p[1]/b[2].jpg"]) == ["p[1]/b[2].jpg"]
+    (tmp_path / "p1").mkdir()
+    (tmp_path / "p1" / "d.jpg").touch()
+    assert images_in(["p[1]/*.jpg"]) == ["p1/d.jpg"]  # as a shell has it
+    with pytest.raises(UserError, match="expected images at p/.x.., found no file"):
+        images_in(["p/[x]*"])

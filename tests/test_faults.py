@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -101,7 +102,7 @@ def test_a_full_disk_stops_the_run_in_one_line(world, mounted, tmp_path, capfd, 
     disk = mounted(
         f"size={sum((world / 'measured' / name).stat().st_size // 1024 + 8 for name in room)}k"
     )
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
+    monkeypatch.setattr("tools.report.curves", lambda *_: None)
     line = one_line(
         train.main, options(world, disk / "run", epochs=3), capfd, "No space left on device"
     )
@@ -175,7 +176,7 @@ def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, mon
 def test_nan_stops_the_run_prints_the_terms_and_leaves_the_last_good_epoch(
     world, tmp_path, capfd, monkeypatch, where
 ):
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
+    monkeypatch.setattr("tools.report.curves", lambda *_: None)
     with monkeypatch.context() as patch:
         if where == "images":
             step, calls = train.training_step, []
@@ -358,3 +359,66 @@ def test_a_worker_destroys_nothing_of_its_parents(tmp_path):
     assert not list(tmp_path.iterdir())
     gc.collect()
     assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+@linux
+def test_a_pool_that_loses_its_thread_is_not_waited_for(tmp_path):
+    """Python's own pool puts tasks into a queue whose thread it starts late: with 5 or 6 processes
+    allowed, the thread that hands out tasks died, and everybody waited."""
+    code = """if True:
+        import sys, threading
+        from datasets import scenes
+        real = threading.Thread.start
+
+        def fail(thread):
+            if thread.name == "QueueFeederThread":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        threading.Thread.start = fail
+        sys.exit(scenes.main())"""
+    process = start("-c", code, "--root", tmp_path / "s")
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    *bar, line = err.splitlines()
+    assert process.returncode == 2 and line.startswith("error: a worker was ended"), err
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+@linux
+def test_an_error_in_a_thread_ends_the_command_and_is_told(capfd):
+    """Also one that is a fault of ours: with its traceback. What a program's own threads raise
+    later is theirs."""
+    from support.cli import run_main
+    hook = threading.excepthook
+
+    def work(error):
+        def fail():
+            raise error
+
+        threading.Thread(target=fail).start()
+        time.sleep(60)
+
+    begin = time.time()
+    assert run_main(lambda: work(UserError("what to do"))) == 2
+    assert capfd.readouterr().err == "error: what to do\n"
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: work(ZeroDivisionError()))
+    assert time.time() - begin < 30
+    assert threading.excepthook is hook
+
+
+def test_commands_run_in_a_thread(world, tmp_path):
+    """Where no signal can be heard: a server's worker, a notebook's background job."""
+    statuses = []
+
+    def work():
+        statuses.append(train.main(options(world, tmp_path / "run", epochs=1)))
+        statuses.append(evaluation.main([str(tmp_path / "run")]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert statuses == [0, 0]

@@ -357,6 +357,17 @@ def test_only_the_encoder_of_many_images_is_compiled(made, monkeypatch):
         assert (loader.encode_dense != made.clip.encode_dense) == compiled
 
 
+@pytest.mark.parametrize("matching, wanted", (("carl", False), ("average", False),
+                                              ("global", True)))
+def test_training_looks_at_the_global_feature_where_it_is_matched(made, matching, wanted):
+    """The attention pool costs time: of the others nobody reads what it gives."""
+    from config import Config
+    from tools import build
+    loader = build.training_loader(Config(matching=matching, size=SIZE, workers=0),
+                                   made.split, made.clip, torch.device("cpu"), 0, 1)
+    assert loader.need_global == wanted
+
+
 if __name__ == "__main__":  # a process to kill: fills the cache, slowly
     features.CHUNK = 4
     torch.set_num_threads(1)

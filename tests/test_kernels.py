@@ -360,15 +360,21 @@ def test_choice_of_path(triton_path):
     assert kernels.runs_triton(torch.zeros(1, device=triton_path)) == (triton_path == "cuda")
 
 
-@pytest.mark.parametrize("capability, path", (((7, 5), "reference"), ((8, 0), "triton")))
-def test_what_is_told_is_what_runs_on_a_gpu(monkeypatch, capability, path):
+@pytest.mark.parametrize("capability, compiler, path", (
+    ((7, 5), True, "reference (the GPU is older"), ((8, 0), True, "triton ("),
+    ((8, 0), False, "reference (Triton needs a C compiler")))
+def test_what_is_told_is_what_runs_on_a_gpu(monkeypatch, capability, compiler, path):
+    monkeypatch.setattr(kernels.dispatch, "COMPILER", compiler)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(kernels.dispatch, "triton", kernels.dispatch)  # any: it is installed
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert kernels.runs_triton(on_gpu) == (path == "triton")
-    assert kernels.chosen().startswith(f"kernels: {path} (")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    first, second = (SimpleNamespace(is_cuda=True, dtype=torch.float32, get_device=lambda i=i: i)
+                     for i in range(2))
+    assert kernels.runs_triton(first) == path.startswith("triton")
+    assert not kernels.runs_triton(second)  # Predictor(run, device="cuda:1"): an illegal address
+    assert kernels.chosen().startswith(f"kernels: {path}")
 
 
 def test_the_fixture_restores_the_choice():

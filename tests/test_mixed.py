@@ -203,7 +203,7 @@ def test_an_epoch_that_is_not_due_keeps_scale_and_thresholds(world, tmp_path):
     assert seen[2]["threshold"] == seen[3]["threshold"] != seen[1]["threshold"]
     assert not torch.equal(seen[2]["g_pos"], seen[3]["g_pos"])
     assert Predictor(tmp_path / "run", "last").cfg.score == "mixed"
-    with mock.patch("tools.plots.curves"):
+    with mock.patch("tools.report.curves"):
         train.train(*train.parse(["--resume", str(tmp_path / "run")]))
         whole, _ = train.parse(options(world, tmp_path / "whole", epochs=5, eval_every=2,
                                        score="mixed"))

@@ -4,7 +4,7 @@ import sys
 from types import ModuleType
 
 import pytest
-from small_world import run, world
+from small_world import options, run, world
 
 import train
 from config import Config
@@ -22,6 +22,16 @@ def test_a_line_holds_rate_gradient_and_ap(world, tmp_path):
     assert [one is None for one in lines[1]["test"]["AP"]] == (ap != ap).tolist()
     assert [one for one in lines[1]["test"]["AP"] if one is not None] == pytest.approx(
         ap[ap == ap].tolist(), abs=0.01)
+
+
+def test_the_curves_get_the_weights_of_the_total_and_the_best_epoch(world, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("tools.report.curves", lambda *arguments: given.append(arguments))
+    cfg, _ = train.parse(options(world, tmp_path / "run", epochs=2, alpha=2, beta=0.5, gamma=0.25))
+    history = train.train(cfg)
+    best = max(history, key=lambda line: line["val"]["mAP"])["epoch"]
+    assert given == [(history, tmp_path / "run" / "curves.png",
+                      {"L_r": 2, "L_KD": 0.5, "L_NCE": 0.25}, best)]
 
 
 def test_tensorboard_gets_the_numbers_where_it_is_installed(world, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@ numbers agree with its own averages."""
 
 import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -25,7 +27,7 @@ def call(world, capfd):
 
     def work(*arguments, **changes):
         rest = options(world, folder, **dict(ratio=None, epochs=2, augment="none") | changes)
-        with mock.patch("tools.plots.curves"):
+        with mock.patch("tools.report.curves"):
             status, out, err = command(reproduce.main, [*arguments, "--seeds", 1, *rest], capfd)
         assert status == 0, err
         return out, folder
@@ -180,6 +182,31 @@ def test_table_1_averages_scores_with_prompts_of_captions(call):
     ]
     assert printed.startswith("| *the paper* | 83.9 | 84.5 |")
     assert Image.open(folder / "table-1-scenes.png").size[0] > 800
+
+
+def test_captions_are_five_an_image_and_take_a_fifth_of_the_epochs():
+    runs = SimpleNamespace(out=Path("out"), encoder=SimpleNamespace(sha256="a"), data_sha256={})
+    for epochs, fifth in ((40, 8), (12, 2), (2, 1)):
+        runs.base = Config(epochs=epochs)
+        assert run_table.Runs.config(runs, dict(images="captions"), seed=0).epochs == fifth
+        assert run_table.Runs.config(runs, {}, seed=0).epochs == epochs
+
+
+def test_the_mean_of_the_columns_is_of_seeds_that_finished_in_all_of_them():
+    class Fake:
+        def train(self, wanted):
+            assert len(wanted) == 2 * len(columns)
+
+        def mAP(self, settings, seed, split):
+            (one,) = settings
+            return None if (one["ratio"], seed) == (0.2, 1) else 100 * one["ratio"] + seed
+
+    columns = {"10 %": dict(ratio=0.1), "20 %": dict(ratio=0.2)}
+    found = reproduce.measure(Fake(), {"row": [{}]}, columns, range(2), "test")
+    assert found == {"row": {"10 %": {0: 10, 1: 11}, "20 %": {0: 20}, "Avg.": {0: 15}}}
+    del columns["10 %"]  # the mean of one column would tell nothing new
+    found = reproduce.measure(Fake(), {"row": [{}]}, columns, range(2), "test")
+    assert found == {"row": {"20 %": {0: 20}}}
 
 
 def test_tables_2_4_and_6(call):

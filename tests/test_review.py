@@ -104,6 +104,8 @@ def test_a_new_sheet_that_could_not_be_read_is_not_written(tmp_path, capfd):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     bad("dog,Dog", "dog is listed twice")
     bad(" ,", "--categories")
+    for name in ("=dog", "+dog", "-dog", "@dog", "'=dog"):
+        bad(f"cat,{name}", f"a spreadsheet computes {name!r}", "give it another name")
     assert not (tmp_path / "labels.csv").exists()
     assert command(main, ["new-sheet", tmp_path, "--categories", "dog"], capfd)[0] == 0
 

@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_world import (command, one_line, options, posix, rows,
-                         run, sheet, snapshot, trained, world)
+                         run, sheet, snapshot, trained, world, weights)
 
 import clip
 import eval as evaluation
@@ -243,3 +244,15 @@ def test_pictures_in_a_new_run_folder_are_not_overwritten(world, tmp_path, capfd
     (tmp_path / name).write_text("by hand")
     one_line(train.main, options(world, tmp_path), capfd, "holds a run already")
     assert (tmp_path / name).read_text() == "by hand"
+
+
+def test_other_weights_are_not_resumed(world, trained, tmp_path, capfd):
+    shutil.copytree(trained, tmp_path / "run")
+    state = {name: value + 1e-3 if name == "logit_scale" else value
+             for name, value in weights().items()}
+    save_file(state, tmp_path / "other-quickgelu.safetensors")
+    one_line(train.main, ["--resume", tmp_path / "run", "--clip",
+                          tmp_path / "other-quickgelu.safetensors"], capfd,
+             "was begun on other CLIP weights: give --clip the same file")
+    assert snapshot(tmp_path / "run") == {tmp_path / "run" / file.relative_to(trained): content
+                                          for file, content in snapshot(trained).items()}

@@ -179,13 +179,14 @@ def test_a_root_is_complete_or_absent(root, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+@pytest.mark.parametrize("name", ("root", "root[1]"))
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, name):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    (tmp_path / f"root.{ended.pid}.part" / "train2014").mkdir(parents=True)
-    (tmp_path / f"root.{os.getppid()}.part").mkdir()  # of one that still draws
-    scenes.write(tmp_path / "root", **SMALL)
-    assert {path.name for path in tmp_path.iterdir()} == {"root", f"root.{os.getppid()}.part"}
+    (tmp_path / f"{name}.{ended.pid}.part" / "train2014").mkdir(parents=True)
+    (tmp_path / f"{name}.{os.getppid()}.part").mkdir()  # of one that still draws
+    scenes.write(tmp_path / name, **SMALL)
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.{os.getppid()}.part"}
 
 
 def test_two_processes_that_draw_the_same_root_both_succeed(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from config import Config
 from tools import check
 import fake_datasets as fake
 from fake_datasets import refused
+from small_world import one_line
 from support import UserError
 
 
@@ -183,6 +184,16 @@ def test_second_sheet(folder):
     refused("b.csv: 1 images are in .*copy.jpg", folder / "a.csv", test=folder / "b.csv")
     refused("--test needs sheets.*coco and .*b.csv", "coco", folder, test=folder / "b.csv")
     refused("--test needs sheets.*x.txt", folder / "a.csv", test=folder / "x.txt")
+
+
+@pytest.mark.parametrize("setting", (dict(ignore="dog"), dict(minus_one="absent"),
+                                     dict(unlisted="unknown")))
+def test_how_a_sheet_is_read_is_not_said_of_other_data(folder, setting, capfd):
+    name, value = next(iter(setting.items()))
+    option = "--" + name.replace("_", "-")
+    refused(f"^{option} tells how to read a sheet.*got --data coco: drop it", "coco", folder,
+            **setting)
+    one_line(check.main, ["scenes", option, value], capfd, "tells how to read a sheet")
 
 
 def test_columns_of_a_second_sheet_come_in_the_order_of_the_first(folder):

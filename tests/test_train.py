@@ -15,7 +15,8 @@ import torch
 from kill_train import same_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_world import ROOT, command, one_line, options, rows, run, start, timeless, world
+from small_world import (ROOT, command, one_line, options, rows, run, start, timeless, trained,
+                         world)
 
 import train
 from support.checkpoint import read_checkpoint
@@ -78,6 +79,10 @@ def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_
     first = next(line["epoch"] for line in history if line["stage"] == 2)
     assert drawn["stage two"] == first - 0.5 and drawn["best epoch 2"] == 2
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+    drawn.clear()
+    curves(history[:first - 1], tmp_path / "without.png", dict(L_KD=0.0), best=None)
+    assert "L_q" in drawn and not any(word in name for name in drawn
+                                      for word in ("L_KD", "stage two", "best"))
 
 
 def test_the_backend_of_a_notebook_does_not_stop_a_run_that_it_starts(tmp_path):
@@ -150,13 +155,13 @@ def test_resuming_is_bit_exact(world, whole, tmp_path, monkeypatch, epoch):
         )
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == epoch
     monkeypatch.setattr(time, "time", lambda: 1.0)  # 1970
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
+    monkeypatch.setattr("tools.report.curves", lambda *_: None)
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     same_run(whole, tmp_path / "run")
 
 
 def test_resuming_a_finished_or_an_unbegun_run(world, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.plots.curves", lambda *_: None)
+    monkeypatch.setattr("tools.report.curves", lambda *_: None)
     shutil.copytree(whole, tmp_path / "done")
     (tmp_path / "done" / "metrics.jsonl").unlink()  # a kill between last.pt and metrics.jsonl
     assert train.main(["--resume", str(tmp_path / "done")]) == 0
@@ -418,3 +423,12 @@ def test_loader_processes_end_without_a_word(world, tmp_path):
     process = start("train.py", *options(world, tmp_path / "run", epochs=1, workers=2,
                                          cache_features=0))
     assert process.communicate()[1] == "" and process.returncode == 0
+
+
+def test_the_region_module_of_another_run_stays_as_it_is(world, trained, tmp_path):
+    """Table 4: neither gradients nor weight decay reach it, the rest learns."""
+    run(world, tmp_path / "run", epochs=1, carl_from=trained)
+    before, after = (read_checkpoint(folder / "last.pt")["model"]
+                     for folder in (trained, tmp_path / "run"))
+    kept = {name: torch.equal(before[name], after[name]) for name in after}
+    assert all(same == name.startswith("carl.") for name, same in kept.items())

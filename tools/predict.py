@@ -25,7 +25,9 @@ def images_in(paths):
             files = sorted(p for p in Path(path).rglob("*") if not p.is_dir() and not any(
                 part.lower().startswith(NO_PHOTOS) for part in p.relative_to(path).parts))
         else:
-            files = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+            literal = path.replace("[", "[[]")  # photos[1]/*.jpg may mean a folder of that name
+            files = [path] if os.path.lexists(path) else sorted(
+                glob.glob(path, recursive=True) or glob.glob(literal, recursive=True))
         if not files:
             raise UserError(f"expected images at {path}, found no file: check the path")
         found += map(str, files)

@@ -216,6 +216,9 @@ def new_sheet(args):
     rows, skipped = [], []
     categories = [name.strip() for name in args.categories.split(",") if name.strip()]
     require_unique([name.lower() for name in categories], "--categories")
+    if computed := [name for name in categories if FORMULA.match(name)]:
+        raise UserError(f"--categories: a spreadsheet computes {computed[0]!r}, as all that starts "
+                        "with = + - or @: give it another name")
     for path in images_in([folder]):
         name = Path(path).relative_to(folder).as_posix()
         name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
