@@ -41,7 +41,6 @@ ENOUGH = 10
 
 # ---- metrics; scores are probabilities or anything that ranks
 
-
 def average_precision(scores, positive):
     """Plain AP of one category: sum of (R_k - R_{k-1}) P_k; tied scores form one threshold, as in
     scikit-learn. scores (n,) float, positive (n,) bool; NaN without a positive."""
@@ -185,7 +184,6 @@ def note_best(state, numbers):
 
 
 # ---- command line
-
 
 def compare(predictors, split):
     """Zero-shot CLIP and several runs side by side: prints mAP of every score; where the split has

@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Optional
 from unicodedata import normalize
 
 import numpy as np
@@ -27,14 +26,14 @@ class Split:
     paths: list  # N absolute file names
     names: list  # C category names, the data set's own
     labels: np.ndarray  # (N, C) int8: what training may see
-    truth: Optional[np.ndarray] = None  # (N, C) int8: all that is known
-    prompts: Optional[list] = None  # C names as they are put into prompts
-    boxes: Optional[list] = None  # N arrays (n, 5) float32: class, x0, y0, x1, y1, in 0..1
-    sizes: Optional[list] = None  # N (width, height) that the list gives, the frame of its boxes
-    unused: Optional[np.ndarray] = None  # (N,) bool: rows that count for the mask but are not used
+    truth: np.ndarray | None = None  # (N, C) int8: all that is known
+    prompts: list | None = None  # C names as they are put into prompts
+    boxes: list | None = None  # N arrays (n, 5) float32: class, x0, y0, x1, y1, in 0..1
+    sizes: list | None = None  # N (width, height) that the list gives, the frame of its boxes
+    unused: np.ndarray | None = None  # (N,) bool: rows that count for the mask but are not used
     dropped: dict = field(default_factory=dict)  # why rows are unused: {"photo missing": 3}
-    listed: Optional[list] = None  # N image names as a sheet writes them
-    where: Optional[list] = None  # N places to name in messages, such as "sheet.csv:12"
+    listed: list | None = None  # N image names as a sheet writes them
+    where: list | None = None  # N places to name in messages, such as "sheet.csv:12"
     mask_sha256: str = ""  # of the seen cells, before any row is left out
 
     def __post_init__(self):

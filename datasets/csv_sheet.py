@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, safe_join,
-                           twins)
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, safe_join, twins
 from support import UserError
 
 WORDS = {POSITIVE: ("1", "true", "yes", "y", "present", "x"),

@@ -213,8 +213,12 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds something else: "
                         "delete it or name another root")
     for left in root.parent.glob(f"{glob.escape(root.name)}.*.part"):
-        if ended(int(left.name.split(".")[-2])):  # killed while it drew
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)  # no signal: is there such a process?
+        except ProcessLookupError:  # it was killed while it drew
             shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # it is another user's
+            pass
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     try:
         (part / "annotations").mkdir(parents=True)
@@ -228,15 +232,6 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             part.rename(root)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def ended(process):
-    """Whether no process has this number any more."""
-    try:
-        os.kill(process, 0)  # no signal: it only asks
-    except OSError as error:
-        return isinstance(error, ProcessLookupError)
-    return False
 
 
 def annotate(folder, split, drawn, size):

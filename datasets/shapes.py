@@ -9,8 +9,6 @@ INI.read(Path(__file__).with_name("scenes.ini"), encoding="utf-8")
 COLOURS = {name: tuple(map(int, rgb.split())) for name, rgb in INI["colours"].items()}
 PAINT = COLOURS | {name: tuple(map(int, rgb.split())) for name, rgb in INI["paint"].items()}
 CIRCLE = [(math.cos(k * math.pi / 12), math.sin(k * math.pi / 12)) for k in range(24)]
-
-
 # a category, or a look-alike; scenes.ini says what the fields mean
 Kind = namedtuple("Kind", "name art colours other place turn company plural",
                   defaults=(" ".join(COLOURS), "white", "any", "3", "", ""))

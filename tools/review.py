@@ -80,15 +80,10 @@ def read_answers(path):
     return answers
 
 
-def uploaded(image):
-    """The file name that Label Studio gives to an uploaded photo (as Django does), after a mark."""
-    return re.sub(r"[^-\w.]", "", posixpath.basename(image).replace(" ", "_"))
-
-
 def row_of(address, rows, uploads):
     """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path.
     /data/local-files/?d=photos/in/a.jpg, or any URL, ends in the image's name; an uploaded one is
-    /data/upload/1/0f3a9c21-a.jpg. uploads: {uploaded(row): [rows]}"""
+    /data/upload/1/0f3a9c21-a.jpg. uploads: {name of an uploaded photo: [rows]}"""
     path = urllib.parse.unquote(address.split("?d=")[-1])
     if upload := re.search(r"/data/upload/\d+/[0-9a-f]{8}-([^/]+)$", path):
         found = uploads.get(upload[1], [])
@@ -120,7 +115,8 @@ def read_label_studio(path, names, rows, unlisted):
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
     answers, shown, uploads = [], {}, collections.defaultdict(list)
     for row in rows:
-        uploads[uploaded(row)].append(row)
+        name = posixpath.basename(row).replace(" ", "_")  # as Django names an uploaded file
+        uploads[re.sub(r"[^-\w.]", "", name)].append(row)
     with refused(f"{path}: expected Label Studio's export as JSON, not JSON-MIN, each task with "
                  "data.image and annotations"):
         for task in read_json(path):
