@@ -84,7 +84,9 @@ def run_main(work, stopped="stopped"):
         signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
         if hasattr(signal, "pthread_kill"):
             threading.excepthook = thread_failed
-    for stream in (sys.stdout, sys.stderr):
+    streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]
+    sys.stdout, sys.stderr = streams  # one that is closed (>&-) is None
+    for stream in streams:
         if hasattr(stream, "reconfigure"):  # a name that a terminal cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")
     try:
