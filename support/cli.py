@@ -65,6 +65,8 @@ stop.asked, stop.process, stop.cause = False, None, None
 
 def thread_failed(failure):
     """An error in a thread ends the work: a pool without its thread would be waited for forever."""
+    if stop.asked:  # a pool whose processes were ended complains
+        return
     stop.cause = failure.exc_value
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # wakes it: `stop` raises
 
@@ -106,6 +108,7 @@ def run_main(work, stopped="stopped"):
         sys.unraisablehook = str  # prints nothing: a half-built loader complains when it goes
     finally:
         threading.excepthook = hook
+        stop.asked = False  # a notebook that was stopped trains again
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 
