@@ -30,7 +30,7 @@ from tqdm import tqdm
 from datasets import coco
 from datasets.shapes import COLOURS, DISTRACTORS, IDS, INI, KINDS, NAMES, PAINT, sections, stamp
 from support import UserError
-from support.cli import end_with_parent, make_parser, run_command
+from support.cli import end_with_parent, make_parser, run_command, stop
 
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
 # val2014 is the held-out test, as for COCO; tune2014 is for tuning
@@ -184,11 +184,14 @@ def draw(split, size, objects, seed, folder, index):
 
 def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=None):
     """Yields, in order, what `draw` gives for scenes 0..count-1. workers: None takes all cores."""
-    one = partial(draw, split, size, objects, seed, folder)
+    draw_one = partial(draw, split, size, objects, seed, folder)
     pool = ProcessPoolExecutor(min(workers or os.cpu_count(), 61), initializer=end_with_parent)
     try:
-        drawn = pool.map(one, range(count), chunksize=50)
-        yield from tqdm(drawn, f"drawing {split}", count, unit="image")
+        drawn = pool.map(draw_one, range(count), chunksize=50)
+        for one in tqdm(drawn, f"drawing {split}", count, unit="image"):
+            if stop.asked:  # in a fork, where Python loses the exception
+                raise KeyboardInterrupt
+            yield one
     except (RuntimeError, KeyboardInterrupt):  # no thread is left that tells the processes to end
         for process in multiprocessing.active_children():
             process.kill()

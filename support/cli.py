@@ -65,6 +65,8 @@ stop.asked, stop.process, stop.cause = False, None, None
 
 def thread_failed(failure):
     """An error in a thread ends the work: a pool without its thread would be waited for forever."""
+    if stop.asked:  # a pool whose processes were ended complains
+        return
     stop.cause = failure.exc_value
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # wakes it: `stop` raises
 
@@ -84,7 +86,9 @@ def run_main(work, stopped="stopped"):
         signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
         if hasattr(signal, "pthread_kill"):
             threading.excepthook = thread_failed
-    for stream in (sys.stdout, sys.stderr):
+    streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]
+    sys.stdout, sys.stderr = streams  # one that is closed (>&-) is None
+    for stream in streams:
         if hasattr(stream, "reconfigure"):  # a name that a terminal cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -104,6 +108,7 @@ def run_main(work, stopped="stopped"):
         sys.unraisablehook = str  # prints nothing: a half-built loader complains when it goes
     finally:
         threading.excepthook = hook
+        stop.asked = False  # a notebook that was stopped trains again
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
 

@@ -265,6 +265,18 @@ def test_a_reader_that_goes_away_and_a_closed_stderr(trained, tmp_path):
 
 
 @posix
+@pytest.mark.parametrize("closed", (">&-", "2>&-", "<&- >&- 2>&-"))
+def test_a_command_without_outputs_works(trained, tmp_path, closed):
+    """As some schedulers start one: a file that it opens must not become its output either."""
+    photos, table = trained.parent / "scenes" / "val2014", tmp_path / "table.csv"
+    words = ["eval.py", trained, "--image", photos, "--out", tmp_path / "out", "--csv", table]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *words],
+                          cwd=ROOT)
+    assert done.returncode == 0 and len(table.read_text().splitlines()) == 13
+    assert len(list((tmp_path / "out").iterdir())) == 12
+
+
+@posix
 def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
     Image.new("RGB", (10000, 9500)).save(tmp_path / "large.png")
     done = subprocess.run(

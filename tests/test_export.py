@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small_world import ROOT, command, one_line, run, world
+from small_world import ROOT, command, one_line, run, trained, world
 
 import data
 from tools import export
@@ -42,6 +42,15 @@ def test_torch_export_with_any_batch(case, tmp_path, capfd):
     one_line(export.main, [folder, tmp_path / "m.pth"], capfd, ".onnx")
 
 
+def test_a_full_disk_is_told_in_one_line(world, trained, tmp_path, capfd, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("support.checkpoint.os.fsync", full)
+    one_line(export.main, [trained, tmp_path / "m.pt2"], capfd, "No space left on device", "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_onnx_with_any_batch(case, tmp_path, capfd):
     runtime = pytest.importorskip("onnxruntime", reason="ONNX needs onnx, onnxscript, onnxruntime")
     pytest.importorskip("onnxscript")
@@ -50,7 +59,7 @@ def test_onnx_with_any_batch(case, tmp_path, capfd):
     session = runtime.InferenceSession(tmp_path / "m.onnx")
     for n in (1, 2, 5):
         p, _ = session.run(None, {"images": images[:n].numpy()})
-        assert np.abs(p - want[n]).max() < 1e-5
+        assert np.abs(p - want[n]).max() < 5e-5  # 1.6e-5 of the mixed score, onnxruntime 1.32
 
 
 def test_onnx_without_its_packages_says_what_to_install(case, tmp_path):

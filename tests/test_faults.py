@@ -387,6 +387,26 @@ def test_a_pool_that_loses_its_thread_is_not_waited_for(tmp_path):
     assert "Traceback" not in err and not list(tmp_path.iterdir())
 
 
+def test_a_stop_that_came_in_a_fork_ends_the_drawing(tmp_path, monkeypatch):
+    from datasets import scenes
+
+    monkeypatch.setattr(scenes.stop, "asked", True)
+    with pytest.raises(KeyboardInterrupt):
+        scenes.write(tmp_path / "s", train=200, val=1, test=1, size=64, workers=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_that_fails_after_a_stop_changes_nothing(monkeypatch):
+    """Python 3.11's pool raises InvalidStateError in its thread when its processes were ended."""
+    from support import cli
+
+    monkeypatch.setattr(cli.stop, "asked", True)
+    monkeypatch.setattr(cli.stop, "cause", None)
+    monkeypatch.setattr(cli.signal, "pthread_kill", None, raising=False)  # not reached
+    cli.thread_failed(None)
+    assert cli.stop.cause is None
+
+
 @linux
 def test_an_error_in_a_thread_ends_the_command_and_is_told(capfd):
     """Also one that is a fault of ours: with its traceback. What a program's own threads raise

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from support import UserError
+from support.checkpoint import save_atomically, write_atomically
 from support.cli import make_parser, run_command
 from tools.predict import new
 from tools.predictor import Predictor
@@ -48,14 +49,18 @@ def export(run, file, clip=None):
     module = Exported(predictor).eval().requires_grad_(False)
     batch = {"images": {0: torch.export.Dim("batch", max=1024)}}
     program = torch.export.export(module, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch)
-    if file.suffix == ".onnx":
-        torch.onnx.export(program, f=str(file), input_names=["images"], external_data=False,
-                          output_names=["probabilities", "energies"], verbose=False)
-    else:
-        torch.export.save(program, file)
+
+    def save(buffer):
+        if file.suffix == ".pt2":
+            return torch.export.save(program, buffer)
+        onnx = torch.onnx.export(program, input_names=["images"], verbose=False,
+                                 output_names=["probabilities", "energies"])
+        buffer.write(onnx.model_proto.SerializeToString())
+
+    save_atomically(save, file)
     about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
                  mean=encoder.mean, std=encoder.std, grid=predictor.grid)
-    Path(f"{file}.json").write_text(json.dumps(about), encoding="utf-8")
+    write_atomically(Path(f"{file}.json"), json.dumps(about))
 
 
 def main(argv=None):
