@@ -57,9 +57,10 @@ def test_onnx_with_any_batch(case, tmp_path, capfd):
     folder, images, want = case
     assert command(export.main, [folder, tmp_path / "m.onnx"], capfd)[0] == 0
     session = runtime.InferenceSession(tmp_path / "m.onnx")
+    close = 5e-5 if Predictor(folder).cfg.score == "mixed" else 1e-5  # 1.6e-5, onnxruntime 1.32
     for n in (1, 2, 5):
         p, _ = session.run(None, {"images": images[:n].numpy()})
-        assert np.abs(p - want[n]).max() < 5e-5  # 1.6e-5 of the mixed score, onnxruntime 1.32
+        assert np.abs(p - want[n]).max() < close
 
 
 def test_onnx_without_its_packages_says_what_to_install(case, tmp_path):
