@@ -206,6 +206,12 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("data.py", 'train if cfg.data == "nuswide" else train.used()', "train.used()"),
     ("data.py", 'train if cfg.data == "nuswide" else train.used()', "train"),
     ("kernels/match.py", "dim=-1, dtype=difference.dtype)", "dim=-1)"),
+    ("kernels/match.py", "tuple(x.new_empty(x.shape[:2], dtype=torch.float32)\n"
+     + " " * 51 + "for _ in range(2))", "(x.new_empty(x.shape[:2], dtype=torch.float32),) * 2"),
+    ("kernels/region_pool.py", "if half and runs_triton", "if runs_triton"),
+    ("kernels/region_pool.py", "where = b * C * N + c[None, :] * stride_c + n[:, None] * stride_n",
+     "where = b * C * N + c[None, :] * N + n[:, None]"),
+    ("kernels/topk_prototypes.py", "b * C * N + c * stride_c + n * stride_n", "(b * C + c) * N + n"),
     ("kernels/match.py", "total += tl.sum(g[:, None]", "total = tl.sum(g[:, None]"),
     ("tools/zero_shot.py", "F.normalize(encoder.encode_text(of_template), dim=-1)",
      "encoder.encode_text(of_template)"),

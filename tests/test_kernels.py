@@ -168,6 +168,16 @@ def test_mixed_types_strides_and_extreme_energies(triton_path, launched):
     assert launched == ["pool_kernel"] * 3
 
 
+def test_gradients_lie_as_carls_energies_do(triton_path, launched):
+    energy, f, generator = inputs((2, 20, 81, 24), torch.bfloat16, triton_path)
+    up = torch.randn(2, 20, 24, generator=generator).to(f)
+    plain, turned = (torch.autograd.grad(kernels.region_pool(e, f), e, up)[0]
+                     for e in (energy.clone().requires_grad_(),
+                               energy.mT.contiguous().mT.requires_grad_()))
+    assert torch.equal(plain, turned) and turned.mT.is_contiguous()
+    assert launched == ["pool_kernel", "grad_kernel"] * 2
+
+
 def test_float32_regions_take_the_reference(triton_path, launched):
     energy, f, _ = inputs((2, 20, 81, 20), torch.float32, triton_path)
     assert torch.equal(kernels.region_pool(energy, f), region_pool_reference(energy, f))
