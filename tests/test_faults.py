@@ -332,6 +332,8 @@ def test_a_worker_without_a_thread_to_spare_ends(monkeypatch):
     monkeypatch.setattr(cli.os, "_exit", ended.append)
     cli.end_with_parent()
     assert ended == [1]
+    cli.threading.Thread().start()  # one that a queue would start later
+    assert ended == [1, 1]
 
 
 @linux
