@@ -336,6 +336,24 @@ def test_a_worker_without_a_thread_to_spare_ends(monkeypatch):
     assert ended == [1, 1]
 
 
+def test_a_loader_that_goes_without_a_thread_says_nothing(monkeypatch, capfd):
+    """torch's __del__ starts threads, too, and the line about the limit is enough."""
+    from support import cli
+
+    class Gone:
+        def __init__(self, text):
+            self.text = text
+
+        def __del__(self):
+            raise RuntimeError(self.text)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    assert cli.run_main(lambda: Gone("can't start new thread") and None) == 0
+    assert capfd.readouterr().err == ""
+    assert cli.run_main(lambda: Gone("another fault") and None) == 0
+    assert "another fault" in capfd.readouterr().err
+
+
 @linux
 def test_a_worker_destroys_nothing_of_its_parents(tmp_path):
     """A CUDA graph among the parent's garbage, collected in a forked process, would end it."""
