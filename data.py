@@ -27,7 +27,8 @@ from support import UserError, refused
 
 LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc2012": voc.load,
            "vg200": vg200.load, "nuswide": nuswide.load, "cub": cub.load}
-SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
+HERE = Path(__file__).resolve().parent
+SCENES = HERE / "generated" / "scenes"
 
 # How a class is called in a prompt, where that is not its name: --prompt-names "peers" (TaI-DPT,
 # DualCoOp; the default), "words" (VOC's joined names split) or "official" (the data set's own).
@@ -121,7 +122,10 @@ def complete(cfg):
     if cfg.data == "scenes" and cfg.root is None:
         scenes.write(SCENES)  # leaves them alone when they are there
     elif cfg.root is None:
-        raise UserError(f"{cfg.data}: say where it lies with --root (docs/data.md: its folders)")
+        pages = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
+        row = next(line.split(" | ") for line in pages.splitlines() if f"`{cfg.data}`" in line)
+        raise UserError(f"{cfg.data}: say with --root which folder holds {row[-1].strip(' |')}; it "
+                        f"comes from {row[1]} (docs/data.md)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")

@@ -24,7 +24,6 @@ import torch
 from tqdm import tqdm
 
 import clip
-import data
 import kernels
 import losses
 from clip.features import autocast_dtype
@@ -191,11 +190,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
     if rank == 0:
-        count = sum(p.numel() for p in trainable) / 2**20
-        print(f"{run}: {data.describe(train_split)}; {len(train_split.names)} categories, "
-              f"{count:.2f} Mi trainable; {kernels.chosen()}")
-        if cfg.assume_negative:
-            print(f"unknown labels count as absent, with weight {cfg.assume_negative:g}")
+        report.of_start(run, cfg, train_split, trainable)
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
                  clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # the same in every epoch
     while state.epoch < cfg.epochs:

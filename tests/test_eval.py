@@ -586,3 +586,5 @@ def test_a_pattern_that_the_shell_left_alone_and_a_folder_with_brackets(tmp_path
     assert images_in(["p[1]/*.jpg"]) == ["p1/d.jpg"]  # as a shell has it
     with pytest.raises(UserError, match="expected images at p/.x.., found no file"):
         images_in(["p/[x]*"])
+    Path("p/folder.jpg").mkdir()
+    assert images_in(["p/*.jpg"]) == ["p/a.jpg", "p/b.jpg"]

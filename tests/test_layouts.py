@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import data
+from config import Config
 from tools import check
 from datasets import base as datasets
 import fake_datasets as fake
@@ -162,7 +163,7 @@ def test_broken_json(coco, tmp_path, text, match):
 def test_folders_and_arguments(coco, tmp_path):
     refused("no such folder", "coco", tmp_path / "nowhere")
     refused("annotations/instances_train2014.json not found", "coco", tmp_path)
-    refused("say where", "coco")
+    refused("say with --root", "coco")
     refused("unknown data set 'imagenet'", "imagenet", tmp_path)
     (tmp_path / "file").write_text("")
     refused("no such folder", "voc2007", tmp_path / "file")
@@ -557,7 +558,7 @@ def test_other_packages_of_our_names_work_beside_ours(tmp_path, first):
     run(world, tmp_path / "run", epochs=1)
     photo = sorted((world / "scenes" / "val2014").iterdir())[0]
     theirs = "from datasets import load_dataset; import clip, kernels; "
-    code = (f"import sys; sys.path.insert(0, 'site'); sys.path.append({str(root)!r}); "
+    code = (f"import sys; sys.path.insert(0, 'site'); sys.path.append({str(root / 'tools')!r}); "
             f"{theirs * first}from trm_ml import Predictor; {theirs}"
             f"p = Predictor({str(tmp_path / 'run')!r}, 'last'); "
             f"assert p.predict([{str(photo)!r}]) and p.inspect({str(photo)!r}); "
@@ -578,7 +579,8 @@ def test_a_program_may_look_whether_kernels_is_installed(tmp_path, order):
     (tmp_path / "datasets" / "__init__.py").write_text("def load_dataset(): return 'theirs'")
     steps = {"look": "import datasets, kernels; assert not hasattr(kernels, '__version__')",
              "ours": "from trm_ml import Predictor"}
-    code = "; ".join([f"import sys; sys.path.append({str(Path(__file__).resolve().parents[1])!r})",
+    root = Path(__file__).resolve().parents[1]
+    code = "; ".join([f"import sys; sys.path += [{str(root)!r}, {str(root / 'tools')!r}]",
                       *(steps[step] for step in order.split("; ")),
                       "print(datasets.load_dataset())"])
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
@@ -617,6 +619,12 @@ def test_file_names_of_coco_may_hold_the_folder(tmp_path):
 
     fake.coco(tmp_path)
     assert changed(tmp_path, edit).paths == fake.load("coco", tmp_path)[0].paths
+
+
+@pytest.mark.parametrize("name", sorted(set(data.LAYOUTS) - {"scenes"}))
+def test_without_a_root_it_is_told_what_is_needed_and_where_it_comes_from(name):
+    with pytest.raises(UserError, match="--root which folder holds `.*/`.*comes from http"):
+        data.load(Config(data=name))
 
 
 @pytest.mark.parametrize("there", ("annotations/instances_val2017.json", "images/train2017/a.jpg"))

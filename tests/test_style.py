@@ -83,13 +83,13 @@ def test_no_import_circle():
         visit(name, [])
 
 
-def test_eight_files_at_the_top():
+def test_seven_files_at_the_top():
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("not a checkout of git")
     top = [name for name in tracked.stdout.split() if "/" not in name]
     assert top == ["config.py", "data.py", "eval.py", "losses.py", "memory.py", "train.py",
-                   "trm.py", "trm_ml.py"]  # the last is the name under which others import it
+                   "trm.py"]
 
 
 def test_names_of_equations_are_cited_in_the_method():

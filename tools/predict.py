@@ -26,8 +26,9 @@ def images_in(paths):
                 part.lower().startswith(NO_PHOTOS) for part in p.relative_to(path).parts))
         else:
             literal = path.replace("[", "[[]")  # photos[1]/*.jpg may mean a folder of that name
+            matches = glob.glob(path, recursive=True) or glob.glob(literal, recursive=True)
             files = [path] if os.path.lexists(path) else sorted(
-                glob.glob(path, recursive=True) or glob.glob(literal, recursive=True))
+                match for match in matches if not os.path.isdir(match))
         if not files:
             raise UserError(f"expected images at {path}, found no file: check the path")
         found += map(str, files)

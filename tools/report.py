@@ -1,7 +1,18 @@
 """What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
+import data
+import kernels
 from support.checkpoint import FILES
 from tools.plots import curves, region_tiles, save_grid
 from tools.predictor import Predictor
+
+
+def of_start(run, cfg, split, trainable):
+    """Prints what a run learns from, and how much: split of training, list of parameters."""
+    count = sum(p.numel() for p in trainable) / 2**20
+    print(f"{run}: {data.describe(split)}; {len(split.names)} categories, {count:.2f} Mi "
+          f"trainable; {kernels.chosen()}")
+    if cfg.assume_negative:
+        print(f"unknown labels count as absent, with weight {cfg.assume_negative:g}")
 
 
 def of_epoch(run, line, epochs):
@@ -22,10 +33,15 @@ def of_epoch(run, line, epochs):
 
 
 def mAPs(line):
-    """mAP of each split that was evaluated, beside it that of CLIP without any training."""
-    return "  ".join(f"{split} mAP {line[split]['mAP']:.2f} (zero-shot "
-                     f"{line[split]['mAP_zero-shot']:.2f})" for split in ("val", "test")
-                     if split in line)
+    """mAP of each split that was evaluated, and of CLIP without any training."""
+    told = []
+    if numbers := line.get("val"):
+        told.append(f"val mAP {numbers['mAP']:.2f} ({numbers['positives']} positives of "
+                    f"{len(numbers['AP']) - numbers['left_out']} categories, "
+                    f"zero-shot {numbers['mAP_zero-shot']:.2f})")
+    if numbers := line.get("test"):
+        told.append(f"test mAP {numbers['mAP']:.2f} (zero-shot {numbers['mAP_zero-shot']:.2f})")
+    return "  ".join(told)
 
 
 def of_run(run, cfg, state, encoder, splits, seconds):

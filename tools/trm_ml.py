@@ -1,6 +1,6 @@
 """The project in a program that uses other packages called `clip`, `datasets` or `kernels`, too.
 
-    sys.path.append("path/of/the/project")
+    sys.path.append("path/of/the/project/tools")
     from trm_ml import Predictor
 
 Our modules find our folders of these names while this file is imported. Afterwards a name belongs
@@ -12,7 +12,7 @@ import os
 import sys
 from importlib.machinery import PathFinder
 
-HERE = os.path.dirname(os.path.realpath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 NAMES = ("clip", "datasets", "kernels")
 
 
@@ -35,5 +35,6 @@ try:
     Predictor = importlib.import_module("eval").Predictor
 finally:
     sys.path.remove(HERE)
+    sys.path.append(HERE)  # behind all others: for the processes of a loader
     take([name for name in NAMES if not ours(PathFinder.find_spec(name))])
     sys.modules.update(others)
