@@ -46,8 +46,8 @@ class Config:
     unlisted: str | None = option(None, "the rest of a sheet that tells only what is present",
                                   choices="absent|unknown")
     names: str | None = option(None, "file of prompt names, one category a line")
-    prompt_names: str = option("peers", "category words in the prompts: the peers', the official "
-                               "ones, or joined words split", choices="peers|official|words")
+    prompt_names: str = option("peers", "category words in the prompts: the peers', or the data "
+                               "set's own", choices="peers|official")
     lists: str | None = option(None, "folder or training list of the splc setup (else --root)")
     keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
     train_images: int | None = option(None, "use only the first n training images", 1)

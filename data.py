@@ -30,12 +30,8 @@ LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc20
 HERE = Path(__file__).resolve().parent
 SCENES = HERE / "generated" / "scenes"
 
-# How a class is called in a prompt, where that is not its name: --prompt-names "peers" (TaI-DPT,
-# DualCoOp; the default), "words" (VOC's joined names split) or "official" (the data set's own).
-VOC_WORDS = {"diningtable": "dining table", "pottedplant": "potted plant",
-             "tvmonitor": "tv monitor"}
-PROMPTS = {("coco", "peers"): {"motorcycle": "motor bike", "airplane": "aeroplane"},
-           ("voc2007", "words"): VOC_WORDS, ("voc2012", "words"): VOC_WORDS}
+# How TaI-DPT calls two classes of COCO in prompts (--prompt-names peers)
+COCO_PROMPTS = {"motorcycle": "motor bike", "airplane": "aeroplane"}
 
 # The SPLC setup's published lists, below --lists or --root; the second is a test list.
 LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
@@ -232,10 +228,11 @@ def prompts_for(cfg, split):
         return prompts
     if is_sheet(cfg.data):
         return split.prompts
-    if cfg.data == "cub" and cfg.prompt_names != "official":
+    if cfg.prompt_names == "peers" and cfg.data == "cub":
         names = [cub_prompt(name) for name in names]
-    table = PROMPTS.get((cfg.data, cfg.prompt_names), {})
-    return [table.get(name, name).replace("_", " ") for name in names]
+    if cfg.prompt_names == "peers" and cfg.data == "coco":
+        names = [COCO_PROMPTS.get(name, name) for name in names]
+    return [name.replace("_", " ") for name in names]
 
 
 def cub_prompt(name):

@@ -152,8 +152,12 @@ def read(path, root, cfg):
         error = UserError(problems[0] + (more if len(problems) > 1 else ""))
         error.problems = problems
         raise error
-    return Split(os.path.splitext(os.path.basename(path))[0], files, names,
-                 np.array(cells, np.int8).reshape(-1, len(names)),
+    labels = np.array(cells, np.int8).reshape(-1, len(names))
+    ticked = [name for name, column in zip(names, labels.T) if {*column} == {POSITIVE, UNKNOWN}]
+    if path == cfg.data and 0 < len(ticked) < len(names):  # of all: a way to fill a sheet
+        print(f"note: {path}: no image is known to be without {', '.join(ticked[:5])}, but some "
+              "without others: a run would see it everywhere; fill in some 0")
+    return Split(os.path.splitext(os.path.basename(path))[0], files, names, labels,
                  prompts=prompts, listed=[row[0] for _, row in body],
                  where=[f"{path}:{line}" for line, _ in body])
 

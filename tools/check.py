@@ -22,18 +22,15 @@ def check(cfg, decode=True):
         split = split.used()
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
-        never, always = [], []
+        never = []
         for category, column in zip(split.names, split.labels.T):
             present, absent, unknown = ((column == code).sum()
                                         for code in (POSITIVE, NEGATIVE, UNKNOWN))
             print(f"{category[:31]:32}{present:9}{absent:9}{unknown:9}")
             never += [] if present else [repr(category)]
-            always += [repr(category)] if present and unknown and not absent else []
         if never and name == "train":
-            yield f"train: no image has {first_of(never)}: none to learn"
-        if 0 < len(always) < len(split.names) and name == "train":  # of all: --unlisted
-            print(f"note: no image is known to be without {first_of(always)}, but some without "
-                  "others: a run would see it everywhere; fill in some 0")
+            more = f" and {len(never) - 5} more" if len(never) > 5 else ""
+            yield f"train: no image has {', '.join(never[:5])}{more}: none to learn"
         for i, first in enumerate(twins(split.paths)):
             if first != i:
                 differ = (split.labels[first] * split.labels[i] < 0).any()
@@ -43,10 +40,6 @@ def check(cfg, decode=True):
             where = split.where or [cfg.data] * len(split.paths)
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
                 yield from filter(None, pool.map(unreadable, split.paths, where))
-
-
-def first_of(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def unreadable(path, where):
