@@ -98,22 +98,33 @@ def metrics(scores, truth, threshold=0.5):
     return percent | {"left_out": int((~there).sum()), "positives": int(exist.sum())}
 
 
-def best_thresholds(scores, truth, k):
-    """(C,) thresholds with the best F1: midway to the next lower score, and drawn towards 0.5, as
-    few positives say little. On the scale of logits t of n positives becomes n t / (n + k)
-    (docs/readings.md). 0.5 where the known labels are all alike.
+def best_threshold(scores, positive):
+    """The threshold of the best F1 of one category, midway to the next lower score.
+    scores (n,), positive (n,) bool, one True at least"""
+    rank = np.argsort(-scores, kind="stable")
+    scores, positive = scores[rank], positive[rank]
+    f1 = 2 * np.cumsum(positive) / (np.arange(1, len(scores) + 1) + positive.sum())
+    f1[np.append(np.diff(scores) == 0, False)] = 0  # a threshold cannot split a tie
+    best = f1.argmax()
+    return scores[best:best + 2].mean()
+
+
+def best_thresholds(scores, truth, k, resamples=25):
+    """(C,) thresholds with the best F1. Few labels say little, so two steps follow on the scale of
+    logits (docs/readings.md): t is the mean over resamples of the known labels (Breiman's bagging,
+    1996), and t of n positives becomes n t / (n + k), drawn towards 0.5. 0.5 where the known labels
+    are all alike.
     scores (n, C) probabilities, truth (n, C) in {1, -1, 0}"""
     logits = torch.as_tensor(scores).logit(eps=1e-6).numpy()  # (n, C)
     thresholds = np.full(truth.shape[1], 0.5)
     for c, known in enumerate((truth != 0).T):
         s, positive = logits[known, c], truth[known, c] == 1
-        if positive.any() and not positive.all():
-            n = positive.sum()
-            rank = np.argsort(-s, kind="stable")
-            f1 = 2 * np.cumsum(positive[rank]) / (np.arange(1, len(s) + 1) + n)
-            f1[np.append(np.diff(s[rank]) == 0, False)] = 0  # a threshold cannot split a tie
-            best = f1.argmax()
-            t = s[rank[best:best + 2]].mean()
+        n = positive.sum()
+        if 0 < n < len(s):
+            drawn = np.random.RandomState(0).randint(len(s), size=(resamples, len(s)))
+            drawn = np.lexsort((positive, s))[drawn]  # the order of the images does not matter
+            t = np.mean([best_threshold(s[rows], positive[rows]) for rows in drawn
+                         if positive[rows].any()])
             thresholds[c] = 1 / (1 + np.exp(-n * t / (n + k)))
     return thresholds
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from eval import average_precision, best_thresholds, interpolated_ap, metrics
+from eval import (average_precision, best_threshold, best_thresholds, interpolated_ap,
+                  metrics)
 from datasets import augment
 from datasets.base import Split
 from tools.localise import localisation, upright_boxes
@@ -130,28 +131,63 @@ def test_scores_of_unknown_cells_change_nothing():
     scores, truth = case(3)
     other = np.where(truth == 0, 1 - scores, scores)
     assert metrics(scores, truth) == metrics(other, truth)
-    assert np.array_equal(best_thresholds(scores, truth, 2), best_thresholds(other, truth, 2))
+    thresholds = best_thresholds(scores, truth, 2)
+    assert np.allclose(thresholds, best_thresholds(other, truth, 2), atol=1e-6)
+    turned = best_thresholds(scores[::-1].copy(), truth[::-1], 2)  # nor does the images' order
+    assert np.allclose(thresholds, turned, atol=1e-6)
 
 
-def test_best_thresholds_by_brute_force():
+def test_best_threshold_by_brute_force():
     for seed in range(20):
         scores, truth = case(seed)
-        got = best_thresholds(scores, truth, k=0)
-        shrunk = best_thresholds(scores, truth, k=2)
         for c in range(truth.shape[1]):
-            known = truth[:, c] != 0
-            s, positive = scores[known, c], truth[known, c] == 1
-            if not positive.any():
+            s, positive = scores[truth[:, c] != 0, c], truth[truth[:, c] != 0, c] == 1
+            if positive.any():
+                got = best_threshold(s, positive)
+                f1 = lambda t: 2 * (positive & (s >= t)).sum() / ((s >= t).sum() + positive.sum())
+                passes = s[s >= got - 1e-6].min()
+                assert f1(passes) == max(f1(t) for t in s)
+                below = max((t for t in s if t < passes), default=passes)
+                assert got == pytest.approx((passes + below) / 2, abs=1e-6)
+
+
+def test_thresholds_are_means_over_resamples_drawn_towards_a_half():
+    logit = lambda p: math.log(max(p, 1e-6) / max(1 - p, 1e-6))
+    for seed in range(5):
+        scores, truth = case(seed)
+        got = best_thresholds(scores, truth, k=2)
+        for c in range(truth.shape[1]):
+            s = np.array([logit(p) for p, y in zip(scores[:, c], truth[:, c]) if y])
+            positive = np.array([y == 1 for y in truth[:, c] if y])
+            if not positive.any() or positive.all():
                 assert got[c] == 0.5
                 continue
-            f1 = lambda t: 2 * (positive & (s >= t)).sum() / ((s >= t).sum() + positive.sum())
-            passes = s[s >= got[c] - 1e-6].min()
-            assert f1(passes) == max(f1(t) for t in s)
-            logit = lambda p: math.log(max(p, 1e-6) / max(1 - p, 1e-6))
-            below = max((t for t in s if t < passes), default=passes)
-            assert logit(got[c]) == pytest.approx((logit(passes) + logit(below)) / 2, abs=1e-4)
-            n = positive.sum()  # a threshold of few positives is drawn towards 0.5
-            assert logit(shrunk[c]) == pytest.approx(n * logit(got[c]) / (n + 2), abs=1e-4)
+            rng, found, order = np.random.RandomState(0), [], np.lexsort((positive, s))
+            s, positive = s[order], positive[order]
+            for _ in range(25):
+                rows = [rng.randint(len(s)) for _ in range(len(s))]
+                if positive[rows].any():
+                    found.append(best_threshold(s[rows], positive[rows]))
+            n = positive.sum()
+            want = n * sum(found) / len(found) / (n + 2)
+            assert logit(got[c]) == pytest.approx(want, abs=0.01)
+
+
+def test_a_resampled_threshold_moves_less_than_a_single_one():
+    """Another draw of thirty labels: the mean over resamples varies less from draw to draw."""
+    single, mean = [], []
+    for seed in range(100):
+        rng = np.random.RandomState(seed)
+        truth = np.where(rng.random_sample((30, 1)) < 0.2, 1, -1)
+        truth[:2, 0] = 1, -1
+        t = truth + rng.randn(30, 1)
+        single.append(best_threshold(t[:, 0], truth[:, 0] == 1))
+        mean.append(logit_of(best_thresholds(1 / (1 + np.exp(-t)), truth, k=0))[0])
+    assert np.std(mean) < 0.85 * np.std(single)
+
+
+def logit_of(p):
+    return np.log(p / (1 - p))
 
 
 def test_localisation_by_loops():
