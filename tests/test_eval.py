@@ -156,7 +156,7 @@ def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, 
         best = sorted((float(p) for p in wide.values()), reverse=True)[:3]
         assert np.allclose(shown, best, atol=1e-4)
         with Image.open(row["picture"]) as picture:
-            assert picture.size == (4 * 198 + 6, 219)
+            assert picture.size == (4 * 198 + 6, 243)
     assert len(list(pictures.iterdir())) == 13
 
     status, out, err = command(
@@ -178,12 +178,15 @@ def test_a_picture_says_whether_its_verdicts_are_right_and_which_maps_are_flat(p
     predictor = SimpleNamespace(names=["a", "b", "c", "d"], grid=(2, 3),
                                 threshold=np.array([0.5, 0.5, 0.2, 0.2]))
     maps = np.full((4, 6), 0.9)
-    maps[0, :5] = 0.1
+    maps[0, :5], maps[3, 5] = 0.1, 0.04
+    maps[3, :5] = 0.001
     p, truth = np.array([0.7, 0.4, 0.3, 0.3]), np.array([1, 1, -1, 0])
     tiles = region_tiles(predictor, photos / "grey.png", p, maps, 4, truth)
     assert [caption for _, caption in tiles] == [
-        "grey.png", "+ a 0.70>0.50 peak 0.90", "x b 0.40<0.50 flat 0.90",
-        "x c 0.30>0.20 flat 0.90", "? d 0.30>0.20 flat 0.90"]
+        "grey.png", "a\npresent: 0.70 >= 0.50, right\nregion: peak 0.90, area 17 %",
+        "b\nabsent: 0.40 < 0.50, wrong\nregion: peak 0.90, area 100 %, flat",
+        "c\npresent: 0.30 >= 0.20, wrong\nregion: peak 0.90, area 100 %, flat",
+        "d\npresent: 0.30 >= 0.20, truth unknown\nregion: peak 0.04, area 17 %, flat"]
 
 
 def test_one_pass_of_the_network_in_batches(trained, photos, tmp_path, capfd, monkeypatch):

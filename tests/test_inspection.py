@@ -67,6 +67,22 @@ def test_every_tensor_follows_from_the_ones_before_it(world, tmp_path):
             / "last.pt").read_bytes() == before and "losses" not in predictor.inspect(photo)
 
 
+def test_what_a_run_leaves_out_is_not_inspected(world, tmp_path):
+    run(world, tmp_path / "run", epochs=3, without="kd,text")
+    predictor = evaluation.Predictor(tmp_path / "run", "last")
+    labels = torch.ones(len(predictor.names), dtype=torch.int8)
+    guessed = 0
+    for photo in sorted((world / "scenes" / "val2014").iterdir())[:6]:
+        seen = predictor.inspect(photo, labels)
+        assert torch.equal(seen["pseudo"], seen["verdicts"][0])  # the visual prototypes alone
+        assert torch.equal(seen["truth"], labels)
+        terms = seen["losses"]
+        assert set(terms) == {"L_q", "L_r", "L_NCE", "L"}
+        assert torch.allclose(terms["L"], terms["L_q"] + terms["L_r"] + 0.01 * terms["L_NCE"])
+        guessed += int((seen["verdicts"][0] != seen["verdicts"][1]).sum())
+    assert guessed  # with both prototypes something else would have come out
+
+
 def test_a_baseline_has_no_regions_to_inspect(world, tmp_path):
     run(world, tmp_path / "run", epochs=1, matching="average")
     photo = str(sorted((world / "scenes" / "val2014").iterdir())[0])

@@ -37,38 +37,43 @@ def region_tiles(predictor, path, p, maps, top, truth=None):
     """A row of `save_grid`: the photo, then the regions of its `top` categories and what they say.
 
     p (C,) probabilities, maps (C, N) of the image, as Predictor.iterate gives them; truth (C,) in
-    {1, -1, 0} marks each verdict (probability against the category's threshold) as + right,
-    x wrong or ? unknown. A map that its own peak would paint red everywhere is called flat.
+    {1, -1, 0} tells which verdicts are right. "area" is the share of the locations above half the
+    peak. A map is called flat where that is nearly all of them, or where the peak is next to
+    nothing: it is red all the same, since `heat` scales by the peak.
     """
     image = fit(augment.read(path), SIDE)
     tiles = [(image, Path(path).name[-32:])]
     for c in np.argsort(-p, kind="stable")[:top]:
         present = p[c] >= predictor.threshold[c]
-        mark = ""
+        verdict = f"present: {p[c]:.2f} >=" if present else f"absent: {p[c]:.2f} <"
+        verdict += f" {predictor.threshold[c]:.2f}"
         if truth is not None:
-            mark = {1: "+ ", -1: "x ", 0: "? "}[truth[c] if present else -truth[c]]
-        peak = maps[c].max()
-        flat = np.mean(maps[c] > peak / 2) > 0.8  # share of the locations that look marked
-        verdict = f"{p[c]:.2f}{'>' if present else '<'}{predictor.threshold[c]:.2f}"
-        told = f"{predictor.names[c]} {verdict} {'flat' if flat else 'peak'} {peak:.2f}"
-        tiles.append((heat(image, maps[c], predictor.grid), mark + told))
+            right = {1: "right", -1: "wrong", 0: "truth unknown"}
+            verdict += f", {right[truth[c] if present else -truth[c]]}"
+        peak, area = maps[c].max(), np.mean(maps[c] > maps[c].max() / 2)
+        flat = ", flat" if area > 0.8 or peak < 0.05 else ""
+        region = f"region: peak {peak:.2f}, area {100 * area:.0f} %{flat}"
+        tiles.append((heat(image, maps[c], predictor.grid),
+                      f"{predictor.names[c]}\n{verdict}\n{region}"))
     return tiles
 
 
 def save_grid(rows, file):
-    """rows: lists of (PIL image, caption) -> a PNG, a grid with captions below."""
-    line, gap = 15, 6
+    """rows: lists of (PIL image, caption of up to three lines) -> a PNG, a grid with captions."""
+    line, gap = 13, 6
+    cell = SIDE + 3 * line + gap  # height
     width = (SIDE + gap) * max(map(len, rows)) + gap
-    canvas = Image.new("RGB", (width, (SIDE + line + gap) * len(rows) + gap), "white")
+    canvas = Image.new("RGB", (width, cell * len(rows) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
         for c, (tile, caption) in enumerate(row):
-            x, y = gap + c * (SIDE + gap), gap + r * (SIDE + line + gap)
+            x, y = gap + c * (SIDE + gap), gap + r * cell
             canvas.paste(tile, (x + (SIDE - tile.width) // 2, y + (SIDE - tile.height) // 2))
-            caption = " ".join(caption.split()).encode("latin-1", "replace").decode("latin-1")
-            while draw.textlength(caption) > SIDE:  # a long name must not reach the next tile
-                caption = caption[:-1]
-            draw.text((x + 2, y + SIDE + 1), caption, fill="black")
+            for k, text in enumerate(caption.split("\n")):
+                text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+                while draw.textlength(text) > SIDE:  # a long name must not reach the next tile
+                    text = text[:-1]
+                draw.text((x + 2, y + SIDE + k * line), text, fill="black")
     save_atomically(lambda buffer: canvas.save(buffer, "PNG"), file)
 
 
@@ -83,7 +88,7 @@ def two_axes(file, width, height, dpi):
         for axis in drawn.axes:
             axis.grid(alpha=0.3)
             if axis.lines:
-                axis.legend(fontsize=8)
+                axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside it
         drawn.tight_layout()
         save_atomically(lambda buffer: drawn.savefig(buffer, dpi=dpi, format="png"), file)
 
@@ -94,21 +99,21 @@ def curves(history, file, weights, best):
     weights  {"L_r": alpha, ...} of Eq. 15, so that the terms that are drawn sum to L
     best     the best epoch, or None
     """
-    with two_axes(file, 9, 3.2, dpi=110) as (left, right):
+    with two_axes(file, 10.5, 3.2, dpi=110) as (left, right):
         for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
             weight = weights.get(name, 1)
             points = [(line["epoch"], weight * line[name]) for line in history if name in line]
             if points and weight:
-                left.plot(*zip(*points), label=name if weight == 1 else f"{weight:g} {name}")
+                left.plot(*zip(*points), ".-", label=name if weight == 1 else f"{weight:g} {name}")
         for split in ("val", "test"):
             for score in ("region", "query", "mixed", "zero-shot"):
                 points = [(line["epoch"], line[split][f"mAP_{score}"]) for line in history
                           if f"mAP_{score}" in line.get(split, {})]
                 if points:
-                    right.plot(*zip(*points), label=f"{split} {score}")
+                    right.plot(*zip(*points), ".-", label=f"{split} {score}")
         stage_one = sum(line["stage"] == 1 for line in history)  # epochs
         for axis in (left, right):
-            axis.set(xlabel="epoch", xlim=(0, history[-1]["epoch"]))
+            axis.set(xlabel="epoch", xlim=(0, history[-1]["epoch"] + 0.5))
             if 0 < stage_one < len(history):
                 axis.axvline(stage_one + 0.5, color="grey", linestyle="--", label="stage two")
         if best:
