@@ -1,6 +1,6 @@
 # make demo    the whole method on drawn scenes, minutes on two cores      make test    the tests
 # make bench   timings: kernels, training step, loader                     make map     the README's map of equations
-# make clean   delete the environment and generated data; runs stay
+# make clean   delete the environment and generated data; runs stay        make walkthrough   the page beside the paper
 PY := .venv/bin/python
 PYTHON ?= python3
 

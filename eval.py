@@ -32,6 +32,7 @@ from tools.categories import category_lines
 from tools.localise import localisation, upright_boxes
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
+from tools.report import warn_if_below
 from tools.suggest import suggest
 from tools.zero_shot import mixed, probabilities, zero_shot, zero_shot_scale, zero_shot_text
 
@@ -232,14 +233,18 @@ def maps_of(out, model):
 
 def table(predictors, split, args):
     """The metrics of a split, of one run or of several whose probabilities are averaged."""
-    scores = np.mean([member.probabilities(member.loader(split)) for member in predictors], 0)
+    found = [member.all_scores(member.loader(split))[0] for member in predictors]
+    scores = np.mean([member.chosen(one) for member, one in zip(predictors, found)], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
+    numbers["mAP_zero-shot"] = metrics(found[0]["zero-shot"], split.truth)["mAP"]
     if args.json:
         return print(json.dumps(numbers))
     print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
-          f"{len(split.names) - numbers['left_out']} categories, epoch {predictors[0].epoch}: "
+          f"{len(split.names) - numbers['left_out']} categories, epoch {predictors[0].epoch}, "
+          "CP to OF1 at the run's thresholds: "
           + "  ".join(f"{name} {value}" for name, value in numbers.items()))
+    warn_if_below(split.name, numbers, predictors[0].cfg)
     if args.categories:
         ap = ap_per_category(scores, split.truth)
         print(*category_lines(split, scores, ap, threshold, predictors[0].rests_on), sep="\n")

@@ -163,6 +163,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     if cfg.assume_negative is None and not (train_split.labels == -1).any():
         cfg = dataclasses.replace(cfg, assume_negative=0.3)
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
+    # kept, since the same weights may not tell it under another name
+    cfg = dataclasses.replace(cfg, activation=encoder.activation)
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
 
     torch.manual_seed(cfg.seed)

@@ -247,6 +247,7 @@ class CLIP(nn.Module):
         self.D, self.W, self.resolution = embed_dim, text_width, resolution
         self.context_length, self.vocab_size = context_length, vocab_size
         self.name, self.sha256, self.mean, self.std = "", "", MEAN, STD
+        self.activation = activation
         if patch is None:
             self.visual = ModifiedResNet(layers, vision_width, resolution, embed_dim)
         else:

@@ -2,6 +2,7 @@
 TaI-DPT, which the paper follows (section 4.1): a random crop or cutout, one of 117 colour and shape
 policies, mirroring. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
 """
+import contextlib
 import io
 import math
 import os
@@ -12,12 +13,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin
 
+with contextlib.suppress(ImportError):  # HEIC, the photos of iPhones, where the package is there
+    from pillow_heif import register_heif_opener
+    register_heif_opener()
+
 GREY = (128, 128, 128)
 TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
           5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE,
           8: Image.ROTATE_90}  # EXIF's orientation
 Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow refuses twice as many: 300 megapixels are some 1 GB
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # colour profiles and notes of some MB are common
+# colour profiles and notes of some MB are common
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # and some are damaged
 warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, many pixels: the pixels are fine
 

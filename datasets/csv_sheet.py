@@ -126,7 +126,7 @@ def read(path, root, cfg):
                         f"--ignore {listing[0]}, or the others (docs/data.md: lists, long)")
     if len(other) == len(columns) == 1:
         if cfg.unlisted is None:
-            raise UserError(f"{path}: its cells are lists ({body[0][1][other[0]][:60]!r}): is what "
+            raise UserError(f"{path}: its cells are lists ({filled[other[0]][0][:60]!r}): is what "
                             "they do not name absent or unknown? Say --unlisted absent or unknown")
         cells, names = lists(path, body, other[0])
     else:

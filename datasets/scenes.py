@@ -192,7 +192,7 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
             if stop.asked:  # in a fork, where Python loses the exception
                 raise KeyboardInterrupt
             yield one
-    except (RuntimeError, KeyboardInterrupt):  # no thread is left that tells the processes to end
+    except (OSError, RuntimeError, KeyboardInterrupt):  # nobody is left to tell them to end
         for process in multiprocessing.active_children():
             process.kill()
         raise

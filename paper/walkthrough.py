@@ -205,6 +205,7 @@ def contents():
             idea(seen, augment.read(val.paths[i]), c, predictor)
     epochs = [{name: line.get(name) for name in COUNTS} for line in history(RUN)]
     return dict(names=predictor.names, grid=predictor.grid, scenes=scenes, epochs=epochs,
+                texts=numbers(predictor.g_pos),
                 theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),
                 truth=val.truth.tolist(), crops=crops_of(memory, predictor, splits["train"]),
                 contrast=numbers(contrast(predictor, memory)),

@@ -129,6 +129,14 @@ def begun(run):
         return {name: about[name] for name in ("config", "clip_sha256", "data")}
 
 
+def changed(about, splits):
+    """The splits whose names, labels or images are not those of a run; about: its config.json. A
+    sheet may have another name now."""
+    sha256 = {name.split("/")[-1]: info["sha256"] for name, info in about["data"].items()}
+    return [split.name for split in splits
+            if split and sha256.get(split.name.split("/")[-1]) != split.info["sha256"]]
+
+
 def begin(run, cfg, clip_sha256, splits, resume=False):
     """Locks the folder, writes config.json; on resume CLIP and data must be the same -> lock."""
     run.mkdir(parents=True, exist_ok=True)
@@ -146,10 +154,9 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
     before = begun(run)
     if before["clip_sha256"] != clip_sha256:
         raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
-    for name, info in about["data"].items():
-        if before["data"].get(name, {}).get("sha256") != info["sha256"]:
-            raise UserError(f"{run} was begun on other data: names, labels or images of {name} "
-                            "have changed: put them back, or train anew")
+    for name in changed(before, splits):
+        raise UserError(f"{run} was begun on other data: names, labels or images of {name} have "
+                        "changed: put them back, or train anew")
     return lock
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,13 +98,16 @@ def test_an_ensemble_averages_probabilities_and_thresholds(capsys):
     """Two runs, one category: their means .475 .55 .53 .51 against .52 are all right, while the
     larger probability, one run's threshold or 0.5 would each be wrong about an image."""
     first, second = [[0.9], [0.4], [0.6], [0.51]], [[0.05], [0.7], [0.46], [0.51]]
-    members = [SimpleNamespace(loader=lambda split: None, probabilities=lambda _, p=p: np.array(p),
+    members = [SimpleNamespace(loader=lambda split: None, chosen=lambda scores: scores["query"],
+                               all_scores=lambda _, p=p: ({"query": np.array(p),
+                                                           "zero-shot": -np.array(p)}, {}),
                                threshold=np.array([limit]))
                for p, limit in ((first, 0.44), (second, 0.6))]
     split = SimpleNamespace(truth=np.array([[-1], [1], [1], [-1]], np.int8))
     evaluation.table(members, split, SimpleNamespace(json=True))
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["mAP"] == numbers["CP"] == numbers["CR"] == 100
+    assert numbers["mAP_zero-shot"] == pytest.approx(100 * (1 + 2 / 3) / 2, abs=1e-3)
 
 
 def test_the_clearest_suspect_comes_first_and_the_mean_itself_is_suspect():
@@ -137,8 +141,9 @@ def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, 
     )
     assert (
         status == 0
-        and len(err) == 1
+        and len(err) == 2
         and "1 of 14 files are no readable images and were skipped" in err[0]
+        and "notes.txt (cannot identify" in err[1]
     )
     found = [json.loads(line) for line in out]
     images = sorted(p for p in photos.iterdir() if p.suffix != ".txt")
@@ -261,10 +266,8 @@ def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd
         capfd,
     )
     assert status == 0 and len(out) == 13
-    assert len(err) == 1 and err[0].startswith(
-        "3 of 16 files are no readable images and were skipped: "
-    )
-    assert "broken.jpg" in err[0] and "empty.png" in err[0]
+    assert len(err) == 4 and err[0] == "3 of 16 files are no readable images and were skipped:"
+    assert "broken.jpg (" in err[1] and "empty.png (" in err[2]
     strict = command(
         evaluation.main,
         [trained, "--image", photos, "--strict", "--out", tmp_path / "again"],
@@ -275,6 +278,8 @@ def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd
         Predictor(trained).predict([photos / "grey.png", photos / "broken.jpg"])
     with pytest.raises(UserError, match="put it in brackets"):
         Predictor(trained).predict(photos / "grey.png")
+    with pytest.raises(UserError, match="put it in brackets"):
+        Predictor(trained).predict(Image.open(photos / "grey.png"))
 
 
 def test_thresholds_come_from_validation_and_decide_what_is_present(trained, capfd):
@@ -341,6 +346,10 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
         and got["mAP"] == pytest.approx(stored["mAP"], abs=0.01)
         and got["left_out"] == stored["left_out"]
     )
+    assert got["mAP_zero-shot"] == pytest.approx(stored["mAP_zero-shot"], abs=0.01)
+    _, out, _ = command(evaluation.main, [trained, "--checkpoint", "last"], capfd)
+    told = "warning: on scenes/test the run is below CLIP without any training" in out[-1]
+    assert told == (got["mAP"] < got["mAP_zero-shot"])
     status, out, _ = command(
         evaluation.main, [trained, "--ensemble", trained, "--checkpoint", "last", "--json"], capfd
     )
@@ -591,3 +600,20 @@ def test_a_pattern_that_the_shell_left_alone_and_a_folder_with_brackets(tmp_path
         images_in(["p/[x]*"])
     Path("p/folder.jpg").mkdir()
     assert images_in(["p/*.jpg"]) == ["p/a.jpg", "p/b.jpg"]
+
+
+def test_what_is_left_out_of_a_folder_is_told_and_heic_names_its_package(trained, photos, tmp_path,
+                                                                         capfd):
+    for name in ("._grey.jpg", "Thumbs.db", "phone.heic"):
+        (photos / name).write_bytes(b"?")
+    _, _, err = command(evaluation.main, [trained, "--image", photos, "--pictures", "0"], capfd)
+    assert err[0].startswith("left out, since hidden or no photos: 2 in ")
+    if not find_spec("pillow_heif"):
+        assert any("phone.heic (" in line and "pip install pillow-heif" in line for line in err)
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    from datasets import augment
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "a.heic")
+    assert augment.read(tmp_path / "a.heic").size == (64, 48)

@@ -302,7 +302,8 @@ def test_a_table_that_is_stopped_tells_of_no_semaphores(world, tmp_path, number)
         "stopped; the same command goes on from here".split()), err
 
 
-def test_no_thread_is_left_while_scenes_are_drawn(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", (RuntimeError, OSError))  # no thread, no process
+def test_no_thread_is_left_while_scenes_are_drawn(tmp_path, monkeypatch, error):
     """The processes that were started would wait without end, and be waited for."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -312,28 +313,12 @@ def test_no_thread_is_left_while_scenes_are_drawn(tmp_path, monkeypatch):
 
     def start_and_fail(pool, *arguments, **keywords):
         real(pool, *arguments, **keywords)
-        raise RuntimeError("can't start new thread")
+        raise error("can't start new thread")
 
     monkeypatch.setattr(ProcessPoolExecutor, "map", start_and_fail)
-    with pytest.raises(RuntimeError, match="new thread"):
+    with pytest.raises(error, match="new thread"):
         scenes.write(tmp_path / "s", train=200, val=1, test=1, size=64, workers=2)
     assert not multiprocessing.active_children() and not list(tmp_path.iterdir())
-
-
-def test_a_worker_without_a_thread_to_spare_ends(monkeypatch):
-    from support import cli
-
-    def fail(_):
-        raise RuntimeError("can't start new thread")
-
-    ended = []
-    monkeypatch.setattr(cli.threading.Thread, "start", fail)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli.os, "_exit", ended.append)
-    cli.end_with_parent()
-    assert ended == [1]
-    cli.threading.Thread().start()  # one that a queue would start later
-    assert ended == [1, 1]
 
 
 def test_a_loader_that_goes_without_a_thread_says_nothing(monkeypatch, capfd):

@@ -256,3 +256,25 @@ def test_other_weights_are_not_resumed(world, trained, tmp_path, capfd):
              "was begun on other CLIP weights: give --clip the same file")
     assert snapshot(tmp_path / "run") == {tmp_path / "run" / file.relative_to(trained): content
                                           for file, content in snapshot(trained).items()}
+
+
+def test_the_same_sheet_under_another_name_is_the_same_data(sheet, tmp_path, capfd):
+    folder, labels = sheet
+    labels.rename(tmp_path / "renamed.csv")
+    there = ["--data", tmp_path / "renamed.csv"]
+    status, _, err = command(evaluation.main, [folder, *there], capfd)
+    assert status == 0 and not err
+    assert command(train.main, ["--resume", folder, *there], capfd)[0] == 0
+    lines = (tmp_path / "renamed.csv").read_text().splitlines()
+    (tmp_path / "renamed.csv").write_text("\n".join(lines[:-1]))
+    assert "have changed" in command(evaluation.main, [folder, *there], capfd)[2][0]
+    one_line(train.main, ["--resume", folder, *there], capfd, "was begun on other data")
+
+
+def test_the_same_weights_under_another_name_need_no_activation(world, tmp_path, capfd):
+    shutil.copy(world / "clip-quickgelu.safetensors", tmp_path / "my-quickgelu.safetensors")
+    run(world, tmp_path / "run", epochs=1, clip=tmp_path / "my-quickgelu.safetensors")
+    (tmp_path / "my-quickgelu.safetensors").rename(tmp_path / "other.safetensors")
+    there = ["--clip", tmp_path / "other.safetensors"]
+    assert command(evaluation.main, [tmp_path / "run", *there], capfd)[0] == 0
+    assert command(train.main, ["--resume", tmp_path / "run", *there], capfd)[0] == 0

@@ -37,11 +37,12 @@ def category_lines(split, scores, ap, threshold, rests_on):
                      f"{threshold[c]:9.3f}  {rests_on[c]:12d}  {right[c]:5d}  "
                      f"{known[c] - right[c]:5d}")
     doubted = suspects(scores, truth)
-    lines.append(f"{len(doubted)} labels look wrong; the probability denies them"
-                 + (", the clearest first:" if doubted else ""))
+    lines.append(f"{len(doubted)} labels of {split.name} look wrong (--split asks about others); "
+                 "the probability denies them" + (", the clearest first:" if doubted else ""))
     for i, c in doubted[:10]:
         label = "present" if truth[i, c] == 1 else "absent"
-        lines.append(f"  {split.paths[i]}: {split.names[c]} is labelled {label}, "
+        where = f"{split.where[i]}, " if split.where else ""
+        lines.append(f"  {where}{split.paths[i]}: {split.names[c]} is labelled {label}, "
                      f"probability {scores[i, c]:.2f}")
     error = np.where(truth == 0, 0, np.abs(scores - (truth == 1))).sum(1)  # (n,)
     lines.append("the images that it gets most wrong, |probability - label| summed over the known:")

@@ -4,10 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import data
 from config import Config
-from datasets import augment, vg200
+from datasets import vg200
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, twins
 from support import UserError
 from support.cli import make_parser, run_command
+from tools.predict import why_not
 
 
 def check(cfg, decode=True):
@@ -43,10 +44,8 @@ def check(cfg, decode=True):
 
 
 def unreadable(path, where):
-    try:
-        augment.read(path)
-    except Exception as error:  # whatever a broken file makes a decoder raise
-        return f"{where}: {path}: not a readable image ({error})"
+    if reason := why_not(path):
+        return f"{where}: {path}: not a readable image ({reason})"
 
 
 def main(argv=None):

@@ -61,6 +61,7 @@ def export(run, file, clip=None):
     about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
                  mean=encoder.mean, std=encoder.std, grid=predictor.grid)
     write_atomically(Path(f"{file}.json"), json.dumps(about))
+    print(f"wrote {file} and {file}.json")
 
 
 def main(argv=None):

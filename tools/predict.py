@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from datasets import augment
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from tools.plots import region_tiles, save_grid
@@ -18,12 +19,17 @@ NO_PHOTOS = (".", "@eadir", "__macosx", "thumbs.db", "desktop.ini")  # of system
 
 def images_in(paths):
     """Files, folders and patterns that the shell left alone (*.jpg) -> files, those of a folder
-    without hidden ones and thumbnails."""
+    without hidden ones and thumbnails, which are told."""
     found = []
     for path in paths:
         if os.path.isdir(path):
-            files = sorted(p for p in Path(path).rglob("*") if not p.is_dir() and not any(
-                part.lower().startswith(NO_PHOTOS) for part in p.relative_to(path).parts))
+            below = sorted(p for p in Path(path).rglob("*") if not p.is_dir())
+            hidden = [p for p in below if any(part.lower().startswith(NO_PHOTOS)
+                                              for part in p.relative_to(path).parts)]
+            if hidden:
+                print(f"left out, since hidden or no photos: {len(hidden)} in {path}, first "
+                      f"{hidden[0]}", file=sys.stderr)
+            files = sorted(set(below) - set(hidden))
         else:
             literal = path.replace("[", "[[]")  # photos[1]/*.jpg may mean a folder of that name
             matches = glob.glob(path, recursive=True) or glob.glob(literal, recursive=True)
@@ -92,8 +98,17 @@ def predict(predictor, paths, args):
     if args.csv:
         write_atomically(Path(args.csv), sheet.getvalue())
     if unreadable:
-        text = (f"{len(unreadable)} of {len(paths)} files are no readable images and were skipped: "
-                f"{', '.join(unreadable[:5])}{' ...' if len(unreadable) > 5 else ''}")
-        if args.strict or len(unreadable) == len(paths):
-            raise UserError(text)
-        print(text, file=sys.stderr)
+        skipped = [f"{path} ({why_not(path)})" for path in unreadable]
+        text = f"{len(skipped)} of {len(paths)} files are no readable images and were skipped:"
+        if args.strict or len(skipped) == len(paths):
+            raise UserError(f"{text} {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}")
+        print(text, *skipped, sep="\n  ", file=sys.stderr)
+
+
+def why_not(path):
+    """Why a photo cannot be read."""
+    try:
+        augment.read(path)
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        heic = str(path).lower().endswith((".heic", ".heif"))
+        return f"{error}{': pip install pillow-heif' if heic else ''}"

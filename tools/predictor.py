@@ -17,7 +17,7 @@ import data
 from clip.features import FeatureLoader, autocast_dtype
 from config import restored
 from support import UserError
-from support.checkpoint import begun, read_checkpoint, writable
+from support.checkpoint import begun, changed, read_checkpoint, writable
 from support.cli import best_device
 from support.distributed import gather
 from tools import inspection
@@ -98,7 +98,7 @@ class Predictor:
         scores = scores_of(out, f, x, self.g_zero)
         if self.cfg.score == "mixed":
             scores["mixed"] = mixed(scores, self.scale.to(f.device))
-        return scores.get(self.cfg.score, scores["region"]).sigmoid(), out
+        return self.chosen(scores).sigmoid(), out
 
     def all_scores(self, loader, maps=None):
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
@@ -107,17 +107,20 @@ class Predictor:
             scores["mixed"] = mixed(scores, self.scale)
         return probabilities(scores), {name: part.numpy() for name, part in kept.items()}
 
+    def chosen(self, scores):
+        """Of {score: ...} the run's own."""
+        return scores.get(self.cfg.score, scores["region"])
+
     def probabilities(self, loader):
         """(n, C) probabilities of the run's score."""
-        scores, _ = self.all_scores(loader)
-        return scores.get(self.cfg.score, scores["region"])
+        return self.chosen(self.all_scores(loader)[0])
 
     def predict(self, images, batch=32, workers=0):
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
         of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
         UserError for one that is no image."""
-        if isinstance(images, (str, Path)):
-            raise UserError(f"expected a list of images, got {str(images)!r}: put it in brackets")
+        if isinstance(images, (str, Path, bytes)) or not hasattr(images, "__len__"):
+            raise UserError(f"expected a list of images, got {images!r:.80}: put it in brackets")
         return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
 
     def row(self, image, p):
@@ -149,14 +152,12 @@ class Predictor:
         """{"train", "val", "test"}: data.Split or None, as the run was trained on."""
         parts = data.load(self.cfg)
         if parts[0].names != self.names:
-            changed = ", ".join(sorted(set(parts[0].names) ^ set(self.names))[:5])
+            differ = ", ".join(sorted(set(parts[0].names) ^ set(self.names))[:5])
             raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run}"
-                            f" ({changed or 'in another order'}): put the data back, or train anew")
-        before = begun(self.run)["data"]
-        for split in parts:
-            if split and before.get(split.name, {}).get("sha256") != split.info["sha256"]:
-                print(f"note: {split.name} is not what {self.run} was trained with: names, labels "
-                      "or images have changed", file=sys.stderr)
+                            f" ({differ or 'in another order'}): put the data back, or train anew")
+        for name in changed(begun(self.run), parts):
+            print(f"note: {name} is not what {self.run} was trained with: names, labels or images "
+                  "have changed", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))
 
     def loader(self, split):

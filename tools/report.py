@@ -44,6 +44,12 @@ def mAPs(line):
     return "  ".join(told)
 
 
+def warn_if_below(split, numbers, cfg):
+    if numbers["mAP"] < numbers["mAP_zero-shot"]:
+        print(f"warning: on {split} the run is below CLIP without any training"
+              + ("" if cfg.score == "mixed" else "; --score mixed adds the two"))
+
+
 def of_run(run, cfg, state, encoder, splits, seconds):
     """Prints what was reached and draws the two pictures. state: support.checkpoint.State, splits
     (train, val, test)"""
@@ -52,10 +58,8 @@ def of_run(run, cfg, state, encoder, splits, seconds):
         if numbers := history[-1].get(split):
             told = "  ".join(f"{name} {round(value, 2)}" for name, value in numbers.items()
                              if name != "AP")
-            print(f"last epoch, {split}: {told}")
-            if numbers["mAP"] < numbers["mAP_zero-shot"]:
-                print(f"warning: on {split} the run is below CLIP without any training"
-                      + ("" if cfg.score == "mixed" else "; --score mixed adds the two"))
+            print(f"last epoch, {split}, CP to OF1 at 0.5: {told}")
+            warn_if_below(split, numbers, cfg)
     if best:
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
               f"{mAPs(history[best['epoch'] - 1])}")

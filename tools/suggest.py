@@ -99,7 +99,9 @@ def suggest(predictor, args):
     maps = region_maps(predictor, loaders, list(photos))
     cells = []
     for kind, i, c in shown:
-        region = maps[i][c].clip(0) / max(maps[i][c].max(), 1e-6)  # scaled by its peak
+        # scaled by its peak; cosines, which a method without a mask shows, are nearly alike
+        region = maps[i][c] - (0 if predictor.cfg.matching == "carl" else maps[i][c].min())
+        region = region / max(region.max(), 1e-6)
         cells.append({"photo": i, "image": listed[i], "category": predictor.names[c], "kind": kind,
                       "probability": round(float(p[i, c]), 2),
                       "region": (255 * region).astype(int).tolist()})
