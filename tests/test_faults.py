@@ -17,6 +17,7 @@ from filelock import FileLock
 from kill_train import same_run
 from small_world import ROOT, command, one_line, options, run, start, world
 
+import data
 import eval as evaluation
 from support import checkpoint
 import train
@@ -134,7 +135,7 @@ def test_a_full_disk_under_the_feature_cache_is_told_before_it_is_filled(
 @linux
 def test_a_read_only_folder_is_told_before_anything_is_decoded(world, mounted, capfd, monkeypatch):
     disk = mounted("size=1m,ro")
-    monkeypatch.setattr(train.data, "load", None)  # not reached
+    monkeypatch.setattr(data, "load", None)  # not reached
     one_line(train.main, options(world, disk / "run"), capfd, disk, "choose another --out")
 
 
@@ -155,14 +156,14 @@ def test_a_run_folder_that_became_read_only_is_refused_for_writing_and_read(
 
 
 def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, monkeypatch):
-    read, parent = train.data.Images.__getitem__, os.getpid()
+    read, parent = data.Images.__getitem__, os.getpid()
 
     def dies(self, key):
         if key[0] == 1 and os.getpid() != parent:  # in the second epoch
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, key)
 
-    monkeypatch.setattr(train.data.Images, "__getitem__", dies)
+    monkeypatch.setattr(data.Images, "__getitem__", dies)
     one_line(
         train.main,
         options(world, tmp_path / "run", workers=2, cache_features=0),
