@@ -223,6 +223,11 @@ def is_path(name, value):
 
 
 def restored(settings, file, given):
-    """Settings that `file` holds, and those given anew, dicts -> Config; the rest is default."""
+    """Settings that `file` holds, and those given anew, dicts -> Config; the rest is default. Where
+    a folder with run and data was moved, the data are found as they lay beside the run."""
+    near = {name: os.path.abspath(file.parent / os.path.relpath(settings[name], settings["out"]))
+            for name in PLACES if os.path.isabs(settings.get(name) or "")
+            and not os.path.exists(settings[name])}
+    given = {name: path for name, path in near.items() if os.path.exists(path)} | given
     with refused(f"{file} is of another version: restore it", known=TypeError):  # unknown settings
         return Config(**(settings | given))

@@ -158,6 +158,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         raise UserError(f"--batch {cfg.batch} does not divide among {world} processes")
     kernels.use(cfg.kernels)
     run = resume or new_run(cfg)
+    cfg = dataclasses.replace(cfg, out=str(run.absolute()))
     splits = splits or load_data(cfg)
     train_split = splits[0]
     if cfg.assume_negative is None and not (train_split.labels == -1).any():

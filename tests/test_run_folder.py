@@ -278,3 +278,16 @@ def test_the_same_weights_under_another_name_need_no_activation(world, tmp_path,
     there = ["--clip", tmp_path / "other.safetensors"]
     assert command(evaluation.main, [tmp_path / "run", *there], capfd)[0] == 0
     assert command(train.main, ["--resume", tmp_path / "run", *there], capfd)[0] == 0
+
+
+def test_a_folder_that_holds_data_and_run_may_be_moved(sheet, tmp_path, capfd, monkeypatch):
+    folder, _ = sheet
+    (tmp_path / "new").mkdir()
+    for name in ("run", "labels.csv", "photos"):
+        (tmp_path / name).rename(tmp_path / "new" / name)
+    monkeypatch.chdir(tmp_path / "new")
+    status, _, err = command(evaluation.main, ["run"], capfd)
+    assert status == 0 and not err
+    assert command(train.main, ["--resume", "run"], capfd)[0] == 0
+    (tmp_path / "new" / "labels.csv").rename(tmp_path / "other.csv")
+    one_line(evaluation.main, ["run"], capfd, "labels.csv", "cannot be read")
