@@ -124,6 +124,17 @@ def test_the_film_goes_from_stage_one_to_stage_two(page):
     assert "epoch 1 of 40, stage 1" in page.run(told) and "no pseudo-labels" in page.run(told)
     page.run("const e = document.getElementById('epoch'); e.value = e.max; e.oninput()")
     assert "epoch 40 of 40, stage 2" in page.run(told) and "% right" in page.run(told)
+    last = page.run("return WORD[agreed(verdicts(scene.film.at(-1).map(row => row[c]), "
+                    "data.thetas.at(-1)))]")
+    assert f"Eq. 12 says {last}" in page.run(told)
+
+
+@needs_browser
+def test_the_pooled_region_is_nearest_to_the_text_of_its_category(page):
+    """In the scene "easy"; the first bar is the largest cosine."""
+    page.run("choose(data.scenes[0])")
+    shown = "return document.querySelector('[data-draw=pooled]').textContent"
+    assert page.run(shown).startswith(page.run("return names[c]"))
 
 
 @needs_browser
