@@ -5,6 +5,7 @@ each command: python tests/bench_coco.py
 640 x 480; the small CLIP at 224 pixels. What a larger CLIP adds is its own time an image: the rest
 of each command, which is what is measured here, does not depend on it. Some 20 minutes.
 """
+import argparse
 import os
 import subprocess
 import sys
@@ -75,4 +76,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -3,6 +3,7 @@
 Run by hand, some 20 s a mutant; with `0 2` and `1 2` as arguments in two halves. Prints each mutant
 that survives, and exits 1 if there is one.
 """
+import argparse
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ TESTS = {  # the tests that should notice, the quick ones first
     "eval.py": ["tests/test_metrics.py", "tests/test_mixed.py", "tests/test_eval.py",
                 "tests/test_report.py", "tests/test_train.py"],
     "clip/model.py": ["tests/test_clip.py"], "clip/tokenizer.py": ["tests/test_clip.py"],
-    "config.py": METHOD,
+    "config.py": [*METHOD, "tests/test_run_folder.py"],
+    "support/checkpoint.py": ["tests/test_run_folder.py"],
     "datasets/augment.py": ["tests/test_augment.py"],
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
     "paper/captions.py": ["tests/test_captions.py"],
@@ -235,6 +237,13 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("tools/localise.py", "mass.append(m[inside]", "mass.append(m[~inside]"),
     ("tools/localise.py", "peak[truth == -1]", "peak[truth != 1]"),
     ("tools/inspection.py", "regions, labels == 1, memory", "regions, labels != 0, memory"),
+    ("tools/inspection.py", "torch.zeros_like(logits_r), modalities)",
+     "torch.zeros_like(logits_r))"),
+    ("tools/inspection.py", "        if cfg.uses(\"kd\"):", "        if True:"),
+    ("eval.py", "np.lexsort((positive, s))[drawn]", "drawn"),
+    ("eval.py", "np.random.RandomState(0).randint(", "np.random.RandomState(c).randint("),
+    ("config.py", "in near.items() if os.path.exists(path)", "in {}.items()"),
+    ("support/checkpoint.py", 'sha256.get(split.name.split("/")[-1])', "sha256.get(split.name)"),
     ("tools/inspection.py", "    found[~memory.filled().flatten().cpu()] = -1\n", ""),
     ("tools/inspection.py", "F.normalize(f, dim=-1).flatten(0, 1)", "f.flatten(0, 1)"),
     ("tools/inspection.py", "at % N, torch", "at // N, torch"),
@@ -309,4 +318,8 @@ def main(first=0, step=1):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", nargs="?", default=0, help="number of the first mutant")
+    parser.add_argument("step", nargs="?", default=1, help="then each step-th")
+    sys.exit(main(**vars(parser.parse_args())))
