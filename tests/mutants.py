@@ -122,7 +122,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("data.py", "rows = rows[~train.unused[rows]][:cfg.train_images]",
      "rows = rows[~train.unused[rows]]"),
     ("data.py", "np.array(place) < share * 2**32", "np.array(place) < 2**31"),
-    ("tools/zero_shot.py", "(n + 3) / (2 * n + 3)", "3 / (2 * n + 3)"),
+    ("tools/zero_shot.py", "(n**2 + 25) / (2 * n**2 + 25)", "25 / (2 * n**2 + 25)"),
     ("tools/zero_shot.py", "mean - slope * zero.mean(0)", "mean"),
     ("tools/zero_shot.py", "(F.normalize(f, dim=-1) @ g.T).amax(1)",
      "(F.normalize(f, dim=-1) @ g.T).mean(1)"),

@@ -66,7 +66,7 @@ def test_the_cosine_takes_the_mean_and_deviation_of_the_logit():
         for i in range(7):
             z, n = (cosine[i, c] - mz) / sz, known[c]
             moved = m + s * z if n else 2 * (z - 1)  # no known positive: as without a run
-            mean = (n * logit[i] + (n + 3) * moved) / (2 * n + 3)
+            mean = (n * n * logit[i] + (n * n + 25) * moved) / (2 * n * n + 25)
             assert got[i, c] == pytest.approx(1 / (1 + math.exp(-mean)), abs=1e-5)
 
 

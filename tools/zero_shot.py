@@ -53,17 +53,18 @@ def probabilities(scores):
 
 def zero_shot_scale(scores, positives):
     """What `mixed` needs -> (3, C) float32: slope and offset, which give the zero-shot score the
-    mean and the deviation of the run's logit over some images, and its weight, (n + 3) / (2 n + 3)
-    for n known positives in training (docs/readings.md). A run may deny all images alike: the
-    deviation is 1 at least, so that zero-shot still ranks them; and where no positive is known the
-    scale is that of a score without a run, 2 (z - 1), so that some images pass.
+    mean and the deviation of the run's logit over some images, and its weight for n known positives
+    in training, (n^2 + 25) / (2 n^2 + 25): two thirds for five, half for many (docs/readings.md). A
+    run may deny all images alike: the deviation is 1 at least, so that zero-shot still ranks them;
+    and where no positive is known the scale is that of a score without a run, 2 (z - 1), so that
+    some images pass.
     scores: those images' as `scores_of` gives them, positives (C,)"""
     logit, zero = scores.get("mean", scores["region"]).clamp(-SURE, SURE), scores["zero-shot"]
     n = torch.as_tensor(positives, dtype=torch.float32)
     mean = logit.mean(0).where(n > 0, -2)
     deviation = logit.std(0, correction=0).clamp(min=1).where(n > 0, 2)
     slope = deviation / zero.std(0, correction=0).clamp(min=1e-6)
-    return torch.stack([slope, mean - slope * zero.mean(0), (n + 3) / (2 * n + 3)])
+    return torch.stack([slope, mean - slope * zero.mean(0), (n**2 + 25) / (2 * n**2 + 25)])
 
 
 def mixed(scores, scale):
