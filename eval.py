@@ -237,13 +237,16 @@ def table(predictors, split, args):
     scores = np.mean([member.chosen(one) for member, one in zip(predictors, found)], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
-    numbers["mAP_zero-shot"] = metrics(found[0]["zero-shot"], split.truth)["mAP"]
+    numbers |= {f"mAP_{name}": metrics(one, split.truth)["mAP"] for name, one in found[0].items()
+                if len(found) == 1 or name == "zero-shot"}
     if args.json:
         return print(json.dumps(numbers))
+    of = predictors[0]
+    who = f"mean of {len(found)} runs" if found[1:] else f"{of.cfg.score} score, epoch {of.epoch}"
     print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
-          f"{len(split.names) - numbers['left_out']} categories, epoch {predictors[0].epoch}, "
-          "CP to OF1 at the run's thresholds: "
-          + "  ".join(f"{name} {value}" for name, value in numbers.items()))
+          f"{len(split.names) - numbers['left_out']} categories, {who}, CP to OF1 at the run's "
+          "thresholds:")
+    print("  ".join(f"{name} {value}" for name, value in numbers.items()))
     warn_if_below(split.name, numbers, predictors[0].cfg)
     if args.categories:
         ap = ap_per_category(scores, split.truth)

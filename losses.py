@@ -71,8 +71,9 @@ def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
 
     def logits(samples, classes):  # of S' samples
         s = anchors @ samples.T  # (C, S')
-        p = s[classes, torch.arange(len(classes), device=s.device)]  # (S',)  positive of one anchor
-        s.scatter_(0, classes[None], -1e9)  # and a negative of all others
+        # Each sample is the positive of one anchor, and a negative of all the others.
+        p = s[classes, torch.arange(len(classes), device=s.device)]  # (S',)
+        s.scatter_(0, classes[None], -1e9)  # out of the negatives of its own anchor
         return p, s.logsumexp(1)  # (S',), (C,)
 
     parts = list(zip(samples.split(max(1, at_once // C)), classes.split(max(1, at_once // C))))

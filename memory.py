@@ -98,7 +98,7 @@ class MemoryBank(nn.Module):
         s (2, B, C), labels (B, C) -> (B, C) int8, 0 where the label is known or they disagree.
         """
         verdict = self.verdicts(s)
-        # a list as index would wait for the GPU
+        # not verdict[modalities]: a list as an index goes to the GPU, and the host waits for it
         verdict = torch.stack([verdict[i] for i in modalities])
         agree = torch.where((verdict == verdict[0]).all(0), verdict[0], 0)  # Eq. 12
         return torch.where(labels == 0, agree, 0).to(torch.int8)

@@ -164,7 +164,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     if cfg.assume_negative is None and not (train_split.labels == -1).any():
         cfg = dataclasses.replace(cfg, assume_negative=0.3)
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
-    # kept, since the same weights may not tell it under another name
+    # kept: a copy of the weights under another name may not tell its activation
     cfg = dataclasses.replace(cfg, activation=encoder.activation)
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
 
@@ -172,7 +172,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     model = build_model(cfg, train_split, encoder).to(device)
     if cfg.carl_from and not (run / "last.pt").is_file():
         load_carl(model, cfg.carl_from, train_split, encoder)
-    # On a GPU the texts are a recorded graph; elsewhere forward stays what it is.
+    # On a GPU the text encoder's 600 launches are recorded once and replayed; elsewhere nothing
+    # changes.
     model.prompts.forward = replayed(model.prompts, encoder, autocast_dtype(cfg.amp, device))
     with device:  # not on the CPU first, which may have less memory
         memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta)

@@ -121,8 +121,8 @@ class CARL(nn.Module):
         # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: project C queries instead of B*N keys.
         q = self.q(Q)  # (C, D)
         energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5  # (B, C, N)   R of Eq. 3
-        # W_v may follow the sum over the locations: without dropout the weights sum to one, and
-        # with it the bias of W_v stays whole.
+        # W_v may follow the sum over the locations, since the weights sum to one. (Under dropout
+        # they do not; then only the bias of W_v is treated differently.)
         mixed = self.dropout(energy.softmax(-1)) @ x  # (B, C, D)
         attended = self.out(self.v(mixed))  # (B, C, D)   Cross_Att(Q, f)
         h = self.norm2(Q + self.dropout(attended))

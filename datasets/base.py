@@ -90,7 +90,8 @@ def read_bytes(path):
             raise OSError("not a regular file")  # a pipe would be waited for without end
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): check the path, or "
+                        "complete the download") from None
 
 
 def read_text(path):

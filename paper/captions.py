@@ -1,5 +1,5 @@
 """Texts as images: prompts learned from captions alone, without a photo (TaI-DPT, Guo et al., CVPR
-2023; paper, Tables 1, 2).
+2023; paper, Table 1).
 
     python train.py --data scenes --images captions --matching global      matched with sentences
     python train.py --data scenes --images captions --matching dualcoop    matched with words

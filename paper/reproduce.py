@@ -45,27 +45,30 @@ AVERAGE = "Avg."
 
 
 def rows_of(own, base):
-    """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}."""
+    """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}, and
+    the data set that these are of."""
     asked = STUDIES[own.study] if own.study else TABLES[own.table]
     known = asked["paper"]  # where the data set is not in it, another's numbers are shown
     data = next(name for name in (base.data, "coco", *known) if name in known)
-    paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()}
     captions = base.captions or base.data in ("scenes", "coco")
     rows = {row: runs for row, runs in asked["rows"].items()
             if (captions or "TaI-DPT" not in row)
             and (not own.rows or any(part in row for part in own.rows))}
     if not rows:
-        raise UserError(f"no row of this table holds {' or '.join(own.rows)}")
+        raise UserError(f"no row of this table holds {' or '.join(own.rows)} (TaI-DPT's need "
+                        "--captions, but on coco and scenes)")
+    paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
+             if row in rows}
     if own.table == "2":
         setups = dict(asked["setups"])
         if data != base.data:
             del setups["SPLC setup"]  # which published lists define
-        return rows, setups, paper
+        return rows, setups, paper, data
     if own.table == "3" and base.single_positive:  # which the paper leaves out
-        return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}
+        return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}, data
     fewer = asked.get("ratios of scenes") if base.data == "scenes" else None
     ratios = own.ratios or fewer or asked["ratios"]
-    return rows, {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}, paper
+    return rows, {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}, paper, data
 
 
 # ---- measuring
@@ -101,18 +104,20 @@ def markdown(columns, rows):
     return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def plot(measured, paper, about, file):
+def plot(measured, paper, titles, file):
     """mAP over the share of known labels, mean and spread over the seeds; the paper's beside."""
-    with two_axes(file, 10, 3.8, dpi=120) as (left, right):
+    colours = {row: f"C{k}" for k, row in enumerate(measured)}
+    with two_axes(file, 12, 3.8, dpi=120) as (left, right):
         for row, cells in measured.items():
             points = {float(name[:-2]): list(cell.values()) for name, cell in cells.items()
                       if name != AVERAGE and cell}
             error = [np.std(values, ddof=len(values) > 1) for values in points.values()]
             left.errorbar(list(points), [np.mean(values) for values in points.values()], error,
-                          marker=".", capsize=2, label=row)
+                          marker=".", capsize=2, label=row, color=colours[row])
         for row, cells in paper.items():
-            right.plot([float(name[:-2]) for name in cells], cells.values(), marker=".", label=row)
-        for axis, title in ((left, f"measured here, {about}"), (right, "the paper")):
+            points = [(float(name[:-2]), mAP) for name, mAP in cells.items() if name != AVERAGE]
+            right.plot(*zip(*points), ".-", label=row, color=colours[row])
+        for axis, title in zip((left, right), titles):
             axis.set(xlabel="known labels (%)", ylabel="mAP (%)", title=title)
 
 
@@ -128,14 +133,15 @@ def settings_of(runs, seeds, split):
 
 def mAP_table(own, base, file):
     """A line a row, under it the paper's numbers where there are any."""
-    rows, columns, paper = rows_of(own, base)
+    rows, columns, paper, data = rows_of(own, base)
     runs, seeds = Runs(base, own.out, own.jobs), range(base.seed, base.seed + own.seeds)
     _, val_split, test_split = runs.splits
     split = "val" if own.study and val_split else "test"
     measured = measure(runs, rows, columns, seeds, split)
     write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
     if own.table == "1":
-        plot(measured, paper, base.data, file.with_suffix(".png"))
+        titles = f"measured here, {base.data}", f"the paper, {data}"
+        plot(measured, paper, titles, file.with_suffix(".png"))
     names = list(next(iter(measured.values())))
     lines = []
     if own.table in ("1", "3"):
@@ -145,10 +151,11 @@ def mAP_table(own, base, file):
             lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
     for row, cells in measured.items():
         lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
-        printed = {name: f"{mAP:.1f}" for name, mAP in paper.get(row, {}).items()}
+        printed = {name: str(mAP) for name, mAP in paper.get(row, {}).items()}
         if printed.keys() & set(names):
-            lines.append(["*the paper*", *(printed.get(name, "") for name in names)])
-    return settings_of(runs, seeds, split) + markdown(names, lines)
+            lines.append([f"*the paper, {data}*", *(printed.get(name, "") for name in names)])
+    about = "" if own.study else TABLES[own.table]["about"] + "\n\n"
+    return settings_of(runs, seeds, split) + about + markdown(names, lines)
 
 
 def table_5(*_):
@@ -173,8 +180,8 @@ def table_5(*_):
             adds.append(counter.get_total_flops() / 2e9)
         numbers = ((frozen + learned) / 2**20, total, learned / 2**20, own, *adds, flops)
         rows.append([f"**{name}**", *(f"{number:.2f}" for number in numbers)])
-    return markdown(["total (Mi)", "paper", "learned (Mi)", "paper", "multiply-adds (G)", "folded",
-                     "paper"], rows)
+    return "\n\n" + markdown(["total (Mi)", "paper", "trained (Mi)", "paper", "multiply-adds (G)",
+                              "folded", "paper"], rows)
 
 
 def figure_4(own, base, file):
@@ -192,7 +199,7 @@ def figure_4(own, base, file):
         for name, predictor in predictors.items():
             (_, p, maps), = predictor.iterate([path])
             (photo, caption), *tiles = region_tiles(predictor, path, p, maps, 3)
-            rows.append([(photo, f"{name}: {caption}"), *tiles])
+            rows.append([(photo, f"{name}\n{caption}"), *tiles])
     save_grid(rows, file)
     compare(list(predictors.values()), split)
     return settings_of(runs, range(base.seed, base.seed + 1), "test") + f"{file} is drawn."

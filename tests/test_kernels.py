@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import gpu
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels.match import match_reference
@@ -204,7 +205,23 @@ def test_one_feature_for_all_categories_takes_the_reference(triton_path, launche
     assert kernels.match(x, toward, 1.0).shape == (2, 3) and not launched
 
 
+def test_flops(triton_path):
+    energy, f, _ = inputs((2, 3, 20, 8), torch.bfloat16, triton_path)
+    with FlopCounterMode(display=False) as counter:
+        kernels.region_pool(energy.requires_grad_(), f.requires_grad_()).sum().backward()
+    # forward, two gradients: 2 B C N D each
+    assert counter.get_total_flops() == 3 * 2 * 2 * 3 * 20 * 8
+
+
 # ---- topk_prototypes
+
+@pytest.mark.parametrize("shape", ((0, 3, 4, 8), (2, 3, 0, 8)))
+def test_sizes_of_zero_change_nothing(triton_path, shape):
+    B, C, N, D = shape
+    bank, cursor = torch.zeros(C, 4, D), torch.zeros(C, dtype=torch.int64)
+    kernels.topk_prototypes(torch.zeros(B, C, N), torch.zeros(B, N, D),
+                            torch.ones(B, C, dtype=torch.int8), bank, cursor, 2)
+    assert not bank.any() and not cursor.any()
 
 
 def by_hand(energy, f, labels, bank, cursor, k):
