@@ -158,14 +158,14 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         raise UserError(f"--batch {cfg.batch} does not divide among {world} processes")
     kernels.use(cfg.kernels)
     run = resume or new_run(cfg)
-    cfg = dataclasses.replace(cfg, out=str(run.absolute()))
     splits = splits or load_data(cfg)
     train_split = splits[0]
-    if cfg.assume_negative is None and not (train_split.labels == -1).any():
-        cfg = dataclasses.replace(cfg, assume_negative=0.3)
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
-    # kept: a copy of the weights under another name may not tell its activation
-    cfg = dataclasses.replace(cfg, activation=encoder.activation)
+    # Kept with the settings: what a moved folder, or weights under another name, do not tell.
+    found = dict(out=str(run.absolute()), activation=encoder.activation)
+    if cfg.assume_negative is None and not (train_split.labels == -1).any():
+        found["assume_negative"] = 0.3
+    cfg = dataclasses.replace(cfg, **found)
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
 
     torch.manual_seed(cfg.seed)
