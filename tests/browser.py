@@ -19,6 +19,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER),
                                    reason="no chromium and chromedriver on the path")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-dev-shm-usage",
          "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars")
 
