@@ -245,7 +245,7 @@ def table(predictors, split, args):
     who = f"mean of {len(found)} runs" if found[1:] else f"{of.cfg.score} score, epoch {of.epoch}"
     print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
           f"{len(split.names) - numbers['left_out']} categories, {who}, CP to OF1 at the run's "
-          "thresholds:")
+          f"thresholds{', chosen on these labels' if split.name.endswith('/val') else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))
     warn_if_below(split.name, numbers, predictors[0].cfg)
     if args.categories:
