@@ -227,7 +227,8 @@ def restored(settings, file, given):
     a folder with run and data was moved, the data are found as they lay beside the run."""
     near = {name: os.path.abspath(file.parent / os.path.relpath(settings[name], settings["out"]))
             for name in PLACES if os.path.isabs(settings.get(name) or "")
-            and not os.path.exists(settings[name])}
+            and not os.path.exists(settings[name])
+            and os.path.splitdrive(settings[name])[0] == os.path.splitdrive(file.absolute())[0]}
     given = {name: path for name, path in near.items() if os.path.exists(path)} | given
     with refused(f"{file} is of another version: restore it", known=TypeError):  # unknown settings
         return Config(**(settings | given))

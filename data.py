@@ -74,10 +74,6 @@ def hold_out_by_name(split, share):
     """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
     move leave the others where they are. Copies of one picture go where the first name goes."""
     first = twins(split.paths)
-    differ = [i for i, j in enumerate(first) if (split.labels[i] * split.labels[j] < 0).any()]
-    if differ:
-        print(f"note: {len(differ)} pictures are copies of others with other labels, first "
-              f"{split.where[differ[0]]}; python data.py lists them")
     name = {}
     for i, listed in zip(first, split.listed):
         name[i] = min(name.get(i, listed), listed)
@@ -185,6 +181,13 @@ def load(cfg):
         labels = train.labels * read_mask(cfg.mask, train)
     else:
         labels = train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
+
+    if sheet:
+        differ = [i for i, j in enumerate(twins(train.paths))
+                  if (train.labels[i] * train.labels[j] < 0).any()]
+        if differ:
+            csv_sheet.note(f"{len(differ)} pictures are copies of others with other labels, first "
+                           f"{train.where[differ[0]]}; python data.py lists them")
 
     prompts = prompts_for(cfg, train)
     rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")

@@ -122,8 +122,9 @@ def best_thresholds(scores, truth, k, resamples=25):
         s, positive = logits[known, c], truth[known, c] == 1
         n = positive.sum()
         if 0 < n < len(s):
+            order = np.lexsort((positive, s))  # the order of the images does not matter
+            s, positive = s[order], positive[order]
             drawn = np.random.RandomState(0).randint(len(s), size=(resamples, len(s)))
-            drawn = np.lexsort((positive, s))[drawn]  # the order of the images does not matter
             t = np.mean([best_threshold(s[rows], positive[rows]) for rows in drawn
                          if positive[rows].any()])
             thresholds[c] = 1 / (1 + np.exp(-n * t / (n + k)))
@@ -242,15 +243,16 @@ def table(predictors, split, args):
     if args.json:
         return print(json.dumps(numbers))
     of = predictors[0]
-    who = f"mean of {len(found)} runs" if found[1:] else f"{of.cfg.score} score, epoch {of.epoch}"
+    score = of.cfg.score if of.cfg.score in found[0] else "region"  # a baseline has no other
+    who = f"mean of {len(found)} runs" if len(found) > 1 else f"{score} score, epoch {of.epoch}"
     print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
           f"{len(split.names) - numbers['left_out']} categories, {who}, CP to OF1 at the run's "
           f"thresholds{', chosen on these labels' if split.name.endswith('/val') else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))
-    warn_if_below(split.name, numbers, predictors[0].cfg)
+    warn_if_below(split.name, numbers, of.cfg)
     if args.categories:
         ap = ap_per_category(scores, split.truth)
-        print(*category_lines(split, scores, ap, threshold, predictors[0].rests_on), sep="\n")
+        print(*category_lines(split, scores, ap, threshold, of.rests_on), sep="\n")
 
 
 def run(args):

@@ -73,7 +73,7 @@ def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
         s = anchors @ samples.T  # (C, S')
         # Each sample is the positive of one anchor, and a negative of all the others.
         p = s[classes, torch.arange(len(classes), device=s.device)]  # (S',)
-        s.scatter_(0, classes[None], -1e9)  # out of the negatives of its own anchor
+        s.scatter_(0, classes[None], -1e9)  # so it is left out of its own anchor's negatives
         return p, s.logsumexp(1)  # (S',), (C,)
 
     parts = list(zip(samples.split(max(1, at_once // C)), classes.split(max(1, at_once // C))))

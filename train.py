@@ -161,7 +161,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     splits = splits or load_data(cfg)
     train_split = splits[0]
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
-    # Kept with the settings: what a moved folder, or weights under another name, do not tell.
+    # Needed again when the folder is moved or the weights are renamed.
     found = dict(out=str(run.absolute()), activation=encoder.activation)
     if cfg.assume_negative is None and not (train_split.labels == -1).any():
         found["assume_negative"] = 0.3

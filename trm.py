@@ -122,7 +122,7 @@ class CARL(nn.Module):
         q = self.q(Q)  # (C, D)
         energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5  # (B, C, N)   R of Eq. 3
         # W_v may follow the sum over the locations, since the weights sum to one. (Under dropout
-        # they do not; then only the bias of W_v is treated differently.)
+        # they do not: the bias of W_v would be scaled with them, here it is not.)
         mixed = self.dropout(energy.softmax(-1)) @ x  # (B, C, D)
         attended = self.out(self.v(mixed))  # (B, C, D)   Cross_Att(Q, f)
         h = self.norm2(Q + self.dropout(attended))

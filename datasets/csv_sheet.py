@@ -15,6 +15,7 @@ import csv
 import io
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -35,6 +36,10 @@ MEANING = {None: CODES, "unknown": CODES | {"-1": UNKNOWN},
 def word(cell):
     """A cell as WORDS has it: "Yes" is yes; "1.0", and "1,00" where a comma is no end, are 1."""
     return re.sub(r"^(-?[01])[.,]0+$", r"\1", cell.lower())
+
+
+def note(text):
+    print(f"note: {text}", file=sys.stderr)  # stdout may be JSON
 
 
 def is_sheet(data):
@@ -131,8 +136,8 @@ def read(path, root, cfg):
         cells, names = lists(path, body, other[0])
     else:
         if other:
-            print(f"{path}: no categories, since no cell is a label: "
-                  f"{', '.join(header[c] for c in other)}")
+            note(f"{path}: no categories, since no cell is a label: "
+                 f"{', '.join(header[c] for c in other)}")
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
@@ -155,8 +160,8 @@ def read(path, root, cfg):
     labels = np.array(cells, np.int8).reshape(-1, len(names))
     ticked = [name for name, column in zip(names, labels.T) if {*column} == {POSITIVE, UNKNOWN}]
     if path == cfg.data and 0 < len(ticked) < len(names):  # of all: a way to fill a sheet
-        print(f"note: {path}: no image is known to be without {', '.join(ticked[:5])}, but some "
-              "without others: a run would see it everywhere; fill in some 0")
+        note(f"{path}: no 0 in the column {', '.join(ticked[:5])}, but in others: a run would "
+             "learn that every image has it; fill in some 0")
     return Split(os.path.splitext(os.path.basename(path))[0], files, names, labels,
                  prompts=prompts, listed=[row[0] for _, row in body],
                  where=[f"{path}:{line}" for line, _ in body])
@@ -210,5 +215,5 @@ def lists(path, body, column):
     separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
     rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
     names = sorted({name for row in rows for name in row})
-    print(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
+    note(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
     return [[POSITIVE if name in row else UNKNOWN for name in names] for row in rows], names

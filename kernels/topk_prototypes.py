@@ -102,8 +102,8 @@ def launch_topk(energy, f, labels, bank, cursor, k):
 def topk_op(energy: torch.Tensor, f: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor,
             cursor: torch.Tensor, k: int) -> None:
     # decided in here: the reference's shapes depend on the labels, torch.compile must not see them
-    filled = f.numel() and runs_triton(energy)  # a kernel takes no size of zero
-    run = launch_topk if filled else topk_prototypes_reference
+    use_kernel = f.numel() and runs_triton(energy)  # which takes no size of zero
+    run = launch_topk if use_kernel else topk_prototypes_reference
     run(energy, f, labels, bank, cursor, k)
 
 

@@ -55,8 +55,8 @@ def rows_of(own, base):
             if (captions or "TaI-DPT" not in row)
             and (not own.rows or any(part in row for part in own.rows))}
     if not rows:
-        raise UserError(f"no row of this table holds {' or '.join(own.rows)} (TaI-DPT's need "
-                        "--captions, but on coco and scenes)")
+        raise UserError(f"no row of this table holds {' or '.join(own.rows)} (those of TaI-DPT "
+                        "need --captions, except on coco and scenes)")
     paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
              if row in rows}
     if own.table == "2":
@@ -151,7 +151,9 @@ def mAP_table(own, base, file):
             lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
     for row, cells in measured.items():
         lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
-        printed = {name: str(mAP) for name, mAP in paper.get(row, {}).items()}
+        known = paper.get(row, {})
+        printed = {name: str(mAP) for name, mAP in known.items()  # a mean only of the same columns
+                   if name != AVERAGE or set(known) <= {AVERAGE, *names}}
         if printed.keys() & set(names):
             lines.append([f"*the paper, {data}*", *(printed.get(name, "") for name in names)])
     about = "" if own.study else TABLES[own.table]["about"] + "\n\n"

@@ -124,8 +124,11 @@ def test_the_film_goes_from_stage_one_to_stage_two(page):
     assert "epoch 1 of 40, stage 1" in page.run(told) and "no pseudo-labels" in page.run(told)
     page.run("const e = document.getElementById('epoch'); e.value = e.max; e.oninput()")
     assert "epoch 40 of 40, stage 2" in page.run(told) and "% right" in page.run(told)
-    last = page.run("return WORD[agreed(verdicts(scene.film.at(-1).map(row => row[c]), "
-                    "data.thetas.at(-1)))]")
+    s, theta = page.run("return [scene.film.at(-1).map(row => row[c]), "
+                        "data.thetas.at(-1).map(both => both.map(row => row[c]))]")
+    said = [(value >= high) - (value <= low) if high > low else 0
+            for value, (high, low) in zip(s, theta)]  # Eq. 10
+    last = {1: "present", -1: "absent", 0: "unknown"}[said[0] if said[0] == said[1] else 0]
     assert f"Eq. 12 says {last}" in page.run(told)
 
 

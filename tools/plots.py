@@ -38,8 +38,8 @@ def region_tiles(predictor, path, p, maps, top, truth=None):
 
     p (C,) probabilities, maps (C, N) of the image, as Predictor.iterate gives them; truth (C,) in
     {1, -1, 0} tells which verdicts are right. "area" is the share of the locations above half the
-    peak. A map is called flat where that is nearly all of them, or where the peak is next to
-    nothing: it is red all the same, since `heat` scales by the peak.
+    peak. "flat": over 80 % of them are, or the peak is below 0.05; it says nothing of a place,
+    although `heat`, which scales by the peak, draws it red.
     """
     image = fit(augment.read(path), SIDE)
     tiles = [(image, Path(path).name[-32:])]
@@ -50,7 +50,8 @@ def region_tiles(predictor, path, p, maps, top, truth=None):
         if truth is not None:
             right = {1: "right", -1: "wrong", 0: "truth unknown"}
             verdict += f", {right[truth[c] if present else -truth[c]]}"
-        peak, area = maps[c].max(), np.mean(maps[c] > maps[c].max() / 2)
+        peak = maps[c].max()
+        area = np.mean(maps[c] > peak / 2)
         flat = ", flat" if area > 0.8 or peak < 0.05 else ""
         region = f"region: peak {peak:.2f}, area {100 * area:.0f} %{flat}"
         tiles.append((heat(image, maps[c], predictor.grid),

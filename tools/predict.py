@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from datasets import augment
@@ -19,7 +20,7 @@ NO_PHOTOS = (".", "@eadir", "__macosx", "thumbs.db", "desktop.ini")  # of system
 
 def images_in(paths):
     """Files, folders and patterns that the shell left alone (*.jpg) -> files, those of a folder
-    without hidden ones and thumbnails, which are told."""
+    without hidden ones and thumbnails; how many these are is printed."""
     found = []
     for path in paths:
         if os.path.isdir(path):
@@ -110,5 +111,6 @@ def why_not(path):
     try:
         augment.read(path)
     except Exception as error:  # whatever a broken file makes a decoder raise
-        heic = str(path).lower().endswith((".heic", ".heif"))
-        return f"{error}{': pip install pillow-heif' if heic else ''}"
+        heic = str(path).lower().endswith((".heic", ".heif")) and os.path.isfile(path)
+        missing = heic and ".heic" not in Image.registered_extensions()
+        return f"{error}{': pip install pillow-heif' if missing else ''}"

@@ -119,7 +119,7 @@ class Predictor:
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
         of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
         UserError for one that is no image."""
-        if isinstance(images, (str, Path, bytes)) or not hasattr(images, "__len__"):
+        if not isinstance(images, (list, tuple)):
             raise UserError(f"expected a list of images, got {images!r:.80}: put it in brackets")
         return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
 

@@ -189,8 +189,8 @@ def merge(args):
             conflicts.append(f"{name}, {category}: sheet {cell}, answer {written[code]}")
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{args.answers}: none of its {len(answers)} answers has a cell in {sheet} "
-                        f"(first {strangers[0]}): is it the answers' sheet? A column of lists "
-                        "takes no answers, new-sheet makes one that does; -1: --minus-one")
+                        f"(first {strangers[0]}): is it the answers' sheet? A sheet with "
+                        "one column of lists takes none; for -1 say --minus-one")
     if filled:
         backups = (sheet.with_name(f"{sheet.name}.{k}.bak") for k in itertools.count(1))
         kept = next(file for file in backups if not file.exists())

@@ -35,6 +35,6 @@ try:
     Predictor = importlib.import_module("eval").Predictor
 finally:
     sys.path.remove(HERE)
-    sys.path.append(HERE)  # behind all others: for the processes of a loader
+    sys.path.append(HERE)  # last, so that loader processes find our modules
     take([name for name in NAMES if not ours(PathFinder.find_spec(name))])
     sys.modules.update(others)
