@@ -133,6 +133,17 @@ class Config:
         return self.matching == "carl" and part not in self.left_out
 
     @property
+    def modalities(self):
+        """The modalities whose verdicts must agree (Eq. 12): of 0 visual, 1 text."""
+        return [i for i, name in enumerate(("visual", "text")) if self.uses(name)]
+
+    @property
+    def asl(self):
+        """The arguments of losses.asymmetric (Eq. 14)."""
+        return dict(gamma_pos=self.gamma_pos, gamma_neg=self.gamma_neg, shift=self.shift,
+                    assume_negative=self.assume_negative or 0.0)
+
+    @property
     def needs_global(self):
         """Whether inference looks at CLIP's global feature."""
         return self.matching == "global" or self.score == "mixed"
@@ -225,10 +236,12 @@ def is_path(name, value):
 def restored(settings, file, given):
     """Settings that `file` holds, and those given anew, dicts -> Config; the rest is default. Where
     a folder with run and data was moved, the data are found as they lay beside the run."""
-    near = {name: os.path.abspath(file.parent / os.path.relpath(settings[name], settings["out"]))
-            for name in PLACES if os.path.isabs(settings.get(name) or "")
-            and not os.path.exists(settings[name])
-            and os.path.splitdrive(settings[name])[0] == os.path.splitdrive(file.absolute())[0]}
-    given = {name: path for name, path in near.items() if os.path.exists(path)} | given
+    run = settings.get("out") or ""  # where the folder lay when it was written
+    for name in PLACES:
+        place = settings.get(name) or ""
+        on_its_drive = os.path.splitdrive(place)[0] == os.path.splitdrive(run)[0]
+        if os.path.isabs(place) and on_its_drive and not os.path.exists(place):
+            near = os.path.abspath(file.parent / os.path.relpath(place, run))
+            settings = settings | ({name: near} if os.path.exists(near) else {})
     with refused(f"{file} is of another version: restore it", known=TypeError):  # unknown settings
         return Config(**(settings | given))

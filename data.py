@@ -70,10 +70,10 @@ def hold_out(count, share, seed=1200):
     return np.sort(order[:count - held]), np.sort(order[count - held:])
 
 
-def hold_out_by_name(split, share):
+def hold_out_by_name(split, share, first):
     """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
-    move leave the others where they are. Copies of one picture go where the first name goes."""
-    first = twins(split.paths)
+    move leave the others where they are. Copies of one picture go where the first name goes.
+    first: what `twins` gives for the split"""
     name = {}
     for i, listed in zip(first, split.listed):
         name[i] = min(name.get(i, listed), listed)
@@ -118,8 +118,8 @@ def complete(cfg):
     if cfg.data == "scenes" and cfg.root is None:
         scenes.write(SCENES)  # leaves them alone when they are there
     elif cfg.root is None:
-        pages = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
-        row = next(line.split(" | ") for line in pages.splitlines() if f"`{cfg.data}`" in line)
+        page = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
+        row = next(line.split(" | ") for line in page.splitlines() if f"`{cfg.data}`" in line)
         raise UserError(f"{cfg.data}: say with --root which folder holds {row[-1].strip(' |')}; it "
                         f"comes from {row[1]} (docs/data.md)")
     parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
@@ -183,8 +183,8 @@ def load(cfg):
         labels = train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
 
     if sheet:
-        differ = [i for i, j in enumerate(twins(train.paths))
-                  if (train.labels[i] * train.labels[j] < 0).any()]
+        first = twins(train.paths)
+        differ = [i for i, j in enumerate(first) if (train.labels[i] * train.labels[j] < 0).any()]
         if differ:
             csv_sheet.note(f"{len(differ)} pictures are copies of others with other labels, first "
                            f"{train.where[differ[0]]}; python data.py lists them")
@@ -194,7 +194,8 @@ def load(cfg):
     if share is None and val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
-        rows, held_rows = hold_out_by_name(train, share) if sheet else hold_out(len(rows), share)
+        rows, held_rows = (hold_out_by_name(train, share, first) if sheet
+                           else hold_out(len(rows), share))
         held_rows = held_rows[~train.unused[held_rows]]
         val = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not val:

@@ -110,11 +110,11 @@ def best_threshold(scores, positive):
     return scores[best:best + 2].mean()
 
 
-def best_thresholds(scores, truth, k, resamples=25):
+def best_thresholds(scores, truth, k):
     """(C,) thresholds with the best F1. Few labels say little, so two steps follow on the scale of
-    logits (docs/readings.md): t is the mean over resamples of the known labels (Breiman's bagging,
-    1996), and t of n positives becomes n t / (n + k), drawn towards 0.5. 0.5 where the known labels
-    are all alike.
+    logits (docs/readings.md): t is the mean over 25 resamples of the known labels (Breiman's
+    bagging, 1996), and t of n positives becomes n t / (n + k), drawn towards 0.5. It is 0.5 where
+    the known labels are all alike.
     scores (n, C) probabilities, truth (n, C) in {1, -1, 0}"""
     logits = torch.as_tensor(scores).logit(eps=1e-6).numpy()  # (n, C)
     thresholds = np.full(truth.shape[1], 0.5)
@@ -124,7 +124,7 @@ def best_thresholds(scores, truth, k, resamples=25):
         if 0 < n < len(s):
             order = np.lexsort((positive, s))  # the order of the images does not matter
             s, positive = s[order], positive[order]
-            drawn = np.random.RandomState(0).randint(len(s), size=(resamples, len(s)))
+            drawn = np.random.RandomState(0).randint(len(s), size=(25, len(s)))
             t = np.mean([best_threshold(s[rows], positive[rows]) for rows in drawn
                          if positive[rows].any()])
             thresholds[c] = 1 / (1 + np.exp(-n * t / (n + k)))
@@ -242,17 +242,17 @@ def table(predictors, split, args):
                 if len(found) == 1 or name == "zero-shot"}
     if args.json:
         return print(json.dumps(numbers))
-    of = predictors[0]
-    score = of.cfg.score if of.cfg.score in found[0] else "region"  # a baseline has no other
-    who = f"mean of {len(found)} runs" if len(found) > 1 else f"{score} score, epoch {of.epoch}"
+    first = predictors[0]
+    score = first.cfg.score if first.cfg.score in found[0] else "region"  # a baseline's only one
+    who = f"{score} score, epoch {first.epoch}" if len(found) == 1 else f"mean of {len(found)} runs"
     print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
           f"{len(split.names) - numbers['left_out']} categories, {who}, CP to OF1 at the run's "
           f"thresholds{', chosen on these labels' if split.name.endswith('/val') else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))
-    warn_if_below(split.name, numbers, of.cfg)
+    warn_if_below(split.name, numbers, first.cfg)
     if args.categories:
         ap = ap_per_category(scores, split.truth)
-        print(*category_lines(split, scores, ap, threshold, of.rests_on), sep="\n")
+        print(*category_lines(split, scores, ap, threshold, first.rests_on), sep="\n")
 
 
 def run(args):

@@ -64,16 +64,13 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
         # Single positive has no known negatives: without assumed ones no theta_negative exists.
         assumed = torch.where(labels == 0, -1, labels) if cfg.assume_negative else labels
         memory.update_thresholds(s, assumed)  # Eq. 9, 11
-        modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
-        pseudo = memory.pseudo_labels(s, labels, modalities)  # Eq. 10, 12
+        pseudo = memory.pseudo_labels(s, labels, cfg.modalities)  # Eq. 10, 12
     completed = labels if pseudo is None else torch.where(labels == 0, pseudo, labels)
 
     # Sec. 3.3, 3.5 and 3.6: the losses.
-    asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift,
-               assume_negative=cfg.assume_negative or 0.0)
-    terms = {"L_r": losses.asymmetric(out.logits_r, completed, **asl)}  # Eq. 14
+    terms = {"L_r": losses.asymmetric(out.logits_r, completed, **cfg.asl)}  # Eq. 14
     if out.logits_q is not None:
-        terms["L_q"] = losses.asymmetric(out.logits_q, completed, **asl)  # Eq. 14
+        terms["L_q"] = losses.asymmetric(out.logits_q, completed, **cfg.asl)  # Eq. 14
     if cfg.uses("kd"):
         terms["L_KD"] = losses.distillation(out.logits_r, out.logits_q, cfg.kd, cfg.kd_temperature,
                                             cfg.kd_teacher)  # Eq. 6

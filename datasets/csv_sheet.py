@@ -50,6 +50,11 @@ def load(root, cfg):
     """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first one,
     in its order, and other images."""
     train = read(cfg.data, root, cfg)
+    ticked = [name for name, column in zip(train.names, train.labels.T)
+              if {*column} == {POSITIVE, UNKNOWN}]
+    if 0 < len(ticked) < len(train.names):  # of all: a way to fill a sheet
+        note(f"{cfg.data}: no 0 in the column {', '.join(ticked[:5])}, but in others: a run would "
+             "learn that every image has it; fill in some 0")
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
         if not is_sheet(path):
@@ -157,12 +162,8 @@ def read(path, root, cfg):
         error = UserError(problems[0] + (more if len(problems) > 1 else ""))
         error.problems = problems
         raise error
-    labels = np.array(cells, np.int8).reshape(-1, len(names))
-    ticked = [name for name, column in zip(names, labels.T) if {*column} == {POSITIVE, UNKNOWN}]
-    if path == cfg.data and 0 < len(ticked) < len(names):  # of all: a way to fill a sheet
-        note(f"{path}: no 0 in the column {', '.join(ticked[:5])}, but in others: a run would "
-             "learn that every image has it; fill in some 0")
-    return Split(os.path.splitext(os.path.basename(path))[0], files, names, labels,
+    return Split(os.path.splitext(os.path.basename(path))[0], files, names,
+                 np.array(cells, np.int8).reshape(-1, len(names)),
                  prompts=prompts, listed=[row[0] for _, row in body],
                  where=[f"{path}:{line}" for line, _ in body])
 

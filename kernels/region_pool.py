@@ -138,7 +138,8 @@ pool_op.register_autograd(backward, setup_context=lambda ctx, inputs, output:
 
 
 register_flop_formula([torch.ops.trm_ml.region_pool, torch.ops.trm_ml.region_pool_grad])(
-    lambda *shapes, **_: 2 * math.prod(shapes[-2]) * shapes[-1][-1])  # of energy and f
+    # the last two shapes are (B, C, N) of energy and (B, N, D) of f
+    lambda *shapes, **_: 2 * math.prod(shapes[-2]) * shapes[-1][-1])
 
 
 # ---- public function

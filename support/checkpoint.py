@@ -154,9 +154,9 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
     before = begun(run)
     if before["clip_sha256"] != clip_sha256:
         raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
-    for name in changed(before, splits):
-        raise UserError(f"{run} was begun on other data: names, labels or images of {name} have "
-                        "changed: put them back, or train anew")
+    if names := changed(before, splits):
+        raise UserError(f"{run} was begun on other data: names, labels or images of {names[0]} "
+                        "have changed: put them back, or train anew")
     return lock
 
 

@@ -62,19 +62,16 @@ def inspect(predictor, image, labels=None):
     logits_r, logits_q = (match(part, g_pos, g_neg, model.log_scale.exp())
                           for part in (regions, queries))
     s = memory.similarities(regions)  # (2, 1, C)
-    modalities = [i for i, name in enumerate(("visual", "text")) if cfg.uses(name)]
     seen = dict(f=f[0], x=x[0], g_pos=g_pos, g_neg=g_neg,
                 text_pixel=g_pos @ F.normalize(f[0], dim=-1).T,
                 energy=energy[0], mask=energy[0].sigmoid(), regions=regions[0], queries=queries[0],
                 logits_r=logits_r[0], logits_q=logits_q[0], topk=energy[0].topk(cfg.topk)[1],
                 s=s[:, 0], theta=memory.theta, verdicts=memory.verdicts(s)[:, 0],
-                pseudo=memory.pseudo_labels(s, torch.zeros_like(logits_r), modalities)[0])
+                pseudo=memory.pseudo_labels(s, torch.zeros_like(logits_r), cfg.modalities)[0])
     if labels is not None:
         labels = torch.as_tensor(labels, device=f.device)[None]  # (1, C)
-        asl = dict(gamma_pos=cfg.gamma_pos, gamma_neg=cfg.gamma_neg, shift=cfg.shift,
-                   assume_negative=cfg.assume_negative or 0.0)
-        terms = {"L_q": losses.asymmetric(logits_q, labels, **asl),
-                 "L_r": losses.asymmetric(logits_r, labels, **asl)}
+        terms = {"L_q": losses.asymmetric(logits_q, labels, **cfg.asl),
+                 "L_r": losses.asymmetric(logits_r, labels, **cfg.asl)}
         if cfg.uses("kd"):
             terms["L_KD"] = losses.distillation(logits_r, logits_q, cfg.kd, cfg.kd_temperature,
                                                 cfg.kd_teacher)

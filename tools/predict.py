@@ -24,13 +24,13 @@ def images_in(paths):
     found = []
     for path in paths:
         if os.path.isdir(path):
-            below = sorted(p for p in Path(path).rglob("*") if not p.is_dir())
-            hidden = [p for p in below if any(part.lower().startswith(NO_PHOTOS)
-                                              for part in p.relative_to(path).parts)]
+            below = {p for p in Path(path).rglob("*") if not p.is_dir()}
+            hidden = {p for p in below if any(part.lower().startswith(NO_PHOTOS)
+                                              for part in p.relative_to(path).parts)}
             if hidden:
                 print(f"left out, since hidden or no photos: {len(hidden)} in {path}, first "
-                      f"{hidden[0]}", file=sys.stderr)
-            files = sorted(set(below) - set(hidden))
+                      f"{min(hidden)}", file=sys.stderr)
+            files = sorted(below - hidden)
         else:
             literal = path.replace("[", "[[]")  # photos[1]/*.jpg may mean a folder of that name
             matches = glob.glob(path, recursive=True) or glob.glob(literal, recursive=True)
@@ -107,7 +107,7 @@ def predict(predictor, paths, args):
 
 
 def why_not(path):
-    """Why a photo cannot be read."""
+    """Why a photo cannot be read; None where it can."""
     try:
         augment.read(path)
     except Exception as error:  # whatever a broken file makes a decoder raise

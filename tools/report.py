@@ -45,6 +45,7 @@ def mAPs(line):
 
 
 def warn_if_below(split, numbers, cfg):
+    """Prints a warning where zero-shot ranks better. numbers: eval.metrics, and mAP_zero-shot"""
     if numbers["mAP"] < numbers["mAP_zero-shot"]:
         print(f"warning: on {split} the run is below CLIP without any training"
               + ("" if cfg.score == "mixed" else "; --score mixed adds the two"))
