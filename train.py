@@ -27,7 +27,7 @@ import clip
 import kernels
 import losses
 from clip.features import autocast_dtype
-from eval import count_pseudo, evaluate, note_best, pseudo_numbers
+from eval import count_pseudo, evaluate, note_best, of_zero_shot, pseudo_numbers
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, begin, new_run, read_checkpoint, save, write_metrics
@@ -35,7 +35,8 @@ from support.cli import best_device, run_main, stop
 from support.distributed import average_gradients, gather
 from support.replay import replayed
 from tools import report
-from tools.build import build_model, evaluation_loaders, load_carl, load_data, training_loader
+from tools.build import (build_model, evaluation_loaders, load_carl, load_data, settled,
+                         training_loader)
 from tools.zero_shot import zero_shot_text
 from trm import Output
 
@@ -128,11 +129,7 @@ def train_one_epoch(state, encoder, loader, cfg):
         if device.type == "cpu" or i % 50 == 1 or i == steps:  # reading a value waits for a GPU
             weights = model.parameters() if i == steps else ()
             if not all(tensor.isfinite().all() for tensor in (sums["L"], *weights)):
-                values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
-                raise FloatingPointError(
-                    f"epoch {state.epoch + 1}: the loss or a weight is not finite after step {i} "
-                    f"of {steps} ({values}); {state.epoch} epochs are kept; train anew with a "
-                    "lower --lr or --amp none")
+                raise FloatingPointError(report.of_failure(state.epoch, i, steps, terms))
             bar.set_postfix(loss=f"{float(sums['L']) / i:.3f}")
     seconds = time.perf_counter() - start
     means = {name: round(float(value) / steps, 6) for name, value in sums.items()}
@@ -158,11 +155,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     splits = splits or load_data(cfg)
     train_split = splits[0]
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
-    # Needed again when the folder is moved or the weights are renamed.
-    found = dict(out=str(run.absolute()), activation=encoder.activation)
-    if cfg.assume_negative is None and not (train_split.labels == -1).any():
-        found["assume_negative"] = 0.3
-    cfg = dataclasses.replace(cfg, **found)
+    cfg = settled(cfg, run, train_split, encoder)
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
 
     torch.manual_seed(cfg.seed)
@@ -190,8 +183,11 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
+    if not state.history:
+        zero = evaluate(model, encoder, g_zero, train_split, loaders, "zero-shot")[0]
+        state.history.append(of_zero_shot(zero))
     if rank == 0:
-        report.of_start(run, cfg, train_split, trainable)
+        report.of_start(run, cfg, train_split, trainable, state.history[0])
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
                  clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # the same in every epoch
     while state.epoch < cfg.epochs:

@@ -31,6 +31,7 @@ CODES = {word: code for code, words in WORDS.items() for word in words}
 # by --minus-one: "absent", where 0 is unknown; "unknown", as CheXpert has it
 MEANING = {None: CODES, "unknown": CODES | {"-1": UNKNOWN},
            "absent": CODES | {"0": UNKNOWN, "-1": NEGATIVE}}
+FORMULA = re.compile(r"'*[=+\-@]")  # a spreadsheet computes such a cell; ' makes it text
 
 
 def word(cell):
@@ -40,6 +41,15 @@ def word(cell):
 
 def note(text):
     print(f"note: {text}", file=sys.stderr)  # stdout may be JSON
+
+
+def csv_text(header, rows):
+    """A CSV that a spreadsheet opens with its umlauts (a mark says UTF-8) and without formulas."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in (header, *rows):
+        writer.writerow([f"'{cell}" if FORMULA.match(str(cell)) else cell for cell in row])
+    return text.getvalue().encode("utf-8-sig", errors="surrogateescape")
 
 
 def is_sheet(data):

@@ -106,7 +106,7 @@ def history(run):
 
 
 def finished(cfg):
-    return len(history(cfg.out)) == cfg.epochs
+    return any(line["epoch"] == cfg.epochs for line in history(cfg.out))
 
 
 def in_processes(todo, jobs):

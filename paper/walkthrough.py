@@ -203,7 +203,7 @@ def contents():
             masks=(film["masks"][:, i] / 2.55).astype(int).tolist()))  # (T, C, N) in percent
         if title == "easy":
             idea(seen, augment.read(val.paths[i]), c, predictor)
-    epochs = [{name: line.get(name) for name in COUNTS} for line in history(RUN)]
+    epochs = [{name: line.get(name) for name in COUNTS} for line in history(RUN)[1:]]
     return dict(names=predictor.names, grid=predictor.grid, scenes=scenes, epochs=epochs,
                 texts=numbers(predictor.g_pos),
                 theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),

@@ -119,6 +119,15 @@ def test_the_clearest_suspect_comes_first_and_the_mean_itself_is_suspect():
     assert suspects(scores, truth) == [(4, 0), (3, 0)]
 
 
+def test_no_cell_of_the_csv_is_a_formula(trained, photos, tmp_path, capfd, monkeypatch):
+    (tmp_path / "=cmd.png").write_bytes(sorted(photos.glob("*.png"))[0].read_bytes())
+    monkeypatch.chdir(tmp_path)
+    sheet = tmp_path / "all.csv"
+    status, _, _ = command(evaluation.main, [trained, "--image", "=cmd.png", "--csv", sheet,
+                                             "--pictures", 0], capfd)
+    assert status == 0 and sheet.read_bytes().decode("utf-8-sig").splitlines()[1][:9] == "'=cmd.png"
+
+
 def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, tmp_path, capfd):
     sheet, pictures = tmp_path / "all.csv", tmp_path / "pictures"
     status, out, err = command(
@@ -148,7 +157,7 @@ def test_every_size_and_mode_is_predicted_pictured_and_written(trained, photos, 
     found = [json.loads(line) for line in out]
     images = sorted(p for p in photos.iterdir() if p.suffix != ".txt")
     assert [row["image"] for row in found] == [str(p) for p in images] and len(images) == 13
-    rows = list(csv.DictReader(open(sheet, encoding="utf-8")))
+    rows = list(csv.DictReader(open(sheet, encoding="utf-8-sig")))
     names = Predictor(trained).names
     assert [row.pop("image") for row in rows] == [str(p) for p in images] and list(rows[0]) == names
     for row, wide in zip(found, rows):

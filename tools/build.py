@@ -1,4 +1,5 @@
 """What a run is made of, from its Config: data, loaders, and the model before its first step."""
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,15 @@ def load_data(cfg):
     if cfg.images == "captions":
         return captions.load(cfg, splits[0]), *splits[1:]
     return splits
+
+
+def settled(cfg, run, split, encoder):
+    """The Config with what only data and weights tell, and with what is needed again when the
+    folder is moved or the weights are renamed."""
+    found = dict(out=str(run.absolute()), activation=encoder.activation)
+    if cfg.assume_negative is None and not (split.labels == data.NEGATIVE).any():
+        found["assume_negative"] = 0.3
+    return dataclasses.replace(cfg, **found)
 
 
 def training_loader(cfg, split, encoder, device, rank, world):

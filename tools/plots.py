@@ -112,10 +112,10 @@ def curves(history, file, weights, best):
                           if f"mAP_{score}" in line.get(split, {})]
                 if points:
                     right.plot(*zip(*points), ".-", label=f"{split} {score}")
-        stage_one = sum(line["stage"] == 1 for line in history)  # epochs
+        stage_one = sum(line.get("stage") == 1 for line in history)  # epochs
         for axis in (left, right):
             axis.set(xlabel="epoch", xlim=(0, history[-1]["epoch"] + 0.5))
-            if 0 < stage_one < len(history):
+            if 0 < stage_one < history[-1]["epoch"]:
                 axis.axvline(stage_one + 0.5, color="grey", linestyle="--", label="stage two")
         if best:
             right.axvline(best, color="grey", linestyle=":", label=f"best epoch {best}")

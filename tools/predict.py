@@ -1,7 +1,5 @@
 """What a run says about photos: `eval.py RUN --image photo.jpg folder/`."""
-import csv
 import glob
-import io
 import json
 import os
 import sys
@@ -11,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import augment
+from datasets.csv_sheet import csv_text
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from tools.plots import region_tiles, save_grid
@@ -76,19 +75,16 @@ def predict(predictor, paths, args):
             folder.mkdir(parents=True, exist_ok=True)
     for file in pictures.values() if args.out else ():
         new(file, "--out")
-    sheet = io.StringIO()
-    writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerow(["image", *predictor.names])
     if not args.json:
         tqdm.write("probabilities; * = present, by the category's threshold")
-    unreadable = []
+    unreadable, rows = [], []
     scored = predictor.iterate(paths, args.batch, args.workers, unreadable)
     for i, p, maps in tqdm(scored, total=len(paths), unit="image", leave=False, disable=None):
         row = predictor.row(paths[i], p)
         top = dict(list(row["scores"].items())[:args.top])
         if i in pictures:
             save_grid([region_tiles(predictor, paths[i], p, maps, args.top)], pictures[i])
-        writer.writerow([row["image"], *(f"{value:.4f}" for value in p)])
+        rows.append([row["image"], *(f"{value:.4f}" for value in p)])
         if args.json:
             picture = str(pictures[i]) if i in pictures else None
             tqdm.write(json.dumps(row | {"scores": top, "picture": picture}))
@@ -97,7 +93,7 @@ def predict(predictor, paths, args):
                      for name, value in top.items())
             tqdm.write(f"{row['image']}: {'  '.join(marks)}")
     if args.csv:
-        write_atomically(Path(args.csv), sheet.getvalue())
+        write_atomically(Path(args.csv), csv_text(["image", *predictor.names], rows))
     if unreadable:
         skipped = [f"{path} ({why_not(path)})" for path in unreadable]
         text = f"{len(skipped)} of {len(paths)} files are no readable images and were skipped:"

@@ -6,13 +6,17 @@ from tools.plots import curves, region_tiles, save_grid
 from tools.predictor import Predictor
 
 
-def of_start(run, cfg, split, trainable):
-    """Prints what a run learns from, and how much: split of training, list of parameters."""
+def of_start(run, cfg, split, trainable, zero):
+    """Prints what a run learns from, and how much, and what CLIP knows without it: split of
+    training, list of parameters, the line of epoch 0."""
     count = sum(p.numel() for p in trainable) / 2**20
     print(f"{run}: {data.describe(split)}; {len(split.names)} categories, {count:.2f} Mi "
           f"trainable; {kernels.chosen()}")
     if cfg.assume_negative:
         print(f"unknown labels count as absent, with weight {cfg.assume_negative:g}")
+    told = [f"{name} mAP {zero[name]['mAP']:.2f}" for name in ("val", "test") if name in zero]
+    if told:
+        print(f"epoch   0/{cfg.epochs} CLIP without training  {'  '.join(told)}")
 
 
 def of_epoch(run, line, epochs):
@@ -30,6 +34,13 @@ def of_epoch(run, line, epochs):
             for part, number in numbers.items():
                 if isinstance(number, (int, float)):
                     writer.add_scalar(f"{name}/{part}".strip("/"), number, line["epoch"])
+
+
+def of_failure(epoch, step, steps, terms):
+    """Why a run ends; epoch: finished ones, terms: the loss's of this step."""
+    values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+    return (f"epoch {epoch + 1}: the loss or a weight is not finite after step {step} of {steps} "
+            f"({values}); {epoch} epochs are kept; train anew with a lower --lr or --amp none")
 
 
 def mAPs(line):
@@ -63,7 +74,7 @@ def of_run(run, cfg, state, encoder, splits, seconds):
             warn_if_below(split, numbers, cfg)
     if best:
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
-              f"{mAPs(history[best['epoch'] - 1])}")
+              f"{mAPs(history[best['epoch']])}")
     else:
         print("no best epoch: too few known positives to choose it on")
     if not (run / "best.pt").exists():

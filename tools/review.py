@@ -26,26 +26,15 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json, require_unique
-from datasets.csv_sheet import CODES, MEANING, read_cells, sheet_text, word
+from datasets.csv_sheet import CODES, FORMULA, MEANING, csv_text, read_cells, sheet_text, word
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_main, words
 from tools.predict import images_in, new
 
-FORMULA = re.compile(r"'*[=+\-@]")  # a spreadsheet computes such a cell; ' makes it text
-
 
 def unguard(cell):
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
-
-
-def csv_text(header, rows):
-    """A CSV that a spreadsheet opens with its umlauts (a mark says UTF-8) and without formulas."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in (header, *rows):
-        writer.writerow([f"'{cell}" if FORMULA.match(str(cell)) else cell for cell in row])
-    return text.getvalue().encode("utf-8-sig", errors="surrogateescape")
 
 
 def write_page(file, title, cells, photos, grid):

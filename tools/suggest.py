@@ -12,11 +12,12 @@ import numpy as np
 
 import data
 from datasets import augment
+from datasets.csv_sheet import csv_text
 from support.checkpoint import write_atomically
 from tools.plots import fit
 from tools.predict import new
 from tools.predictor import region_map
-from tools.review import csv_text, write_page
+from tools.review import write_page
 
 MOST = 10_000  # rows of a kind in the list
 LABELS = {"present": 1, "uncertain": "", "absent": 0}
