@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import torch
+from torch.autograd import forward_ad
 
 from support import UserError
 
@@ -51,6 +52,8 @@ def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
     if triton is None or _path == "reference" or x.dtype == torch.float64:
         return False  # the kernels sum in float32
+    if forward_ad._current_level >= 0:  # torch.func.jvp: of the kernels it would give 0
+        return False
     if x.is_cuda:  # Triton launches on the current GPU, wherever x is
         return x.get_device() == torch.cuda.current_device() and not unfit()
     return _path == "triton" and interpreted()

@@ -185,6 +185,19 @@ def test_float32_regions_take_the_reference(triton_path, launched):
     assert not launched
 
 
+def test_forward_derivatives_are_the_references(triton_path):
+    """A Triton operator has no forward derivative: it would be 0 without a word."""
+    energy, f = torch.randn(2, 3, 5), torch.randn(2, 5, 4).bfloat16()
+    x, difference = torch.randn(2, 3, 4), torch.randn(3, 4)
+    for fused, reference, at in (
+            (lambda e: kernels.region_pool(e, f), lambda e: region_pool_reference(e, f), energy),
+            (lambda x: kernels.match(x, difference, 50.0),
+             lambda x: match_reference(x, difference, 50.0), x)):
+        tangent = torch.randn_like(at)
+        got, want = (torch.func.jvp(one, (at,), (tangent,))[1] for one in (fused, reference))
+        assert want.abs().sum() > 0 and torch.equal(got, want)
+
+
 @each_dtype
 def test_the_reference_takes_lengths_and_products_in_float32(dtype):
     """A length rounded to bfloat16 would move a logit of 50 by 0.1."""
