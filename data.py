@@ -10,7 +10,7 @@ into tensors. N images, C categories.
 import hashlib
 import os
 import random
-import sys
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,5 +319,4 @@ class Images(Dataset):
 
 
 if __name__ == "__main__":
-    from tools.check import main
-    sys.exit(main())
+    runpy.run_module("tools.check", run_name="__main__")

@@ -73,3 +73,7 @@ def report(objects, no_decode, **settings):
     if problems:
         return 2
     print("\nno problems found")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
