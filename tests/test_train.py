@@ -72,8 +72,8 @@ def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_
     axvline, plot = Axes.axvline, Axes.plot
     monkeypatch.setattr(Axes, "axvline", lambda axis, x, **how: drawn.update({how["label"]: x})
                         or axvline(axis, x, **how))
-    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, _, label: drawn.update({label: y})
-                        or plot(axis, x, y, label=label))
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, style, label, **how:
+                        drawn.update({label: y}) or plot(axis, x, y, style, label=label, **how))
     curves(history, tmp_path / "curves.png", dict(L_r=1.0, L_KD=0.05, L_NCE=0.01), best=2)
     last = sum(drawn[name][-1] for name in ("L_q", "L_r", "0.05 L_KD", "0.01 L_NCE"))
     assert last == pytest.approx(drawn["L"][-1], abs=1e-4)  # what is drawn sums to the total

@@ -106,12 +106,12 @@ def curves(history, file, weights, best):
             points = [(line["epoch"], weight * line[name]) for line in history if name in line]
             if points and weight:
                 left.plot(*zip(*points), ".-", label=name if weight == 1 else f"{weight:g} {name}")
-        for split in ("val", "test"):
-            for score in ("region", "query", "mixed", "zero-shot"):
+        for split, style in (("val", ".:"), ("test", ".-")):
+            for k, score in enumerate(("region", "query", "mixed", "zero-shot")):
                 points = [(line["epoch"], line[split][f"mAP_{score}"]) for line in history
                           if f"mAP_{score}" in line.get(split, {})]
                 if points:
-                    right.plot(*zip(*points), ".-", label=f"{split} {score}")
+                    right.plot(*zip(*points), style, color=f"C{k}", label=f"{split} {score}")
         stage_one = sum(line.get("stage") == 1 for line in history)  # epochs
         for axis in (left, right):
             axis.set(xlabel="epoch", xlim=(0, history[-1]["epoch"] + 0.5))
