@@ -38,14 +38,12 @@ from train import train
 
 RUN = Path("runs/walkthrough")
 PAGE = ROOT / "docs" / "walkthrough.html"
-ORACLES = "tests/oracles.py"
 METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",
           "kernels/topk_prototypes.py", "train.py")
 LONGEST = 35  # lines of a function that is shown whole
 CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
 FILMED = 200  # validation scenes whose regions are kept after every epoch
-TENSORS = ("text_pixel", "energy", "topk", "logits_r", "logits_q", "s", "regions")
-COUNTS = ("stage", "pseudo_pos", "pseudo_pos_precision", "pseudo_neg", "pseudo_neg_precision")
+TENSORS = ("text_pixel", "energy", "mask", "topk", "logits_r", "logits_q", "s")
 CROPS = 12  # prototypes shown of each category
 
 
@@ -107,7 +105,7 @@ def beside(equation):
     """The column beside an equation: its code, and its slow oracle to unfold."""
     code = "".join(listing(file, equation) for file in METHOD)
     return (f"<div>{code}<details><summary>The same, slowly: one loop for each sum sign</summary>"
-            f"{listing(ORACLES, equation)}</details></div>")
+            f'{listing("tests/oracles.py", equation)}</details></div>')
 
 
 def typeset(text):
@@ -173,14 +171,13 @@ def contrast(predictor, memory):
 # ---- the page
 
 def numbers(array):
-    """A tensor or an array as lists of numbers for JSON; NaN becomes null."""
-    array = torch.as_tensor(array).cpu().double().numpy().round(4)
-    return np.where(np.isnan(array), None, array).tolist()
+    """A tensor or an array as lists of numbers."""
+    return torch.as_tensor(array).cpu().double().numpy().round(4).tolist()
 
 
 @torch.no_grad()
 def contents():
-    """All that the page draws, as JSON takes it; draws docs/idea.png beside."""
+    """All that the page draws, as JavaScript takes it; draws docs/idea.png beside."""
     predictor = Predictor(RUN, "last")
     cfg, splits, film = predictor.cfg, predictor.splits(), np.load(RUN / "film.npz")
     val = splits["val"]
@@ -188,10 +185,8 @@ def contents():
     p, masks, s = measure(predictor.model, memory, predictor.loader(val), predictor.g_pos,
                           predictor.g_neg)
     s = s.transpose(0, 1)  # (2, n, C)
-    area = np.zeros(val.truth.shape)
-    for row, boxes in zip(area, val.boxes):
-        for c, x0, y0, x1, y1 in boxes:
-            row[int(c)] += (x1 - x0) * (y1 - y0)
+    area = np.array([np.bincount(boxes[:, 0].astype(int), np.prod(boxes[:, 3:] - boxes[:, 1:3], 1),
+                                 len(val.names)) for boxes in val.boxes])  # (n, C)
     scenes = []
     chosen = choose(p.numpy(), masks.amax(-1).numpy(), memory.verdicts(s).numpy(), val.truth, area)
     for title, rule, i, c in chosen:
@@ -199,18 +194,19 @@ def contents():
         scenes.append({name: numbers(seen[name]) for name in TENSORS} | dict(
             title=title, rule=rule, category=c, photo=jpeg(val.paths[i]),
             truth=val.truth[i].tolist(), film=numbers(film["s"][:, i]),
+            p_r=numbers(seen["logits_r"].softmax(0)), p_q=numbers(seen["logits_q"].softmax(0)),
+            cosines=numbers(F.normalize(seen["regions"], dim=-1) @ predictor.g_pos.T),  # (C, C)
             losses={name: float(value) for name, value in seen["losses"].items()},
             masks=(film["masks"][:, i] / 2.55).astype(int).tolist()))  # (T, C, N) in percent
         if title == "easy":
             idea(seen, augment.read(val.paths[i]), c, predictor)
-    epochs = [{name: line.get(name) for name in COUNTS} for line in history(RUN)[1:]]
-    return dict(names=predictor.names, grid=predictor.grid, scenes=scenes, epochs=epochs,
-                texts=numbers(predictor.g_pos),
+    return dict(names=predictor.names, scenes=scenes, epochs=history(RUN)[1:],
                 theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),
                 truth=val.truth.tolist(), crops=crops_of(memory, predictor, splits["train"]),
                 contrast=numbers(contrast(predictor, memory)),
                 asl=[cfg.gamma_pos, cfg.gamma_neg, cfg.shift],
-                weights=[cfg.alpha, cfg.beta, cfg.gamma])
+                weights=[("L_q", 1), ("L_r", cfg.alpha), ("L_KD", cfg.beta), ("L_NCE", cfg.gamma),
+                         ("L", 1)])
 
 
 def idea(seen, photo, c, predictor):
@@ -241,7 +237,7 @@ def write(text_only):
     """Writes the page from its template, walkthrough.html beside this file."""
     if text_only:
         page = PAGE.read_text(encoding="utf-8")
-        content = page.partition('id="data">')[2].partition("</script>")[0]
+        content = page.partition("const data = ")[2].partition(";</script>")[0]
     else:
         if not (RUN / "film.npz").is_file():
             train_filmed()

@@ -71,7 +71,7 @@ def page():
     with Browser() as browser:
         browser.open(PAGE)
         for _ in range(100):
-            if browser.run("return document.querySelectorAll('canvas').length > 5"):
+            if browser.run("return document.querySelectorAll('svg').length > 5"):
                 break
             time.sleep(0.1)
         yield browser
