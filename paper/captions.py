@@ -22,8 +22,7 @@ from data import SCENES
 from datasets.base import NEGATIVE, POSITIVE, Split, read_json
 from support import UserError, refused
 
-# Words that mean the same, one group a line: a category is named by every word of the groups that
-# hold its own name, and by their plurals. Words that mostly mean something else in captions
+# Words that mean the same, a group a line. Those that mostly mean something else in captions
 # ("glass", "bat") are left out. Names in the plural are NUS-WIDE's.
 SAME = Path(__file__).with_name("words.txt")
 # How English forms the plural, most often: the first ending that fits is replaced.
@@ -43,7 +42,7 @@ def forms(phrase):
 
 
 def vocabulary(names):
-    """{phrase: category numbers}, from the names and the groups that hold them."""
+    """{phrase: category numbers}: names, all phrases of the groups that hold them, plurals."""
     groups = [line.split(", ") for line in SAME.read_text(encoding="utf-8").splitlines()]
     # Longer phrases are known even where no category has their name: a hot dog is no dog.
     found = {form: set() for phrase in chain(*groups) for form in forms(phrase) if " " in form}
@@ -106,12 +105,9 @@ class Captions:
     @torch.no_grad()
     def encode(self, tokens):
         """tokens (B, S) -> f (B, N, D), x (B, D). Every token is projected as CLIP projects the end
-        of the text, which is x.
-
-        f holds the words and the end, not the start, which is the same in all texts. N is that of
-        the longest text of the batch, and a shorter one repeats itself, so that no padding has to
-        be kept out of the softmax over the locations.
-        """
+        of the text, which is x. f holds the words and the end, not the start, which is the same in
+        all texts; a text that is shorter than the longest repeats itself, so that no padding has
+        to be kept out of the softmax over the locations."""
         eot = tokens.argmax(1)  # (B,) the end of the text has the largest id
         tokens = tokens[:, :int(eot.max()) + 1]  # (B, S)
         h = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:tokens.shape[1]]
