@@ -30,7 +30,7 @@ from support.checkpoint import save_atomically, write_atomically
 from support.cli import best_device, make_parser, run_command
 from tools.build import training_loader
 from tools.equation_map import ROOT, cited
-from tools.inspection import inspect, memory_of, origins
+from tools.inspection import memory_of, origins
 from tools.plots import heat
 from tools.predictor import Predictor, evaluation_loader
 from tools.suggest import jpeg
@@ -43,7 +43,7 @@ METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/regio
 LONGEST = 35  # lines of a function that is shown whole
 CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
 FILMED = 200  # validation scenes whose regions are kept after every epoch
-TENSORS = ("text_pixel", "energy", "mask", "topk", "logits_r", "logits_q", "s")
+SEEN = ("text_pixel", "energy", "mask", "topk", "logits_r", "logits_q", "s", "truth", "losses")
 CROPS = 12  # prototypes shown of each category
 
 
@@ -151,8 +151,8 @@ def crops_of(memory, predictor, split):
     crops = []
     for places, cursor in zip(origins(memory, loader).tolist(), memory.cursor.tolist()):
         crops.append([])
-        for r in range(cursor - 1, max(-1, cursor - 1 - CROPS), -1):
-            image, location, view = places[r % len(places)]
+        for newest in range(1, CROPS + 1):
+            image, location, view = places[(cursor - newest) % len(places)]
             pixels = (255 * (loader.images[view, image][0] * std + mean)).clamp(0, 255).byte()
             x, y = (location % w + 0.5) * cfg.size / w, (location // w + 0.5) * cfg.size / h
             picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -160,24 +160,16 @@ def crops_of(memory, predictor, split):
     return crops
 
 
-def contrast(predictor, memory):
-    """(C, C) mean cosine of a text, through its MLP, to each category's prototypes: Eq. 13."""
-    filled, heads = memory.filled(), predictor.model.heads
-    text = F.normalize(heads["text"](predictor.g_pos), dim=-1)
-    pixel = F.normalize(heads["pixel"](memory.bank), dim=-1) * filled[..., None]
-    return text @ (pixel.sum(1) / filled.sum(1).clamp(min=1)[:, None]).T
-
-
 # ---- the page
 
 def numbers(array):
-    """A tensor or an array as lists of numbers."""
+    """What JSON does not know, a tensor or an array, as lists of numbers."""
     return torch.as_tensor(array).cpu().double().numpy().round(4).tolist()
 
 
 @torch.no_grad()
 def contents():
-    """All that the page draws, as JavaScript takes it; draws docs/idea.png beside."""
+    """All that the page draws; draws docs/idea.png beside."""
     predictor = Predictor(RUN, "last")
     cfg, splits, film = predictor.cfg, predictor.splits(), np.load(RUN / "film.npz")
     val = splits["val"]
@@ -190,20 +182,21 @@ def contents():
     scenes = []
     chosen = choose(p.numpy(), masks.amax(-1).numpy(), memory.verdicts(s).numpy(), val.truth, area)
     for title, rule, i, c in chosen:
-        seen = inspect(predictor, val.paths[i], val.truth[i])
-        scenes.append({name: numbers(seen[name]) for name in TENSORS} | dict(
-            title=title, rule=rule, category=c, photo=jpeg(val.paths[i]),
-            truth=val.truth[i].tolist(), film=numbers(film["s"][:, i]),
-            p_r=numbers(seen["logits_r"].softmax(0)), p_q=numbers(seen["logits_q"].softmax(0)),
-            cosines=numbers(F.normalize(seen["regions"], dim=-1) @ predictor.g_pos.T),  # (C, C)
-            losses={name: float(value) for name, value in seen["losses"].items()},
+        seen = predictor.inspect(val.paths[i], val.truth[i])
+        scenes.append({name: seen[name] for name in SEEN} | dict(
+            title=title, rule=rule, category=c, photo=jpeg(val.paths[i]), film=film["s"][:, i],
+            p_r=seen["logits_r"].softmax(0), p_q=seen["logits_q"].softmax(0),
+            cosines=F.normalize(seen["regions"], dim=-1) @ predictor.g_pos.T,  # (C, C)
             masks=(film["masks"][:, i] / 2.55).astype(int).tolist()))  # (T, C, N) in percent
         if title == "easy":
             idea(seen, augment.read(val.paths[i]), c, predictor)
-    return dict(names=predictor.names, scenes=scenes, epochs=history(RUN)[1:],
-                theta=numbers(memory.theta), thetas=numbers(film["theta"]), s=numbers(s),
-                truth=val.truth.tolist(), crops=crops_of(memory, predictor, splits["train"]),
-                contrast=numbers(contrast(predictor, memory)),
+    heads = predictor.model.heads  # of Eq. 13
+    text = F.normalize(heads["text"](predictor.g_pos), dim=-1)
+    pixel = F.normalize(heads["pixel"](memory.bank), dim=-1)  # the bank (C, L, D) is full by now
+    return dict(names=predictor.names, scenes=scenes, epochs=history(RUN)[1:], theta=memory.theta,
+                thetas=film["theta"], s=s, truth=val.truth.tolist(),
+                crops=crops_of(memory, predictor, splits["train"]),
+                contrast=text @ pixel.mean(1).T,  # (C, C)
                 asl=[cfg.gamma_pos, cfg.gamma_neg, cfg.shift],
                 weights=[("L_q", 1), ("L_r", cfg.alpha), ("L_KD", cfg.beta), ("L_NCE", cfg.gamma),
                          ("L", 1)])
@@ -241,7 +234,7 @@ def write(text_only):
     else:
         if not (RUN / "film.npz").is_file():
             train_filmed()
-        content = json.dumps(contents(), separators=(",", ":"))
+        content = json.dumps(contents(), separators=(",", ":"), default=numbers)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     text, mark, script = template.partition("<script")
     picture = base64.b64encode(PAGE.with_name("idea.png").read_bytes()).decode()
