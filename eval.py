@@ -212,7 +212,7 @@ def compare(predictors, split):
     def tell(what, scores):
         print(f"{what:38s} {metrics(scores, split.truth)['mAP']:5.2f}")
 
-    boxes = upright_boxes(split) if split.boxes else None
+    boxes = upright_boxes(split) if split.boxes and any(map(len, split.boxes)) else None
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
           f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
     g = zero_shot_text(predictors[0].clip, split.prompts)
@@ -226,9 +226,8 @@ def compare(predictors, split):
                 tell(f"{predictor.run}, {name} score", scores)
         for name, of_split in maps.items():
             where = localisation(of_split, predictor.grid, boxes, split.truth)
-            if where["pairs"]:
-                print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  "
-                      f"{where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")
+            print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  "
+                  f"{where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")
 
 
 def maps_of(out, model):

@@ -39,12 +39,11 @@ def upright_boxes(split):
 def localisation(maps, grid, split_boxes, truth):
     """How well maps (n, C, N) sit on the boxes of a split, over its present categories.
 
-    grid      (h, w);  split_boxes: n arrays (k, 5) of category, x0, y0, x1, y1 in 0..1
+    grid (h, w); split_boxes: n arrays (k, 5) of category, x0, y0, x1, y1 in 0..1, not all empty
     pointing  share of (image, category) whose highest cell has its centre in a box, % (pointing
               game)
     mass      share of the map's sum that lies in the boxes (by cell centre), %
     present, absent        mean peak of the map where the category is there, and where it is not
-    pairs     how many (image, category) there were; without any, a mean is NaN
     """
     h, w = grid
     y, x = np.indices(grid).reshape(2, -1)
@@ -58,9 +57,5 @@ def localisation(maps, grid, split_boxes, truth):
             hits.append(inside[of_image[c].argmax()])
             mass.append(m[inside].sum() / max(m.sum(), 1e-12))
     peak = maps.max(-1)  # (n, C)
-
-    def mean(values):
-        return float(np.mean(values)) if len(values) else np.nan
-
-    return dict(pointing=100 * mean(hits), mass=100 * mean(mass), pairs=len(hits),
-                present=mean(peak[truth == 1]), absent=mean(peak[truth == -1]))
+    return dict(pointing=100 * np.mean(hits), mass=100 * np.mean(mass),
+                present=peak[truth == 1].mean(), absent=peak[truth == -1].mean())
