@@ -44,10 +44,8 @@ ENOUGH = 10
 
 def average_precision(scores, positive):
     """Plain AP of one category: sum of (R_k - R_{k-1}) P_k; tied scores form one threshold, as in
-    scikit-learn. scores (n,) float, positive (n,) bool; NaN without a positive."""
+    scikit-learn. scores (n,) float, positive (n,) bool, one True at least."""
     positive = positive[np.argsort(-scores, kind="stable")]
-    if not positive.any():
-        return float("nan")
     last_of_tie = np.append(np.diff(np.sort(-scores)) != 0, True)
     true = np.cumsum(positive)[last_of_tie]
     precision = true / (np.flatnonzero(last_of_tie) + 1)
@@ -59,16 +57,14 @@ def interpolated_ap(scores, positive):
     images ranked absent, present, present, absent: (2/3 + 2/3) / 2, the plain AP (1/2 + 2/3) / 2.
     """
     positive = positive[np.argsort(-scores, kind="stable")]
-    if not positive.any():
-        return float("nan")
     precision = np.cumsum(positive) / np.arange(1, len(positive) + 1)
     return float(np.maximum.accumulate(precision[::-1])[::-1][positive].mean())
 
 
 def ap_per_category(scores, truth, one=average_precision):
-    """(C,) AP of each category over the images where it is known."""
-    known = truth != 0
-    return np.array([one(s[k], t[k] == 1) for s, t, k in zip(scores.T, truth.T, known.T)])
+    """(C,) AP of each category over the images where it is known; NaN without a positive."""
+    return np.array([one(s[t != 0], t[t != 0] == 1) if (t == 1).any() else np.nan
+                     for s, t in zip(scores.T, truth.T)])
 
 
 def metrics(scores, truth, threshold=0.5):

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from eval import (average_precision, best_threshold, best_thresholds, interpolated_ap,
-                  metrics)
+from eval import (ap_per_category, average_precision, best_threshold, best_thresholds,
+                  interpolated_ap, metrics)
 from datasets import augment
 from datasets.base import Split
 from tools.localise import localisation, upright_boxes
@@ -34,10 +34,9 @@ def test_average_precision_is_scikit_learns_in_any_order_of_the_images(ties):
         scores, truth = case(seed, n=1 + seed, ties=ties)
         for c in range(truth.shape[1]):
             positive = truth[:, c] == 1
-            got = average_precision(scores[:, c], positive)
             if not positive.any():
-                assert np.isnan(got)
                 continue
+            got = average_precision(scores[:, c], positive)
             assert got == pytest.approx(average_precision_score(positive, scores[:, c]), abs=1e-12)
             shuffled = np.random.RandomState(seed).permutation(len(scores))
             assert average_precision(scores[shuffled, c], positive[shuffled]) == pytest.approx(
@@ -50,8 +49,10 @@ def test_extremes_of_average_precision():
     # tied: the prevalence
     assert average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25
     assert average_precision(np.arange(4.0), np.ones(4, bool)) == 1
-    assert np.isnan(average_precision(np.zeros(0), np.zeros(0, bool)))
-    assert np.isnan(interpolated_ap(np.zeros(0), np.zeros(0, bool)))
+    for one in (average_precision, interpolated_ap):  # no positive, no image
+        got = ap_per_category(np.zeros((2, 2)), np.array([[-1, 1], [0, -1]]), one)
+        assert np.isnan(got[0]) and not np.isnan(got[1])
+        assert np.isnan(ap_per_category(np.zeros((0, 2)), np.zeros((0, 2)), one)).all()
 
 
 def test_the_documented_example():
