@@ -61,20 +61,16 @@ def region_tiles(predictor, path, p, maps, top, truth=None):
 
 def save_grid(rows, file):
     """rows: lists of (PIL image, caption of up to three lines) -> a PNG, a grid with captions."""
-    line, gap = 13, 6
-    cell = SIDE + 3 * line + gap  # height
-    width = (SIDE + gap) * max(map(len, rows)) + gap
-    canvas = Image.new("RGB", (width, cell * len(rows) + gap), "white")
-    draw = ImageDraw.Draw(canvas)
+    height, gap = SIDE + 39, 6
+    size = (SIDE + gap) * max(map(len, rows)) + gap, (height + gap) * len(rows) + gap
+    canvas = Image.new("RGB", size, "white")
     for r, row in enumerate(rows):
         for c, (tile, caption) in enumerate(row):
-            x, y = gap + c * (SIDE + gap), gap + r * cell
-            canvas.paste(tile, (x + (SIDE - tile.width) // 2, y + (SIDE - tile.height) // 2))
-            for k, text in enumerate(caption.split("\n")):
-                text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
-                while draw.textlength(text) > SIDE:  # a long name must not reach the next tile
-                    text = text[:-1]
-                draw.text((x + 2, y + SIDE + k * line), text, fill="black")
+            card = Image.new("RGB", (SIDE, height), "white")  # which cuts off a long caption
+            card.paste(tile, ((SIDE - tile.width) // 2, (SIDE - tile.height) // 2))
+            caption = caption.encode("latin-1", "replace").decode("latin-1")
+            ImageDraw.Draw(card).text((2, SIDE), caption, fill="black", spacing=3)
+            canvas.paste(card, (gap + c * (SIDE + gap), gap + r * (height + gap)))
     save_atomically(lambda buffer: canvas.save(buffer, "PNG"), file)
 
 
