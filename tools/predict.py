@@ -65,15 +65,14 @@ def picture_names(paths):
 def predict(predictor, paths, args):
     """A line a photo as soon as its batch is done, its picture, and a row of --csv."""
     folder = Path(args.out or predictor.run / "regions")
-    names = picture_names(paths)[:args.pictures]
-    pictures = {i: folder / name for i, name in enumerate(names)}
+    pictures = [folder / name for name in picture_names(paths)[:args.pictures]]
     if args.csv:
         new(args.csv, "--csv")
     with refused(f"{folder} cannot be made: give another --out, or --pictures 0 to draw none",
                  known=OSError):
         if pictures:
             folder.mkdir(parents=True, exist_ok=True)
-    for file in pictures.values() if args.out else ():
+    for file in pictures if args.out else ():
         new(file, "--out")
     if not args.json:
         tqdm.write("probabilities; * = present, by the category's threshold")
@@ -82,11 +81,11 @@ def predict(predictor, paths, args):
     for i, p, maps in tqdm(scored, total=len(paths), unit="image", leave=False, disable=None):
         row = predictor.row(paths[i], p)
         top = dict(list(row["scores"].items())[:args.top])
-        if i in pictures:
+        picture = str(pictures[i]) if i < len(pictures) else None
+        if picture:
             save_grid([region_tiles(predictor, paths[i], p, maps, args.top)], pictures[i])
         rows.append([row["image"], *(f"{value:.4f}" for value in p)])
         if args.json:
-            picture = str(pictures[i]) if i in pictures else None
             tqdm.write(json.dumps(row | {"scores": top, "picture": picture}))
         else:
             marks = (f"{name}{'*' * (name in row['present'])} {value:.2f}"
