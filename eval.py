@@ -34,7 +34,7 @@ from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.report import warn_if_below
 from tools.suggest import suggest
-from tools.zero_shot import mixed, probabilities, zero_shot, zero_shot_scale, zero_shot_text
+from tools.zero_shot import probabilities, zero_shot, zero_shot_scale, zero_shot_text
 
 # Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
 # choice is worse than the last epoch (docs/readings.md).
@@ -160,9 +160,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         if scale is None and name != "test":
             scale = zero_shot_scale(scores, positives)
-        if scale is not None:
-            scores["mixed"] = mixed(scores, scale)
-        scores = probabilities(scores)
+        scores = probabilities(scores, scale)
         truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
         if name == "val" or name == "train" and score == "mixed":
             rated.append(chosen)
@@ -261,9 +259,8 @@ def table(predictors, split, args):
 def run(args):
     """What `python eval.py` does with its options."""
     if args.zero_shot:
-        size = {"size": args.size} if args.size else {}
         unlisted = {"unlisted": "unknown"} if is_path("data", args.data) else {}
-        cfg = Config(**preset(args.data) | args.places | size | unlisted)
+        cfg = Config(**preset(args.data) | args.places | unlisted)
         return suggest(ZeroShot(cfg), args)
     predictors = []
     for name in (args.run, *(args.ensemble or args.compare or ())):

@@ -49,5 +49,5 @@ def parse(argv, about):
         raise UserError("expected a run folder, or in its place --zero-shot with --data, --suggest "
                         "and, if need be, --size")
     args.places = {name: str(Path(value).absolute()) if is_path(name, value) else value
-                   for name in PLACES if (value := getattr(args, name)) is not None}
+                   for name in PLACES | {"size"} if (value := getattr(args, name)) is not None}
     return args

@@ -40,7 +40,7 @@ def region_map(out, matching):
 @torch.no_grad()
 def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
     """One pass -> {score: (n, C)} as `scores_of` has them, by the texts g_zero (C, D) of zero-shot,
-    and {name: (n, C, N)} of maps(out, model), if given. float32 on the CPU."""
+    float32 on the CPU, and {name: (n, C, N)} of maps(out, model), if given, numpy."""
     model.eval()
     scores, kept, n = {}, defaultdict(list), len(loader)
     for i, (_, f, x) in enumerate(loader.batches(0, shuffle=False)):
@@ -55,7 +55,7 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
         for name, part in maps(out, model).items() if maps else ():
             kept[name].append(part.half().cpu())  # many: half the memory
     return ({name: whole.float().cpu() for name, whole in scores.items()},
-            {name: torch.cat(parts).float() for name, parts in kept.items()})
+            {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
 
 class Predictor:
@@ -103,9 +103,7 @@ class Predictor:
     def all_scores(self, loader, maps=None):
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
         scores, kept = score_split(self.model, self.g_pos, self.g_neg, loader, self.g_zero, maps)
-        if self.scale is not None:
-            scores["mixed"] = mixed(scores, self.scale)
-        return probabilities(scores), {name: part.numpy() for name, part in kept.items()}
+        return probabilities(scores, self.scale), kept
 
     def chosen(self, scores):
         """Of {score: ...} the run's own."""
@@ -174,8 +172,7 @@ class ZeroShot(Predictor):
     def __init__(self, cfg):
         # "average": region_map then shows the cosines as they are
         self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
-        parts = {name: split.used() for name, split in data.complete(self.cfg).items()}
-        self.parts = dict.fromkeys(("train", "val", "test")) | parts
+        self.parts = {name: split.used() for name, split in data.complete(self.cfg).items()}
         self.names = self.parts["train"].names
         self.threshold = np.full(len(self.names), 0.5)
         self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)

@@ -77,7 +77,7 @@ def suggest(predictor, args):
     file = new(args.suggest, "--suggest")
     page = new(file.with_name(file.name.removesuffix(".csv") + ".html"), "--suggest")
     splits = predictor.splits()
-    parts = [splits[name] for name in ("train", "val") if splits[name]]
+    parts = [splits[name] for name in ("train", "val") if splits.get(name)]
     loaders = [predictor.loader(part) for part in parts]
     print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
     p = np.concatenate([predictor.probabilities(loader) for loader in loaders])  # (n, C)

@@ -45,8 +45,11 @@ def scores_of(out, f, x, g):
     return scores if x is None else scores | {"zero-shot": zero_shot_score(f, x, g)}
 
 
-def probabilities(scores):
-    """The scores of a split, logits, as probabilities; the cosines stay. numpy."""
+def probabilities(scores, scale):
+    """The scores of a split, logits, as probabilities, and the mixed one where there is a scale;
+    the cosines stay. numpy."""
+    if scale is not None:
+        scores = scores | {"mixed": mixed(scores, scale)}
     return {name: (score if name == "zero-shot" else score.sigmoid()).numpy()
             for name, score in scores.items()}
 
