@@ -29,7 +29,7 @@ from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json, require_unique
 from datasets.csv_sheet import CODES, FORMULA, MEANING, csv_text, read_cells, sheet_text, word
 from support import UserError, refused
 from support.checkpoint import write_atomically
-from support.cli import make_parser, run_main, words
+from support.cli import make_parser, run_command
 from tools.predict import images_in, new
 
 
@@ -42,8 +42,7 @@ def write_page(file, title, cells, photos, grid):
     photos {photo: base64 JPEG}; grid (h, w)."""
     cells = sorted(cells, key=lambda cell: cell["category"])  # kinds stay in their order
     # answers are kept in the browser under the name of the list
-    named = [(cell["image"], cell["category"], cell["kind"]) for cell in cells]
-    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
     content = dict(title=title, cells=cells, photos=photos, grid=grid, key=key,
                    save=f"{file.stem}-answers.csv")
     text = json.dumps(content).replace("<", "\\u003c")
@@ -140,24 +139,24 @@ def plain(cell):
     return cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell
 
 
-def merge(args):
+def merge(sheet, answers, minus_one, unlisted):
     """Fills empty cells of the sheet with the answers."""
-    sheet = Path(args.sheet)
+    sheet, file = Path(sheet), answers
     read_cells(sheet)  # refuses what is no sheet
     skipped, text, delimiter, encoding = sheet_text(sheet)
     rows = split_cells(text, delimiter)
     column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
     image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
-    if args.answers.lower().endswith(".json"):
-        answers = read_label_studio(args.answers, column, image, args.unlisted)
+    if file.lower().endswith(".json"):
+        answers = read_label_studio(file, column, image, unlisted)
     else:
-        answers = read_answers(args.answers)
+        answers = read_answers(file)
     answers = [answer for answer in answers if answer[2] != UNKNOWN]
 
     # 1 and 0 are written as this sheet mostly writes them
-    codes = MEANING[args.minus_one]
+    codes = MEANING[minus_one]
     used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
-    written = {POSITIVE: "1", NEGATIVE: "-1" if args.minus_one == "absent" else "0"}
+    written = {POSITIVE: "1", NEGATIVE: "-1" if minus_one == "absent" else "0"}
     written |= {codes[word(w)]: w for w, _ in reversed(used.most_common()) if word(w) in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
@@ -177,7 +176,7 @@ def merge(args):
         else:
             conflicts.append(f"{name}, {category}: sheet {cell}, answer {written[code]}")
     if strangers and len(strangers) == len(answers):
-        raise UserError(f"{args.answers}: none of its {len(answers)} answers has a cell in {sheet} "
+        raise UserError(f"{file}: none of its {len(answers)} answers has a cell in {sheet} "
                         f"(first {strangers[0]}): is it the answers' sheet? A sheet with "
                         "one column of lists takes none; for -1 say --minus-one")
     if filled:
@@ -195,12 +194,12 @@ def merge(args):
 
 # ---- other doors
 
-def new_sheet(args):
+def new_sheet(folder, categories):
     """FOLDER/labels.csv: a row an image that Pillow opens, every cell empty."""
-    folder = Path(args.folder)
+    folder = Path(folder)
     file = new(folder / "labels.csv", "the sheet")
     rows, skipped = [], []
-    categories = [name.strip() for name in args.categories.split(",") if name.strip()]
+    categories = [name.strip() for name in categories.split(",") if name.strip()]
     require_unique([name.lower() for name in categories], "--categories")
     if computed := [name for name in categories if FORMULA.match(name)]:
         raise UserError(f"--categories: a spreadsheet computes {computed[0]!r}, as all that starts "
@@ -222,18 +221,18 @@ def new_sheet(args):
         print(f"{len(skipped)} files are no images and were left out, first {skipped[0]}")
 
 
-def export(args):
+def export(suggestions, tasks, folder):
     """Suggestions -> Label Studio's tasks; what is likely present is chosen beforehand."""
-    file = new(args.tasks, "TASKS")
+    file = new(tasks, "TASKS")
     chosen, categories = collections.defaultdict(list), set()
-    for image, category, code in read_answers(args.suggestions):
+    for image, category, code in read_answers(suggestions):
         chosen[image] += [category] if code == POSITIVE else []
         categories.add(category)
     tasks = []
     for image, names in chosen.items():
         result = {"from_name": "category", "to_name": "image", "type": "choices",
                   "value": {"choices": names}}
-        place = posixpath.normpath(posixpath.join(args.folder, image))
+        place = posixpath.normpath(posixpath.join(folder, image))
         data = {"image": "/data/local-files/?d=" + urllib.parse.quote(place),
                 "offered": sorted(categories)}  # for the way back
         tasks.append({"data": data, "predictions": [{"result": [result]}]})
@@ -259,11 +258,7 @@ def main(argv=None):
         command.error = parser.error
         for name in arguments:
             command.add_argument(name, **options.get(name, {}))
-
-    def run():
-        args = parser.parse_args(words(argv))
-        args.work(args)
-    return run_main(run)
+    return run_command(lambda work, **given: work(**given), parser, argv)
 
 
 if __name__ == "__main__":
