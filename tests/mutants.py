@@ -220,7 +220,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("tools/zero_shot.py", "F.normalize(encoder.encode_text(of_template), dim=-1)",
      "encoder.encode_text(of_template)"),
     ("tools/zero_shot.py", "return F.normalize(g, dim=-1)", "return g / len(tokens)"),
-    ("tools/zero_shot.py", "whole.append(F.normalize(x, dim=-1)", "whole.append(x"),
+    ("tools/zero_shot.py", "[(F.normalize(x, dim=-1)", "[(x"),
     ("tools/suggest.py", "margin[order] >= 0", "margin[order] > 0"),
     ("tools/suggest.py", "[::-1][:passes.sum()]", "[::-1]"),
     ("tools/suggest.py", "stored[0][row - first]", "stored[0][row]"),

@@ -28,11 +28,8 @@ def zero_shot_score(f, x, g):
 def zero_shot(g, batches):
     """batches, the (index, f, x) of a loader -> {"global": cosine of the whole image to g (C, D),
     "dense": that of its best location, "both": their sum}, each (n, C)."""
-    whole, both = [], []
-    for _, f, x in batches:
-        whole.append(F.normalize(x, dim=-1) @ g.T)
-        both.append(zero_shot_score(f, x, g))
-    whole, both = (torch.cat(parts).cpu().numpy() for parts in (whole, both))
+    pairs = [(F.normalize(x, dim=-1) @ g.T, zero_shot_score(f, x, g)) for _, f, x in batches]
+    whole, both = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs))
     return {"global": whole, "dense": both - whole, "both": both}
 
 
