@@ -53,9 +53,8 @@ def average_precision(scores, positive):
 
 
 def interpolated_ap(scores, positive):
-    """VOC's AP (2010 and later; SARB's code): at each recall the best precision from there on. Of
-    images ranked absent, present, present, absent: (2/3 + 2/3) / 2, the plain AP (1/2 + 2/3) / 2.
-    """
+    """VOC's AP (2010 and later; SARB's code): at each recall the best precision from there on.
+    Absent, present, present, absent, as ranked: (2/3 + 2/3) / 2; the plain AP (1/2 + 2/3) / 2."""
     positive = positive[np.argsort(-scores, kind="stable")]
     precision = np.cumsum(positive) / np.arange(1, len(positive) + 1)
     return float(np.maximum.accumulate(precision[::-1])[::-1][positive].mean())

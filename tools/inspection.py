@@ -1,8 +1,7 @@
 """Everything that the method computes on one image, by the paper's names (Sec. 3, Eq. 1-15).
 
     from eval import Predictor
-    seen = Predictor("runs/demo", "last").inspect("photo.jpg")
-    seen["mask"].shape
+    mask = Predictor("runs/demo", "last").inspect("photo.jpg")["mask"]
 
 C categories, N = h*w locations, D dims, L queue length, K top-k.
 """

@@ -40,14 +40,11 @@ def localisation(maps, grid, split_boxes, truth):
     """How well maps (n, C, N) sit on the boxes of a split, over its present categories.
 
     grid (h, w); split_boxes: n arrays (k, 5) of category, x0, y0, x1, y1 in 0..1, not all empty
-    pointing  share of (image, category) whose highest cell has its centre in a box, % (pointing
-              game)
-    mass      share of the map's sum that lies in the boxes (by cell centre), %
-    present, absent        mean peak of the map where the category is there, and where it is not
+    pointing  (the pointing game) share of (image, category) whose highest cell is in a box, %
+    mass      share of the map's sum that lies in the boxes, %; a cell lies where its centre is
+    present, absent   mean peak of the map where the category is there, and where it is not
     """
-    h, w = grid
-    y, x = np.indices(grid).reshape(2, -1)
-    cy, cx = (y + 0.5) / h, (x + 0.5) / w  # (N,) each
+    cy, cx = (np.indices(grid).reshape(2, -1) + 0.5) / np.array(grid)[:, None]  # (N,) each: centres
     hits, mass = [], []
     for of_image, boxes in zip(maps, split_boxes):
         for c in np.unique(boxes[:, 0]).astype(int):
