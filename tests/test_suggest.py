@@ -140,7 +140,7 @@ def test_a_half_filled_sheet_is_trained_suggested_for_merged_and_trained_again(
                                [tmp_path / "run", "--suggest", tmp_path / "more.csv"], capfd)
     assert status == 0 and err == []
     # validation's rows too
-    assert f"of {sum(row.count('') for row in before)} unknown labels" in out[-2]
+    assert f"of {sum(row.count('') for row in before)} unknown labels" in out[-1]
     raw = (tmp_path / "more.csv").read_bytes()
     assert raw.startswith(b"\xef\xbb\xbf")
     cells = [cell for row in csv.reader(io.StringIO(raw.decode("utf-8-sig"))) for cell in row]

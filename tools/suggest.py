@@ -111,6 +111,4 @@ def suggest(predictor, args):
 
     counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
-          f"{len(shown)} of them to look at in {page}")
-    print("A probability ranks, it is no frequency: look at the cells, save the answers, then "
-          "python -m tools.review merge SHEET ANSWERS, and train again.")
+          f"{len(shown)} of them to look at in {page}; python -m tools.review merge takes answers")
