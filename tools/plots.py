@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from datasets import augment
 from support.checkpoint import save_atomically
@@ -20,11 +20,9 @@ def heat(image, mask, grid):
     because the masks of CARL are low and would look empty."""
     m = np.clip(mask.reshape(grid) / max(mask.max(), 1e-6), 0, 1)
     m = Image.fromarray((255 * m).astype(np.uint8)).resize(image.size, Image.BICUBIC)
-    m = np.asarray(m, dtype=np.float32)[..., None] / 255  # (H, W, 1)
-    grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32) * 0.6 + 80
-    colour = np.concatenate([np.full_like(m, 235), 190 * (1 - m), 30 * (1 - m)], -1)
-    mixed = grey * (1 - 0.75 * m) + colour * 0.75 * m
-    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+    grey = image.convert("L").point(lambda value: 0.6 * value + 80).convert("RGB")
+    colour = ImageOps.colorize(m, black=(235, 190, 30), white=(235, 0, 0))
+    return Image.composite(colour, grey, m.point(lambda value: 0.75 * value))
 
 
 def fit(image, side):
