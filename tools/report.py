@@ -75,10 +75,8 @@ def of_run(run, cfg, state, encoder, splits, seconds):
     if best:
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
               f"{mAPs(history[best['epoch']])}")
-    else:
-        print("no best epoch: too few known positives to choose it on")
     if not (run / "best.pt").exists():
-        print("eval.py takes the last epoch: no validation has chosen one")
+        print("no best epoch is kept: no validation has enough positives; eval.py takes the last")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
     curves(history, run / "curves.png", weights, best and best["epoch"])
     train_split, val_split, test_split = splits
