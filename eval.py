@@ -8,9 +8,8 @@
     python eval.py runs/demo --compare runs/other             zero-shot CLIP and runs side by side
     python eval.py runs/demo --ensemble runs/other            averaged scores of several runs
 
-A probability is the sigmoid of Eq. 5's logit. It ranks images, but is no frequency: the asymmetric
-loss and the few known labels leave it uncalibrated. "Present" is what passes a category's
-threshold.
+A probability, the sigmoid of Eq. 5's logit, ranks images but is no frequency: the asymmetric loss
+and the few labels leave it uncalibrated. "Present" is what passes a category's threshold.
 n images, C categories, N = h*w locations. Labels: 1 present, -1 absent, 0 unknown.
 """
 import sys

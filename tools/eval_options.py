@@ -13,11 +13,9 @@ def parse(argv, about):
     add("run", nargs="?", help="run folder")
     command = parser.add_mutually_exclusive_group().add_argument
     command("--image", nargs="+", metavar="PATH", help="photos or folders")
-    command("--suggest", metavar="FILE", help="write the unknown labels that it believes to this "
-            "CSV, and a page to review them")
+    command("--suggest", metavar="FILE", help="CSV of unknown labels it believes, and its page")
     command("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these")
-    command("--categories", action="store_true",
-            help="a line a category, the worst first, and labels that look wrong")
+    command("--categories", action="store_true", help="a line a category, labels that look wrong")
     add("--ensemble", nargs="+", metavar="RUN", help="average the probabilities with these runs")
     add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
         "--clip and --size in the place of a run")

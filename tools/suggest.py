@@ -36,9 +36,8 @@ def choose_cells(p, labels, threshold, most=MOST):
         return np.log(x / (1 - x))
 
     unknown = np.flatnonzero(labels == data.UNKNOWN)  # of the n * C cells, row after row
-    believed = p.ravel()[unknown]
     margin = (logit(p) - logit(threshold)).ravel()[unknown]
-    order = np.argsort(-believed, kind="stable")
+    order = np.argsort(-p.ravel()[unknown], kind="stable")
     passes = margin[order] >= 0
     nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, passes.sum() // 2)]
     chosen = {"present": order[passes], "uncertain": nearest,
