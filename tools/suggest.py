@@ -110,4 +110,5 @@ def suggest(predictor, args):
 
     counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
-          f"{len(shown)} of them to look at in {page}; python -m tools.review merge takes answers")
+          f"{len(shown)} of them to look at in {page}, then python -m tools.review merge SHEET "
+          "ANSWERS, and train again")
