@@ -89,13 +89,10 @@ def topk_kernel(energy, f, labels, bank, cursor, B, C, N, D, L, K, stride_c, str
 # ---- operator
 
 def launch_topk(energy, f, labels, bank, cursor, k):
-    (B, C, N), D = energy.shape, f.shape[2]
-    blocks = {f"BLOCK_{name}": triton.next_power_of_2(size)
-              for name, size in (("B", B), ("N", N), ("D", D))}
-    energy = in_kernel_layout(energy)
+    (B, C, N), D, energy = energy.shape, f.shape[2], in_kernel_layout(energy)
     topk_kernel[(B * C,)](energy, f.contiguous(), labels.contiguous(), bank, cursor, B, C, N, D,
-                          bank.shape[1], min(k, N), *energy.stride()[1:], TICKET, **blocks,
-                          num_warps=4)
+                          bank.shape[1], min(k, N), *energy.stride()[1:], TICKET,
+                          *map(triton.next_power_of_2, (B, N, D)), num_warps=4)
 
 
 @operator("trm_ml::topk_prototypes", mutates_args=("bank", "cursor"))
@@ -121,11 +118,9 @@ def topk_prototypes(energy, f, labels, bank, cursor, k):
     bank    (C, L, D) float, contiguous           cursor  (C,) int64: rows ever written
     """
     (B, C, N), D = energy.shape, bank.shape[2]
-    fits = f.shape == (B, N, D) and labels.shape == (B, C) and cursor.shape == (C,)
-    if not fits or bank.shape[0] != C or k < 1:
-        raise ValueError(f"expected f {(B, N, D)}, labels {(B, C)}, bank ({C}, L, D), cursor "
-                         f"({C},) and k >= 1, got {tuple(f.shape)}, {tuple(labels.shape)}, "
-                         f"{tuple(bank.shape)}, {tuple(cursor.shape)}, k {k}")
-    if not (bank.is_contiguous() and cursor.is_contiguous() and cursor.dtype == torch.int64):
-        raise ValueError("expected a contiguous bank and int64 cursor, written in place")
+    shapes = [tuple(t.shape) for t in (f, labels, cursor, bank)]
+    in_place = bank.is_contiguous() and cursor.is_contiguous() and cursor.dtype == torch.int64
+    if shapes != [(B, N, D), (B, C), (C,), (C, bank.shape[1], D)] or k < 1 or not in_place:
+        raise ValueError(f"expected f {(B, N, D)}, labels {(B, C)}, int64 cursor ({C},), bank "
+                         f"({C}, L, {D}), both contiguous, k >= 1; got {shapes}, k {k}")
     topk_op(energy.detach(), f.detach(), labels, bank, cursor, k)
