@@ -186,7 +186,6 @@ def checked(f, value):
 # to rounding).
 PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
 MACHINE = {"workers", "cache_dir", "kernels"}
-NOT_THE_RESULT = MACHINE | {"out"}
 
 # A data set may bring a smaller recipe than the paper's; what the command line says still wins.
 PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e-3, dropout=0.2,

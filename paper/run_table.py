@@ -21,7 +21,7 @@ from tqdm import tqdm
 import clip
 import data
 import train
-from config import NOT_THE_RESULT
+from config import MACHINE
 from eval import metrics
 from support import UserError
 from support.cli import best_device, end_with_parent
@@ -52,7 +52,7 @@ class Runs:
             settings["epochs"] = max(1, self.base.epochs // 5)
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
         result = {name: value for name, value in dataclasses.asdict(cfg).items()
-                  if name not in NOT_THE_RESULT | {"score"}}
+                  if name not in MACHINE | {"out", "score"}}
         identity = json.dumps([self.encoder.sha256, self.data_sha256, result], sort_keys=True)
         labels = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
         words = [Path(cfg.data).stem, labels, cfg.matching, cfg.without.replace(",", "-"),
