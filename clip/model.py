@@ -237,7 +237,7 @@ class CLIP(nn.Module):
     embed_dim: D. layers: blocks of each of the four stages (a ResNet) or their number (a ViT).
     vision_width: channels of the stem (even) or of the tokens. patch, vision_heads, vision_mlp: of
     a ViT. *_heads: None for 64 channels a head, in a ViT 16 heads at most. *_mlp: None for four
-    times the width. Attributes mean, std: of the pixels that it wants; name, sha256: from `load`.
+    times the width. Attributes mean, std: of the pixels that it wants; sha256: from `load`.
     """
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,
@@ -246,7 +246,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.D, self.W, self.resolution = embed_dim, text_width, resolution
         self.context_length, self.vocab_size = context_length, vocab_size
-        self.name, self.sha256, self.mean, self.std = "", "", MEAN, STD
+        self.sha256, self.mean, self.std = "", MEAN, STD
         self.activation = activation
         if patch is None:
             self.visual = ModifiedResNet(layers, vision_width, resolution, embed_dim)

@@ -104,10 +104,7 @@ def read(file):
         return torch.jit.load(file, map_location="cpu").state_dict()
     if sum(part.file_size for part in parts) > file.stat().st_size:  # torch.save does not pack
         raise ValueError("it would unpack to more than its size")
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict):
-        raise UserError(f"it holds a {type(saved).__name__}, expected a state dict")
-    return saved
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 # ---- names and configurations of open_clip (github.com/mlfoundations/open_clip) and of CLIPModel
@@ -196,10 +193,9 @@ def of_hugging_face(content, shape, folder):
     agree({"hidden_act": "quick_gelu"} | vision, False, hidden_act=activation, layer_norm_eps=1e-5,
           hidden_size=shape.vision_width, num_hidden_layers=shape.layers, patch_size=shape.patch)
     agree(pixels, False, do_normalize=True, do_rescale=True, resample=3)
-    activation = {"quick_gelu": "quickgelu", "gelu": "gelu"}[activation]
     heads = dict(text_heads=text.get("num_attention_heads", 8),
                  vision_heads=vision.get("num_attention_heads", 12))
-    return activation, heads, pixels.get("image_mean"), pixels.get("image_std")
+    return activation.replace("_", ""), heads, pixels.get("image_mean"), pixels.get("image_std")
 
 
 # ---- the model
@@ -247,10 +243,9 @@ def load(name_or_path="tiny", activation=None):
     """"tiny", a name in FILES, a repository in the local hub cache, a file or a folder -> CLIP,
     float32 on the CPU, folded (CLIP.fold). activation: "quickgelu" or "gelu", where neither file
     nor configuration tells; it cannot be seen in the weights."""
-    name = str(name_or_path)
-    path = find(name)
+    path = find(str(name_or_path))
     try:
-        return from_files(path, name, activation)
+        return from_files(path, activation)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever a damaged or foreign file leads to
@@ -261,14 +256,13 @@ def load(name_or_path="tiny", activation=None):
                         "OpenAI, of open_clip, or of Hugging Face's CLIPModel") from None
 
 
-def from_files(path, name, activation):
+def from_files(path, activation):
     files = weights_in(path)
     digests = [sha256(file) for file in files]
     saved = {key: value for file in files for key, value in read(file).items()}
     state, hugging_face = openai_names(saved)
-    if path == TINY or "input_resolution" in state:  # OpenAI's carry it beside the weights
-        told, heads, mean, std = "quickgelu", {}, MEAN, STD
-    else:
+    told, heads, mean, std = "quickgelu", {}, MEAN, STD
+    if path != TINY and "input_resolution" not in state:  # OpenAI's carry it beside the weights
         folder = path if path.is_dir() else path.parent
         shape = SimpleNamespace(**dimensions(state))
         told, heads, mean, std = configuration(folder, hugging_face, shape)
@@ -278,7 +272,7 @@ def from_files(path, name, activation):
         raise UserError("it does not tell its activation: put its configuration beside it, or add "
                         "--activation quickgelu (OpenAI, open_clip's -quickgelu) or gelu (others)")
     model = build(state, True, activation, **heads)
-    model.name, model.sha256, model.mean, model.std = name, digests[0], mean, std
+    model.sha256, model.mean, model.std = digests[0], mean, std
     described = (digests, activation, heads, mean, std)
     if described != (digests[:1], "quickgelu", {}, MEAN, STD):  # the file alone does not tell all
         model.sha256 = hashlib.sha256(repr(described).encode()).hexdigest()

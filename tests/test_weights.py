@@ -87,7 +87,7 @@ def test_archive_state_dict_and_safetensors_load_to_identical_outputs(kind, tmp_
         assert equal(model, want), path.name
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert not model.training and not any(p.requires_grad for p in model.parameters())
-        assert model.sha256 == sha256(path) and model.name == str(path)
+        assert model.sha256 == sha256(path)
         assert (model.mean, model.std) == (clip.model.MEAN, clip.model.STD)
 
 
@@ -206,7 +206,7 @@ def test_a_repository_of_the_local_hub_cache(tmp_path, monkeypatch):
     want = features(clip.build(small("vit"), fold=True))
     for name in ("openai/clip-tiny", "hf-hub:openai/clip-tiny"):
         model = clip.load(name)
-        assert equal(model, want) and model.name == name
+        assert equal(model, want)
     cfg, _ = parse(["--clip", "openai/clip-tiny"])
     assert cfg.clip == "openai/clip-tiny"  # no path below this folder
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -396,8 +396,8 @@ def without(word):
     ({}, "holds nothing"),
     ({"epoch": 3, "optimizer": {}}, "holds epoch, optimizer"),
     ({"model": small("vit"), "ema": small("vit")}, "holds model, ema"),
-    ([1], "it holds a list, expected"),
-    (torch.ones(3), "it holds a Tensor, expected"),
+    ([1], "is no CLIP"),
+    (torch.ones(3), "is no CLIP"),
 ])
 def test_what_a_file_holds_is_said(state, says, tmp_path):
     torch.save(state, tmp_path / "openai.pt")
@@ -532,7 +532,7 @@ def test_the_missing_small_clip_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "TINY", tmp_path / "tiny.safetensors")
     refused("tiny", str(weights.TINY))
     save_file(small("resnet"), weights.TINY)
-    assert clip.load().name == "tiny"
+    assert equal(clip.load(), features(clip.build(small("resnet"), fold=True)))
 
 
 # ---- downloads, from a server on this machine
@@ -578,7 +578,7 @@ def test_nine_names_with_whole_hashes():
 
 def test_download_once_then_from_the_cache(server):
     model = clip.load("RN50")
-    assert (model.name, model.sha256) == ("RN50", server.digest)
+    assert model.sha256 == server.digest
     assert server.asked == [f"/clip/{server.digest}/RN50.pt"]
     clip.load("RN50")
     assert len(server.asked) == 1
