@@ -51,19 +51,14 @@ class Tokenizer:
     @functools.cache
     def word(self, word):
         """Ids of a word: the most frequent pair is joined, until no pair is in the table."""
-        parts = [self.bytes[byte] for byte in word.encode("utf-8")]
-        parts[-1] += "</w>"
-        while len(parts) > 1:
-            best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, FULL))
+        text = " " + "  ".join(self.bytes[byte] for byte in word.encode("utf-8")) + "</w> "
+        while True:
+            parts = text.split()  # each stands between two blanks of its own
+            pairs = zip(parts, parts[1:])
+            best = min(pairs, key=lambda pair: self.rank.get(pair, FULL), default=None)
             if best not in self.rank:
-                break
-            joined = []
-            for part in parts:
-                if joined and (joined[-1], part) == best:
-                    part = joined.pop() + part
-                joined.append(part)
-            parts = joined
-        return [self.ids[part] for part in parts]
+                return [self.ids[part] for part in parts]
+            text = text.replace(" {}  {} ".format(*best), " {}{} ".format(*best))
 
     def encode(self, text):
         """str -> list of ids, without start and end."""
