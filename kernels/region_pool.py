@@ -89,7 +89,7 @@ def grad_kernel(grad, energy, f, out, C: tl.constexpr, N: tl.constexpr, D: tl.co
     tl.store(out + where, (acc * s * (1 - s)).to(out.dtype.element_ty), mask=inside)
 
 
-# ---- operators and autograd
+# ---- operators of torch.library, and autograd
 
 # The fastest of those tried on an H200 (docs/speed.md); no GPU from sm_80 on spills them.
 GRAD_TILE = dict(BLOCK_C=64, BLOCK_N=64, BLOCK_D=64, num_warps=4, num_stages=3)
@@ -99,8 +99,6 @@ def pool_tile(C):
     return dict(BLOCK_C=min(64, max(16, 1 << (int(C) - 1).bit_length())), BLOCK_N=32, BLOCK_D=256,
                 num_warps=4, num_stages=3)
 
-
-# Operators of torch.library: torch.compile knows them.
 
 @operator("trm_ml::region_pool", mutates_args=())
 def pool_op(energy: torch.Tensor, f: torch.Tensor) -> torch.Tensor:

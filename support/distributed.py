@@ -12,6 +12,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from support import UserError
 
@@ -52,7 +53,6 @@ def average_gradients(parameters):
     if not dist.is_initialized():
         return
     grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])  # one message, not one a parameter
+    flat = parameters_to_vector(grads)  # one message, not one a parameter
     dist.all_reduce(flat)
-    for grad, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads])):
-        grad.copy_(mean.view_as(grad))
+    vector_to_parameters(flat / dist.get_world_size(), grads)
