@@ -1,8 +1,4 @@
-"""Which path runs: Triton on a GPU, plain torch elsewhere.
-
-Both paths have one signature. `use(...)` chooses once (train.py --kernels), `chosen()` is the line
-that is logged.
-"""
+"""Which path runs: Triton on a GPU, plain torch elsewhere. train.py --kernels chooses once."""
 import os
 import shutil
 from types import SimpleNamespace
