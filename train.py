@@ -162,8 +162,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     model = build_model(cfg, train_split, encoder).to(device)
     if cfg.carl_from and not (run / "last.pt").is_file():
         load_carl(model, cfg.carl_from, train_split, encoder)
-    # On a GPU the text encoder's 600 launches are recorded once and replayed; elsewhere nothing
-    # changes.
+    # on a GPU the text encoder's 600 launches are recorded once and replayed
     model.prompts.forward = replayed(model.prompts, encoder, autocast_dtype(cfg.amp, device))
     with device:  # not on the CPU first, which may have less memory
         memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta)

@@ -45,14 +45,12 @@ def download(name):
     file = re.sub("[/@]", "-", name) + ".pt"
     path = Path("~/.cache/clip").expanduser() / file  # as OpenAI's own package
     url = f"{BASE}/{FILES[name]}/{file}"
-    try:
+    with refused(f"could not get CLIP {name} from {url}: try again online, put the file at {path}, "
+                 "or give the path of a weights file"):
         if not path.is_file() or sha256(path) != FILES[name]:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, FILES[name], progress=sys.stderr.isatty())
-        return path
-    except Exception as error:  # of the disk, the network, the server, or another sha256
-        raise UserError(f"could not get CLIP {name} from {url} ({error}): try again online, put "
-                        f"the file at {path}, or give the path of a weights file") from None
+    return path
 
 
 def find(name):
