@@ -261,9 +261,8 @@ def from_files(path, activation):
     state, hugging_face = openai_names(saved)
     told, heads, mean, std = "quickgelu", {}, MEAN, STD
     if path != TINY and "input_resolution" not in state:  # OpenAI's carry it beside the weights
-        folder = path if path.is_dir() else path.parent
         shape = SimpleNamespace(**dimensions(state))
-        told, heads, mean, std = configuration(folder, hugging_face, shape)
+        told, heads, mean, std = configuration(files[0].parent, hugging_face, shape)
     named = re.search("quick_?gelu|openai", path.name, re.IGNORECASE)
     activation = activation or told or named and "quickgelu"
     if not activation:
