@@ -26,30 +26,28 @@ def interpreted():
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def use(path):
+    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton" -> the earlier choice."""
+    global _path
+    if path == "triton" and triton is None:
+        raise UserError("kernels: triton was asked for but is not installed; use auto")
+    if path == "triton" and not (torch.cuda.is_available() or interpreted()):
+        raise UserError("kernels: triton was asked for but there is no CUDA device; use auto")
+    earlier, _path = _path, path
+    return earlier
+
+
 def unfit():
-    """Why Triton's kernels cannot run on the current GPU, or ""."""
-    if triton is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+    """Why the kernels cannot run on the current GPU, or ""."""
     if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than sm_80"  # tiles of half precision spill (compiled.csv)
     return "" if COMPILER else "Triton needs a C compiler: install gcc"
 
 
-def use(path):
-    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton" -> the earlier choice."""
-    global _path
-    if path == "triton" and unfit() and not interpreted():
-        raise UserError(f"kernels: triton was asked for but cannot run ({unfit()}): use auto")
-    earlier, _path = _path, path
-    return earlier
-
-
 def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
-    if _path == "reference" or x.dtype == torch.float64:  # the kernels sum in float32
-        return False
+    if triton is None or _path == "reference" or x.dtype == torch.float64:
+        return False  # the kernels sum in float32
     if forward_ad._current_level >= 0:  # torch.func.jvp: of the kernels it would give 0
         return False
     if x.is_cuda:  # Triton launches on the current GPU, wherever x is
@@ -65,6 +63,13 @@ def in_kernel_layout(energy):
 
 def chosen():
     """One line: the path in use and why."""
+    if torch.cuda.is_available() and unfit() and _path != "reference":
+        return f"kernels: reference ({unfit()})"
     if _path != "auto":
-        return f"kernels: {_path} (asked for)"
-    return f"kernels: reference ({unfit()})" if unfit() else "kernels: triton (CUDA device found)"
+        where = ", in the interpreter" if _path == "triton" and interpreted() else ""
+        return f"kernels: {_path} (asked for{where})"
+    if triton is None:
+        return "kernels: reference (triton is not installed)"
+    if torch.cuda.is_available():
+        return "kernels: triton (CUDA device found)"
+    return "kernels: reference (no CUDA device)"
