@@ -230,10 +230,7 @@ def prompts_for(cfg, split):
     """What the classes are called in prompts: by --names, one a line, or else by --prompt-names."""
     names = split.names
     if cfg.names and cfg.data != "vg200":  # vg200 has read them as its category names
-        prompts = read_lines(cfg.names)
-        if len(prompts) != len(names):
-            raise UserError(f"{cfg.names}: expected {len(names)} lines, got {len(prompts)}")
-        return prompts
+        return read_lines(cfg.names, len(names))
     if is_sheet(cfg.data):
         return split.prompts
     if cfg.prompt_names == "peers" and cfg.data == "cub":

@@ -106,13 +106,13 @@ def read_text(path):
         raise UserError(f"{path}:{line}: not UTF-8 text: save it as UTF-8 ('CSV UTF-8')") from None
 
 
-def read_lines(path, names=None):
-    """Lines that are not empty, stripped. names: how many different ones there must be."""
+def read_lines(path, count=None):
+    """Lines that are not empty, stripped. count: how many there must be."""
     lines = [line.strip() for line in read_text(path)[0].splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: the file is empty: complete the download")
-    if names and len(require_unique(lines, path)) != names:
-        raise UserError(f"{path}: expected {names} names, one a line; got {len(lines)}")
+    if count not in (None, len(lines)):
+        raise UserError(f"{path}: expected {count} lines, got {len(lines)}")
     return lines
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, read_lines, require_files
+from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, read_lines, require_files,
+                           require_unique)
 from support import UserError
 
 FOLDERS = ("", "VG", "annotations")
@@ -22,7 +23,7 @@ def load(root, cfg):
     hint = (": the names are not part of the public files, pass --names FILE, or find them with "
             "python data.py vg200 --root DIR --objects objects.json")
     file = cfg.names or find(root, "vg_category_200.txt", folders=FOLDERS, hint=hint)
-    names = read_lines(file, 200)
+    names = require_unique(read_lines(file, 200), file)
     folders = [Path(root, above, folder) for folder in ("VG_100K", "VG_100K_2")
                for above in ("", "VG", "images")]
     parts = {}
