@@ -35,11 +35,8 @@ def numbered(path, count=None):
 
 
 def image_labels(path, N, C):
-    """Lines 'image attribute 0|1 ...', some with stray fields after these -> (N, C) int8."""
-    with refused(f"{path}: expected lines 'image attribute 0|1 ...'"):
-        table = np.loadtxt(io.BytesIO(read_bytes(path)), int, usecols=(0, 1, 2), ndmin=2)
-    cells = np.indices((N, C)).reshape(2, -1).T + 1  # (N C, 2): 1 1, 1 2, ...
-    if not np.array_equal(table[:, :2], cells) or not np.isin(table[:, 2], (0, 1)).all():
-        raise UserError(f"{path}: expected 'image attribute 0|1 ...' for {N} images x {C} "
-                        f"attributes in their order, got {len(table)} lines")
-    return signed(table[:, 2] == 1).reshape(N, C)
+    """Lines 'image attribute 0|1 ...', image after image, some with stray fields after these ->
+    (N, C) int8."""
+    with refused(f"{path}: expected 'image attribute 0|1 ...' for {N} images x {C} attributes"):
+        present = np.loadtxt(io.BytesIO(read_bytes(path)), int, usecols=2)
+        return signed(present == 1).reshape(N, C)

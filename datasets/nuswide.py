@@ -61,9 +61,8 @@ def official(root, part):
 
 def zeros_and_ones(path, count):
     tokens = read_bytes(path).split()
-    if len(tokens) != count or set(tokens) - {b"0", b"1"}:
-        raise UserError(f"{path}: expected {count} values of 0 or 1, got {len(tokens)} of "
-                        f"{sorted(set(tokens))[:5]}")
+    if len(tokens) != count:
+        raise UserError(f"{path}: expected {count} values of 0 or 1, got {len(tokens)}")
     return np.array(tokens) == b"1"
 
 
@@ -73,7 +72,6 @@ def arrays(root, part):
                       for kind in ("images", "labels"))
     names = [str(name) for name in read_array(images).ravel()]
     found = read_array(labels)
-    if found.shape != (len(names), 81) or not np.isin(found, (0, 1)).all():
-        raise UserError(f"{labels}: expected 0 or 1 for {len(names)} images x 81 concepts, got "
-                        f"{found.shape} with the values {np.unique(found)[:5].tolist()}")
+    if found.shape != (len(names), 81):
+        raise UserError(f"{labels}: expected {len(names)} images x 81 concepts, got {found.shape}")
     return photos(root, names, signed(found == 1), images)

@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, read_lines, require_files,
                            require_unique)
-from support import UserError
+from support import UserError, refused
 
 FOLDERS = ("", "VG", "annotations")
 
@@ -37,17 +37,13 @@ def load(root, cfg):
 def listed(root, part):
     """The list file, its N image names, (N, 200) labels. A JSON of 500 categories is cut at 200."""
     path = find(root, f"{part}_list_500.txt", folders=FOLDERS)
-    index = find(root, *(f"vg_category_{count}_labels_index.json" for count in (200, 500)),
+    index = find(root, "vg_category_200_labels_index.json", "vg_category_500_labels_index.json",
                  folders=FOLDERS)
-    images, count = read_lines(path), int(index.name.split("_")[2])
+    images, known = read_lines(path), read_json(index)
     labels = np.full((len(images), 200), NEGATIVE, np.int8)
-    known = read_json(index)
-    for i, image in enumerate(images):
-        columns = known.get(image) if isinstance(known, dict) else None
-        if columns is None or not all(type(c) is int and 0 <= c < count for c in columns):
-            raise UserError(f"{index}: expected {{'<id>.jpg': [class indices below {count}]}} for "
-                            f"every image of {path.name}; {image}: {str(columns)[:80]}")
-        labels[i, [c for c in columns if c < 200]] = POSITIVE
+    with refused(f"{index}: expected 'ID.jpg': [indices] for every image of {path.name}"):
+        for i, image in enumerate(images):
+            labels[i, [c for c in known[image] if c < 200]] = POSITIVE
     return path, images, labels
 
 
@@ -62,14 +58,12 @@ def match_names(root, objects):
     groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
     alias = {word: words[0] for words in groups for word in words}
     seen = defaultdict(list)  # name: the rows of its images
-    try:
+    with refused(f"{objects}: not Visual Genome's objects.json", known=(LookupError, TypeError)):
         for image in read_json(objects):
             names = {name.strip().lower() for thing in image["objects"] for name in thing["names"]}
             for name in {alias.get(name, name) for name in names}:
                 if (i := row.get(f"{image['image_id']}.jpg")) is not None:
                     seen[name].append(i)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{objects}: not Visual Genome's objects.json ({error!r})") from None
     if not seen:
         raise UserError(f"{objects}: none of its images with objects is in the lists of {root}")
     words = sorted(seen, key=lambda name: -len(seen[name]))[:3000]

@@ -221,7 +221,6 @@ def test_voc(tmp_path):
         keep[:-20],
         keep.replace("<name>aeroplane", "<name>unicorn"),
         "",
-        "<html><body>404 Not Found</body></html>",
         *(f'<?xml version="1.0" encoding="{code}"?>{keep}' for code in ("hex", "rot13", "nope")),
     ):
         note.write_text(text)
@@ -286,10 +285,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
         ),
         ("vg200", "train_list_500.txt", None, b"\n", f"train_list_500.txt: {EMPTY}"),
         ("vg200", INDEX, None, b"[" * 200000, f"{INDEX}: not valid JSON"),
-        *(
-            ("vg200", INDEX, b"[0,", b"[%s," % index, f"{INDEX}: expected .*0.jpg")
-            for index in (b"-1", b"NaN", b"1" + b"0" * 30, b"true", b"500", b"0.0")
-        ),
+        ("vg200", INDEX, b'"0.jpg"', b'"00.jpg"', f"{INDEX}: expected .*0.jpg"),
         (
             "nuswide",
             CONCEPTS,
@@ -354,12 +350,11 @@ def test_nuswide(tmp_path):
     fake.nuswide(tmp_path)
     path = tmp_path / "Groundtruth/TrainTestLabels/Labels_concept05_Train.txt"
     keep = path.read_text()
-    for text in (keep[:-2], keep.replace("0", "7")):
-        path.write_text(text)
-        refused("Labels_concept05_Train.txt: expected 10 values of 0 or 1", "nuswide", tmp_path)
+    path.write_text(keep[:-2])
+    refused("Labels_concept05_Train.txt: expected 10 values of 0 or 1", "nuswide", tmp_path)
     path.write_text(keep)
     np.save(tmp_path / "formatted_train_labels.npy", np.zeros((3, 81)))
-    refused("expected 0 or 1 for 10 images x 81", "nuswide", tmp_path, single_positive="largeloss")
+    refused("expected 10 images x 81", "nuswide", tmp_path, single_positive="largeloss")
     np.save(tmp_path / "formatted_train_labels.npy", np.array([None]))
     # pickles are never loaded
     refused("not an array file", "nuswide", tmp_path, single_positive="largeloss")
@@ -434,19 +429,6 @@ def test_arrays_are_known_by_their_content(tmp_path):
     np.save(tmp_path / "mask.npy", np.full((10, 20), "1"))
     refused("expected a mask for .*type <U1", tmp_path / "mask.npy", table, call=data.read_mask)
     fake.nuswide(tmp_path)
-    for array, match in (
-        (np.resize([-1, 1], (10, 81)), r"\[-1, 1\]"),
-        (np.full((10, 81), 0.5), r"\[0.5\]"),
-        (np.full((10, 81), "1"), r"\['1'\]"),
-    ):
-        np.save(tmp_path / "formatted_train_labels.npy", array)
-        refused(
-            r"expected 0 or 1 for 10 images x 81 concepts, got \(10, 81\) with the values "
-            + match,
-            "nuswide",
-            tmp_path,
-            single_positive="largeloss",
-        )
     np.save(tmp_path / "formatted_val_images.npy", np.array(["folder0/0000_50.jpg"] * 6))
     fake.nuswide(tmp_path / "again")
     shutil.copy(tmp_path / "formatted_val_images.npy", tmp_path / "again")
@@ -462,11 +444,7 @@ def test_cub(tmp_path):
     assert "=" in fake.load("cub", tmp_path)[0].prompts[0]  # names of another form stay
     path = tmp_path / "CUB_200_2011/attributes/image_attribute_labels.txt"
     keep = path.read_bytes()
-    path.write_bytes(keep.replace(b"1 3 0", b"1 3 2", 1))
-    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep[: len(keep) // 2])
-    refused("image_attribute_labels.txt: expected", "cub", tmp_path)
-    path.write_bytes(keep.replace(b"\n1 3 ", b"\n0 3 ", 1))
     refused("image_attribute_labels.txt: expected", "cub", tmp_path)
     path.write_bytes(keep)
     replace(tmp_path / "CUB_200_2011/images.txt", b"3 ", b"33 ")
