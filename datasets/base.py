@@ -161,7 +161,7 @@ def require_files(names, folders, where):
 def require_unique(entries, where):
     for entry, count in Counter(entries).items():
         if count > 1:
-            raise UserError(f"{where}: {entry} is listed twice; keep one of the two rows")
+            raise UserError(f"{where}: {entry} is listed twice; keep one")
     return entries
 
 
