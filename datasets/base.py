@@ -86,8 +86,6 @@ def find(root, *names, folders=("",), hint=""):
 
 def read_bytes(path):
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("not a regular file")  # a pipe would be waited for without end
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): check the path, or "
@@ -178,14 +176,10 @@ def twins(paths):
 def positive_list(path, classes, single=False):
     """A list 'name.jpg,idx idx' -> names, (N, classes) int8: the listed classes POSITIVE, the rest
     UNKNOWN. single: each line has exactly one idx (the lists of the SPLC setup)."""
-    lines = read_lines(path)
-    names, labels = [], np.full((len(lines), classes), UNKNOWN, np.int8)
-    for i, line in enumerate(lines):
-        name, _, listed = line.rpartition(",")
-        columns = [int(c) if c.isdecimal() else classes for c in listed.split()]
-        if not name or max(columns, default=0) >= classes or single and len(columns) != 1:
-            wanted = "one idx" if single else "idx idx .."
-            raise UserError(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}")
-        names.append(name)
-        labels[i, columns] = POSITIVE
+    names, listed = zip(*(line.rpartition(",")[::2] for line in read_lines(path)))
+    labels = np.full((len(names), classes), UNKNOWN, np.int8)
+    wanted = "one idx" if single else "idx idx .."
+    for i, columns in enumerate(listed):
+        with refused(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}"):
+            labels[i, int(columns) if single else [int(c) for c in columns.split()]] = POSITIVE
     return names, labels

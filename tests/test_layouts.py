@@ -290,7 +290,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
         ("coco splc", "coco_train_singlelabel.txt", b"100026.jpg", b"000009.jpg", TWICE),
         ("voc2012 splc", "voc_train.txt", b"2008_000003", b"2008_000002", TWICE),
         ("cub splc", "cub_train.txt", b"002.Bird_1/Bird_0001", b"001.Bird_0/Bird_0003", TWICE),
-        ("cub splc", "cub_train.txt", b", 1\n", b", 1_0\n", "cub_train.txt:1: expected"),
+        ("cub splc", "cub_train.txt", b", 1\n", b", 312\n", "cub_train.txt:1: expected"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) or value is None else Path(value).name,
 )

@@ -1,6 +1,5 @@
 """Sheets with slips: each ends in one line that names file, line and remedy."""
 import csv
-import os
 import shutil
 
 import pytest
@@ -264,21 +263,6 @@ def test_a_locale_that_cannot_write_a_file_name_is_one_line(tmp_path, capsys):
 
     assert run_main(lambda: "\u732b.jpg".encode("ascii")) == 2
     assert "PYTHONUTF8=1" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
-def test_a_pipe_is_not_waited_for(folder, tmp_path):
-    for name in ("p.csv", "p.npy", "p.txt", "p.json"):
-        os.mkfifo(tmp_path / name)
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
-    for arguments, options in (
-        ((tmp_path / "p.csv",), {}),
-        ((folder / "s.csv",), dict(mask=tmp_path / "p.npy", val=0)),
-        ((folder / "s.csv",), dict(mask=tmp_path / "p.txt", val=0)),
-        ((folder / "s.csv",), dict(names=tmp_path / "p.txt")),
-    ):
-        refused("not a regular file", *arguments, **options)
-    refused("not a regular file", tmp_path / "p.json", "dog", call=fake.captions)
 
 
 def test_a_category_of_ticks_alone_among_others_is_told(folder, capsys):
