@@ -93,11 +93,9 @@ def read_mask(path, split):
         rows = [line.replace(",", " ").split() for line in read_lines(path)]
         with refused(f"{path}: not a mask file, .npy, .npz or text"):
             array = np.array(rows, float)
-    if array.shape != split.labels.shape or array.dtype.kind not in "biuf":
-        raise UserError(f"{path}: expected a mask for {split.labels.shape} images x classes, got "
-                        f"{array.shape} of type {array.dtype}")
-    odd = array[~np.isin(array, (-1, 0, 1))]
-    if len(odd):
+    if array.shape != split.labels.shape:
+        raise UserError(f"{path}: expected {split.labels.shape} images x classes, got {array.shape}")
+    if len(odd := array[~np.isin(array, (-1, 0, 1))]):
         raise UserError(f"{path}: a cell is 1, 0 or -1, got {odd[0]}")
     wrong = (array != split.labels) & (array != UNKNOWN)
     if (array == NEGATIVE).any() and wrong.any():
@@ -142,8 +140,7 @@ def splc_lists(cfg, parts):
         return train, observed, nuswide.photos(cfg.root, names, signed(test == POSITIVE), lists[1])
     names, observed = positive_list(lists[0], len(parts["train"].names), single=True)
     row = {Path(file).name: i for i, file in enumerate(parts["train"].paths)}
-    absent = [name for name in names if Path(name).name not in row]
-    if absent:
+    if absent := [name for name in names if Path(name).name not in row]:
         raise UserError(f"{lists[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
                         f"set, first {absent[0]}")
     train = parts["train"].subset([row[Path(name).name] for name in names])
@@ -165,9 +162,6 @@ def load(cfg):
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
         raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
     sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
-    share = None
-    if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
-        share = held_share(cfg.val)
     parts = complete(cfg)
     train = parts.get("train")
     if cfg.single_positive == "splc":
@@ -191,12 +185,14 @@ def load(cfg):
 
     prompts = prompts_for(cfg, train)
     rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")
-    if share is None and val is None and (largeloss or sheet):
+    share = None
+    if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
+        share = held_share(cfg.val)
+    elif val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
         rows, held_rows = (hold_out_by_name(train, share, first) if sheet
                            else hold_out(len(rows), share))
-        held_rows = held_rows[~train.unused[held_rows]]
         val = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not val:
             raise UserError(f"--val {share} of {len(labels)} training images holds none out")

@@ -238,7 +238,7 @@ def test_checker_prints_one_short_line_a_problem(coco, folder, tmp_path, capsys)
         return capsys.readouterr().err.splitlines()
 
     (line,) = lines("coco", "--root", coco[0], "--no-decode")
-    assert "none to learn" in line and " more: none" in line and len(line) < 200
+    assert "none to learn" in line and " categories are in no" in line and len(line) < 200
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,0\n1.jpg,0,1\n")
     fake.write(folder / "n.txt", "one\n")
     (line,) = lines(folder / "s.csv", "--names", folder / "n.txt")

@@ -30,8 +30,8 @@ def check(cfg, decode=True):
             print(f"{category[:31]:32}{present:9}{absent:9}{unknown:9}")
             never += [] if present else [repr(category)]
         if never and name == "train":
-            more = f" and {len(never) - 5} more" if len(never) > 5 else ""
-            yield f"train: no image has {', '.join(never[:5])}{more}: none to learn"
+            yield (f"train: {len(never)} categories are in no image, first {', '.join(never[:5])}: "
+                   "none to learn")
         for i, first in enumerate(twins(split.paths)):
             if first != i:
                 differ = (split.labels[first] * split.labels[i] < 0).any()
@@ -40,12 +40,9 @@ def check(cfg, decode=True):
         if decode:
             where = split.where or [cfg.data] * len(split.paths)
             with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
-                yield from filter(None, pool.map(unreadable, split.paths, where))
-
-
-def unreadable(path, where):
-    if reason := why_not(path):
-        return f"{where}: {path}: not a readable image ({reason})"
+                reasons = pool.map(why_not, split.paths)
+                yield from (f"{place}: {path}: not a readable image ({reason})"
+                            for place, path, reason in zip(where, split.paths, reasons) if reason)
 
 
 def main(argv=None):
