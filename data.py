@@ -94,7 +94,7 @@ def read_mask(path, split):
         with refused(f"{path}: not a mask file, .npy, .npz or text"):
             array = np.array(rows, float)
     if array.shape != split.labels.shape:
-        raise UserError(f"{path}: expected {split.labels.shape} images x classes, got {array.shape}")
+        raise UserError(f"{path}: expected {split.labels.shape} rows x classes, got {array.shape}")
     if len(odd := array[~np.isin(array, (-1, 0, 1))]):
         raise UserError(f"{path}: a cell is 1, 0 or -1, got {odd[0]}")
     wrong = (array != split.labels) & (array != UNKNOWN)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, safe_join, twins
+from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, twins
 from support import UserError
 
 WORDS = {POSITIVE: ("1", "true", "yes", "y", "present", "x"),
@@ -133,8 +133,7 @@ def read(path, root, cfg):
         if not all(row):
             problems.append(f"{path}:{line}: the row of prompt names needs {len(header) - 1} names")
     problems += [f"{path}:{line}: {len(row)} cells, but the header has {len(header)}"
-                 for line, row in body if len(row) != len(header)]
-    body = [(line, row) for line, row in body if len(row) == len(header)]
+                 for line, row in body if len(row) > len(header)]
 
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
     filled = {c: [word(row[c]) for _, row in body if row[c]] for c in columns}
@@ -156,12 +155,11 @@ def read(path, root, cfg):
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
-    codes_used = {code for row in cells for code in row}
-    if cfg.unlisted == "absent" and NEGATIVE not in codes_used:
-        cells = [[NEGATIVE if code == UNKNOWN else code for code in row] for row in cells]
+    labels = np.array(cells, np.int8).reshape(len(body), len(names))
+    if cfg.unlisted == "absent" and not (labels == NEGATIVE).any():
+        labels[labels == UNKNOWN] = NEGATIVE
     prompts = [words.get(name, name.replace("_", " ")) for name in names]
-    problems += [f"{path}:1: the class {name!r} is there twice, or has no name: each column needs "
-                 "one of its own, capitals aside"
+    problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
                  for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
     if not (body and names):
         problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
@@ -172,26 +170,19 @@ def read(path, root, cfg):
         error = UserError(problems[0] + (more if len(problems) > 1 else ""))
         error.problems = problems
         raise error
-    return Split(os.path.splitext(os.path.basename(path))[0], files, names,
-                 np.array(cells, np.int8).reshape(-1, len(names)),
-                 prompts=prompts, listed=[row[0] for _, row in body],
-                 where=[f"{path}:{line}" for line, _ in body])
+    return Split(Path(path).stem, files, names, labels, prompts=prompts,
+                 listed=[row[0] for _, row in body], where=[f"{path}:{line}" for line, _ in body])
 
 
 def label_cells(path, header, body, columns, codes, problems):
     """N rows of C label codes; what is no label joins `problems`."""
-    cells = [[codes.get(word(row[c])) for c in columns] for _, row in body]
-    for (line, row), found in zip(body, cells):
-        bad = {header[c]: row[c] for c, code in zip(columns, found) if code is None}
-        told = ("a cell is 1 (present), 0 (absent) or empty (unknown); a column that is no "
-                "category goes into --ignore (README, docs/data.md: lists)")
-        if "-1" in map(word, bad.values()):
-            told = ("-1 is absent in some sheets (where 0 is unknown) and uncertain in others: "
-                    "say --minus-one absent or --minus-one unknown")
+    for line, row in body:
+        bad = [f"{header[c]}={row[c]!r}" for c in columns if word(row[c]) not in codes]
         if bad:
-            got = ", ".join(f"{name}={cell!r}" for name, cell in [*bad.items()][:3])
-            problems.append(f"{path}:{line}: {got}: {told}")
-    return cells
+            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 (present), 0 "
+                            "(absent), empty (unknown), or -1 with --minus-one absent or unknown; "
+                            "columns that are no category go into --ignore (docs/data.md: lists)")
+    return [[codes.get(word(row[c]), UNKNOWN) for c in columns] for _, row in body]
 
 
 def image_files(path, root, body, problems):
@@ -200,19 +191,16 @@ def image_files(path, root, body, problems):
     for line, row in body:
         where, name = f"{path}:{line}", row[0]
         try:
-            if not name:
-                raise UserError(f"{where}: no image name in the first column")
             folder = Path(name).anchor or root  # "/" of an absolute name
-            file = locate(name, [folder], where)
+            file = name and locate(name, [folder], where)
             if not file:
-                raise UserError(f"{where}: no image {safe_join(folder, name, where)}; --root says "
+                raise UserError(f"{where}: no image {os.path.join(folder, name)}; --root says "
                                 "where names start, the first column holds them (pandas: "
                                 "index=False) with their ending (.jpg)")
             file = os.path.realpath(file)
-            if file in first:
+            if first.setdefault(file, line) != line:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
-                                "rows (README, docs/data.md: long)")
-            first[file] = line
+                                "rows (docs/data.md: long)")
         except UserError as error:
             problems.append(str(error))
     return list(first)

@@ -97,7 +97,7 @@ def test_mask_files_refused(tmp_path, table):
         np.save(tmp_path / "m.npy", array)
         with pytest.raises(UserError, match=match):
             data.read_mask(tmp_path / "m.npy", table)
-    refused(table.labels[:-1], r"expected \(30, 5\) images x classes, got \(29, 5\)")
+    refused(table.labels[:-1], r"expected \(30, 5\) rows x classes, got \(29, 5\)")
     refused(table.labels * 2, "a cell is 1, 0 or -1, got")
     # DualCoOp's coding: -1 means unknown there
     refused(-table.labels, "disagree with the data set, first row 1")
