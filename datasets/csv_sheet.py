@@ -73,12 +73,11 @@ def load(root, cfg):
         if differ := set(split.names) ^ set(train.names):
             raise UserError(f"{path}: its classes differ from those of the training sheet: "
                             f"{sorted(differ)}; use the same")
-        for name, other in parts.items():
-            n = len(other.paths)
-            first = twins(other.paths + split.paths)[n:]  # a copy is the same image, too
-            if both := [file for file, i in zip(split.paths, first) if i < n]:
-                raise UserError(f"{path}: {len(both)} images are in the {name} sheet too, "
-                                f"first {both[0]}; keep them apart")
+        others = [file for other in parts.values() for file in other.paths]
+        first = twins(others + split.paths)[len(others):]  # a copy is the same image, too
+        if both := [file for file, i in zip(split.paths, first) if i < len(others)]:
+            raise UserError(f"{path}: {len(both)} images are in another sheet of the run too, "
+                            f"first {both[0]}; keep them apart")
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
@@ -89,11 +88,9 @@ def load(root, cfg):
 def sheet_text(path):
     """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding)."""
     text, encoding = read_text(path)
-    mark = re.match('"?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$)', text, re.IGNORECASE)
-    if mark:
-        return mark[0], text[mark.end():], mark[1] or ",", encoding
-    first = re.match("[^\r\n]*", text)[0]
-    return "", text, max(",;\t", key=first.count), encoding
+    pattern = '(?i)("?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$))?([^\r\n]*)'
+    mark, delimiter, first = re.match(pattern, text).groups("")
+    return mark, text[len(mark):], delimiter or max(",;\t", key=first.count), encoding
 
 
 def read_cells(path):
