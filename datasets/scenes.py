@@ -8,7 +8,6 @@ not a house, a ring is not a clock). What there is to draw stands in scenes.ini.
 own seed (seed, split, index): splits share no scene, and the number of workers changes no byte.
 Labels, boxes and captions are about what is visible in the end.
 """
-import contextlib
 import glob
 import json
 import math
@@ -98,13 +97,12 @@ def choose(r, count):
     return chosen
 
 
-def scene(rng, size=256, objects=OBJECTS):
-    """One scene -> uint8 (size, size, 3), list of Box, list of five captions.
+def scene(r, size=256, objects=OBJECTS):
+    """One scene by a random.Random -> uint8 (size, size, 3), list of Box, list of five captions.
 
-    rng: a random.Random, or what seeds one; size: pixels of the square canvas, up to 512; objects:
-    least, most. An object has the same size in pixels on any canvas, so a small one holds few.
+    size: pixels of the square canvas, up to 512; objects: least, most. An object has the same size
+    in pixels on any canvas, so a small one holds few.
     """
-    r = rng if isinstance(rng, random.Random) else random.Random(rng)
     wanted = choose(r, r.randint(*objects))
     home = [place for place in PLACES if NAMES[wanted[0]] in PLACES[place]["home"].split()]
     place = home[0] if r.random() < 0.6 else r.choice(list(PLACES))
@@ -174,7 +172,7 @@ def captions(r, labelled, home):
 
 def draw(split, size, objects, seed, folder, index):
     """What `scene` gives; where a folder is given, the picture goes into it as JPEG instead."""
-    picture, boxes, texts = scene(f"{seed}/{split}/{index}", size, objects)
+    picture, boxes, texts = scene(random.Random(f"{seed}/{split}/{index}"), size, objects)
     if folder:
         Image.fromarray(picture).save(f"{folder}/COCO_{split}_{index + 1:012d}.jpg", quality=90)
         picture = None
@@ -226,9 +224,8 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
         (part / "annotations").mkdir(parents=True)
         for split, count in counts.items():
             (part / split).mkdir()
-            drawn = draw_all(split, count, size, OBJECTS, seed, workers, part / split)
-            with contextlib.closing(drawn):
-                annotate(part / "annotations", split, drawn, size)
+            drawn = list(draw_all(split, count, size, OBJECTS, seed, workers, part / split))
+            annotate(part / "annotations", split, drawn, size)
         (part / "scenes.json").write_text(marker)
         if not note.exists():  # else another process was faster
             part.rename(root)

@@ -43,9 +43,9 @@ def test_the_number_of_workers_changes_no_byte(root, tmp_path):
 
 
 def test_a_scene_depends_on_its_seed_alone():
-    one, two = scenes.scene("a", 128, (1, 3)), scenes.scene(random.Random("a"), 128, (1, 3))
+    one, two, other = (scenes.scene(random.Random(seed), 128, (1, 3)) for seed in "aab")
     assert (one[0] == two[0]).all() and one[1:] == two[1:]
-    assert (one[0] != scenes.scene("b", 128, (1, 3))[0]).any()
+    assert (one[0] != other[0]).any()
 
 
 def test_no_split_shares_a_picture(root):
@@ -147,7 +147,7 @@ def test_captions_of_all_lengths():
     from clip import Tokenizer
 
     texts = [
-        t for i in range(60) for t in scenes.scene(f"0/pretrain/{i}", 128, (1, 3))[2]
+        t for i in range(60) for t in scenes.draw("pretrain", 128, (1, 3), 0, None, i)[2]
     ]
     lengths = Tokenizer(4514)(texts, 77).argmax(1)
     assert (
@@ -159,7 +159,7 @@ def test_captions_of_all_lengths():
 
 def test_crowded_canvas_still_draws():
     for i in range(20):
-        picture, boxes, texts = scenes.scene(f"crowd/{i}", 64, (6, 6))
+        picture, boxes, texts = scenes.scene(random.Random(f"crowd/{i}"), 64, (6, 6))
         assert picture.shape == (64, 64, 3) and boxes and len(texts) == 5
 
 
@@ -205,12 +205,12 @@ def test_two_processes_that_draw_the_same_root_both_succeed(tmp_path, monkeypatc
 
 
 def test_processes_that_draw_have_ended_before_what_they_drew_is_removed(tmp_path, monkeypatch):
-    def interrupted(folder, split, drawn, size):
-        next(drawn)
+    def interrupted(drawn, *_, **__):
+        yield next(drawn)
         raise KeyboardInterrupt
 
     ended, end, remove = [], scenes.ProcessPoolExecutor.shutdown, scenes.shutil.rmtree
-    monkeypatch.setattr(scenes, "annotate", interrupted)
+    monkeypatch.setattr(scenes, "tqdm", interrupted)
     monkeypatch.setattr(
         scenes.ProcessPoolExecutor,
         "shutdown",
