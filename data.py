@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from clip.model import MEAN, STD
 from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
-                           read_lines, require_unique, signed, twins)
+                           read_lines, signed, twins)
 from datasets.csv_sheet import is_sheet
 from support import UserError, refused
 
@@ -144,7 +144,6 @@ def splc_lists(cfg, parts):
         raise UserError(f"{lists[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
                         f"set, first {absent[0]}")
     train = parts["train"].subset([row[Path(name).name] for name in names])
-    require_unique(train.paths, lists[0])
     for i, c in np.argwhere(observed & (train.labels != POSITIVE)):
         raise UserError(f"{lists[0]}:{i + 1}: {names[i]}'s annotation denies {train.names[c]!r}")
     return train, observed, parts["test"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from datasets.base import (Split, find, read_bytes, read_lines, require_files, require_unique,
                            signed)
-from support import UserError, refused
+from support import refused
 
 FOLDERS = ("CUB_200_2011/CUB_200_2011", "CUB_200_2011", "")
 
@@ -28,10 +28,9 @@ def load(root, cfg):
 
 def numbered(path, count=None):
     """Lines 'id value' with ids 1, 2, 3, ... -> values."""
-    pairs = [line.split() for line in read_lines(path, count)]
-    if any(len(pair) != 2 or pair[0] != str(i) for i, pair in enumerate(pairs, 1)):
-        raise UserError(f"{path}: expected lines 'id value' with ids 1, 2, 3, ...")
-    return [pair[1] for pair in pairs]
+    with refused(f"{path}: expected lines 'id value' with ids 1, 2, 3, ..."):
+        value = dict(line.split() for line in read_lines(path, count))
+        return [value[str(i)] for i in range(1, len(value) + 1)]
 
 
 def image_labels(path, N, C):

@@ -8,8 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from datasets.base import (Split, find, locate, read_array, read_bytes, read_lines, require_unique,
-                           signed)
+from datasets.base import Split, find, locate, read_array, read_bytes, read_lines, signed
 from support import UserError
 
 FOLDERS = ("Flickr", "images", "Flickr/images", ".")
@@ -37,7 +36,6 @@ def photos(root, names, labels, where):
     folders = [Path(root) / folder for folder in FOLDERS]
     paths = [locate(name, folders, where) or locate(PureWindowsPath(name).name, folders, where)
              for name in names]
-    require_unique(filter(None, paths), where)
     unused = np.array([path is None for path in paths])
     if unused.all():
         raise UserError(f"{where}: none of its {len(names)} photos is in {folders[0]} or "

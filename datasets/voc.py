@@ -3,13 +3,12 @@ http://host.robots.ox.ac.uk/pascal/VOC
 
 The labels come from Main/<class>_<split>.txt, or else from the XML files.
 """
-from itertools import zip_longest
 from xml.etree import ElementTree
 
 import numpy as np
 
 from datasets.base import NEGATIVE, POSITIVE, Split, find, read_bytes, read_lines, require_files
-from support import UserError, refused
+from support import refused
 
 VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
          person pottedplant sheep sofa train tvmonitor""".split()
@@ -45,13 +44,11 @@ def split(root, year, part, difficult=NEGATIVE):
 
 
 def class_list(path, ids, difficult):
-    """Lines 'id 1', 'id 0' (difficult only) or 'id -1' in the list's order -> (N,) int8."""
+    """Lines 'id 1', 'id 0' (difficult only) or 'id -1' -> (N,) int8 in the order of the ids."""
     code = {"1": POSITIVE, "0": difficult, "-1": NEGATIVE}
-    lines = [line.split() for line in read_lines(path)]
-    for number, (line, key) in enumerate(zip_longest(lines, ids), 1):
-        if line not in [[key, value] for value in code]:
-            raise UserError(f"{path}:{number}: expected {key!r} and 1, 0 or -1, got {line}")
-    return np.array([code[value] for _, value in lines], np.int8)
+    with refused(f"{path}: expected 'ID 1', 'ID 0' or 'ID -1' for each image of the list"):
+        value = dict(line.split() for line in read_lines(path))
+        return np.array([code[value[key]] for key in ids], np.int8)
 
 
 def annotation(path, difficult):

@@ -189,11 +189,11 @@ def test_voc(tmp_path):
     main = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main"
     dog, keep = main / "dog_trainval.txt", (main / "dog_trainval.txt").read_bytes()
     dog.write_bytes(keep.replace(b"000001 -1", b"000001 2"))
-    refused("dog_trainval.txt:2: expected", "voc2007", tmp_path)
+    refused("dog_trainval.txt: expected .*'2'", "voc2007", tmp_path)
     dog.write_bytes(b"\r\n".join(keep.split(b"\r\n")[:5]))
-    refused("dog_trainval.txt:6: expected '000005'", "voc2007", tmp_path)
+    refused("dog_trainval.txt: expected .*'000005'", "voc2007", tmp_path)
     dog.write_bytes(keep.replace(b"000003", b"999999"))
-    refused("dog_trainval.txt:4: expected '000003'", "voc2007", tmp_path)
+    refused("dog_trainval.txt: expected .*'000003'", "voc2007", tmp_path)
     dog.write_bytes(keep[:40] + b"\xff\xfe\r\n")
     refused(r"dog_trainval.txt:4: not UTF-8", "voc2007", tmp_path)
     dog.write_bytes(keep)
@@ -236,7 +236,7 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
             f"{MAIN}/dog_trainval.txt",
             b"000003",
             b"000002",
-            "dog_trainval.txt:4: expected '000003'",
+            "dog_trainval.txt: expected .*'000003'",
         ),
         ("voc2007", f"{MAIN}/trainval.txt", b"000003", b"000002", f"000002.jpg {TWICE}"),
         ("voc2007", f"{MAIN}/trainval.txt", None, b"", f"trainval.txt: {EMPTY}"),
@@ -282,14 +282,8 @@ SINGLE, EMPTY, TWICE = "nus_train_singlelabel.txt", "the file is empty", "is lis
         ("nuswide", CONCEPTS, b"concept03", b"concept03\r\nmore", "got 82"),
         ("nuswide", CONCEPTS, None, b"", EMPTY),
         ("nuswide", NUS, None, b"", f"TrainImagelist.txt: {EMPTY}"),
-        ("nuswide", NUS, b"0003_3", b"0001_1", f"0001_1.jpg {TWICE}"),
-        ("nuswide splc", SINGLE, b"00003_3", b"00002_2", f"00002_2_m.jpg {TWICE}"),
-        ("nuswide splc", "nus_val.txt", b"00003_53", b"00002_52", TWICE),
         ("nuswide splc", SINGLE, b",0\n", b",\n", "label.txt:1: expected .*one idx"),
         ("nuswide splc", SINGLE, b",0\n", b",0 3\n", "label.txt:1: expected .*one idx"),
-        ("coco splc", "coco_train_singlelabel.txt", b"100026.jpg", b"000009.jpg", TWICE),
-        ("voc2012 splc", "voc_train.txt", b"2008_000003", b"2008_000002", TWICE),
-        ("cub splc", "cub_train.txt", b"002.Bird_1/Bird_0001", b"001.Bird_0/Bird_0003", TWICE),
         ("cub splc", "cub_train.txt", b", 1\n", b", 312\n", "cub_train.txt:1: expected"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) or value is None else Path(value).name,
@@ -412,13 +406,6 @@ def test_arrays_are_known_by_their_content(tmp_path):
     for name in ("mask.npy", "mask.npz"):
         (tmp_path / name).write_bytes(array_file("an npz"))
         assert not data.read_mask(tmp_path / name, table).any()
-    fake.nuswide(tmp_path)
-    np.save(tmp_path / "formatted_val_images.npy", np.array(["folder0/0000_50.jpg"] * 6))
-    fake.nuswide(tmp_path / "again")
-    shutil.copy(tmp_path / "formatted_val_images.npy", tmp_path / "again")
-    refused(
-        "0000_50.jpg is listed twice", "nuswide", tmp_path / "again", single_positive="largeloss"
-    )
 
 
 def test_cub(tmp_path):
