@@ -186,7 +186,10 @@ def load(cfg):
     rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")
     share = None
     if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
-        share = held_share(cfg.val)
+        with refused(f"--val expects a share in [0, 1), or a sheet's own CSV; got {cfg.val}"):
+            share = float(cfg.val)
+            if not 0 <= share < 1:
+                raise ValueError("out of range")
     elif val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
@@ -209,16 +212,6 @@ def load(cfg):
         if split:
             split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
     return splits
-
-
-def held_share(text):
-    """The share of the training rows that --val asks to hold out."""
-    with refused("--val expects a share in [0, 1), or for a sheet the CSV of its validation "
-                 f"images; got {text}"):
-        share = float(text)
-        if not 0 <= share < 1:
-            raise ValueError("out of range")
-        return share
 
 
 def prompts_for(cfg, split):

@@ -133,7 +133,7 @@ def read_array(path):
 def safe_join(folder, name, where):
     """folder/name, refused when `name` leads out of the folder. The user's links are followed."""
     path = os.path.normpath(os.path.join(folder, str(name).replace("\\", "/")))
-    if "\0" in path or not path.startswith(os.path.join(os.path.normpath(folder), "")):
+    if not path.startswith(os.path.join(os.path.normpath(folder), "")):
         raise UserError(f"{where}: the file name {name!r} leads out of {folder}")
     return path
 

@@ -125,10 +125,7 @@ def read(path, root, cfg):
                         f"{', '.join(header[:20])}")
     problems, words = [], {}
     if body and body[0][1][0] == "#prompt":
-        line, row = body.pop(0)
-        words = dict(zip(header[1:], row[1:]))
-        if not all(row):
-            problems.append(f"{path}:{line}: the row of prompt names needs {len(header) - 1} names")
+        words = dict(zip(header, body.pop(0)[1]))
     problems += [f"{path}:{line}: {len(row)} cells, but the header has {len(header)}"
                  for line, row in body if len(row) > len(header)]
 
@@ -155,7 +152,7 @@ def read(path, root, cfg):
     labels = np.array(cells, np.int8).reshape(len(body), len(names))
     if cfg.unlisted == "absent" and not (labels == NEGATIVE).any():
         labels[labels == UNKNOWN] = NEGATIVE
-    prompts = [words.get(name, name.replace("_", " ")) for name in names]
+    prompts = [words.get(name) or name.replace("_", " ") for name in names]
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
                  for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
     if not (body and names):

@@ -267,7 +267,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("datasets/csv_sheet.py", "[split.names.index(name) for name in train.names]",
      "[train.names.index(name) for name in split.names]"),
     ("datasets/csv_sheet.py", 'cfg.unlisted == "absent" and', 'cfg.unlisted != "absent" and'),
-    ("datasets/csv_sheet.py", 'name.replace("_", " "))', "name)"),
+    ("datasets/csv_sheet.py", 'name.replace("_", " ") for', "name for"),
     ("clip/model.py", "self.k_proj(x), self.v_proj(x)",
      "self.k_proj(x[:, 1:]), self.v_proj(x[:, 1:])"),
     ("clip/model.py", "x.mean(1, keepdim=True), x], 1) + positions",

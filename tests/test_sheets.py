@@ -43,10 +43,6 @@ SHEETS = {
     "no labels": (HEAD + "".join(f"{i}.jpg,0.7,a\n" for i in range(4)), "a column of labels"),
     "zero byte": (HEAD + "/a\0b.jpg,1,0\n", ":2: "),
     "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image .*/; --root"),
-    "short prompt row": (
-        HEAD + "#prompt,a dog\n0.jpg,1,0\n",
-        ":2: the row of prompt names needs 2",
-    ),
     "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
     "header of words": ("0.jpg,yes,no\n1.jpg,no,yes\n", ":1: expected a header"),
     "index of pandas": (
@@ -208,6 +204,8 @@ def test_an_underscore_of_a_column_is_a_blank_of_its_prompt(folder):
     fake.write(folder / "s.csv", "image,red_car\n0.jpg,1\n")
     train = fake.load(folder / "s.csv", val=0)[0]
     assert train.names == ["red_car"] and train.prompts == ["red car"]
+    fake.write(folder / "s.csv", "image,red_car,dog\n#prompt,,hound\n0.jpg,1,0\n")
+    assert fake.load(folder / "s.csv", val=0)[0].prompts == ["red car", "hound"]
 
 
 @pytest.mark.parametrize("said, code, zero", (("absent", -1, 0), ("unknown", 0, -1)))
