@@ -65,8 +65,7 @@ def upright(image):
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.int64) // 257
-        image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         if key is not None:
             image.info["transparency"] = key // 257
     elif isinstance(key, tuple) and max(key) > 255:  # of 16 bits, as its pixels were

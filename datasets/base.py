@@ -115,8 +115,7 @@ def read_lines(path, count=None):
 
 
 def read_json(path, **options):
-    with refused(f"{path}: not valid JSON, is the download complete?",
-                 known=(ValueError, RecursionError)):  # not want of memory
+    with refused(f"{path}: not valid JSON, is the download complete?", known=ValueError):
         return json.loads(read_bytes(path), **options)
 
 
