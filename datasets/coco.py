@@ -3,8 +3,6 @@ https://cocodataset.org
 
 Crowd annotations count as labels and give no box, as in the peers' code. N images, C categories.
 """
-from pathlib import Path
-
 import numpy as np
 
 from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, require_files,
@@ -22,10 +20,8 @@ def load(root, cfg):
 def split(root, folder, keep_unannotated=False, by_id=False):
     """One split in the JSON's order, images without any annotation unused: masks are drawn for them
     too. by_id: only annotated images, ordered by their id as a string (LargeLoss's order)."""
-    listing, hint = f"annotations/instances_{folder}.json", ""
-    if not Path(root, listing).exists() and any(Path(root).glob("*/*2017*")):
-        hint = " (COCO 2017's lists are there; the field uses the split of 2014)"
-    path = find(root, listing, hint=hint)
+    path = find(root, f"annotations/instances_{folder}.json",
+                hint=" (COCO 2017 has other lists of the same images: the field uses 2014)")
     photos = find(root, folder, folders=("", "images"))
     content = read_json(path, object_hook=without_polygons)
     with refused(f"{path}: expected COCO's images with file_name and id, annotations, categories "

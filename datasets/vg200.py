@@ -26,12 +26,9 @@ def load(root, cfg):
     names = require_unique(read_lines(file, 200), file)
     folders = [Path(root, above, folder) for folder in ("VG_100K", "VG_100K_2")
                for above in ("", "VG", "images")]
-    parts = {}
-    for part in ("train", "test"):
-        path, images, labels = listed(root, part)
-        files = require_files(images, folders, path)
-        parts[part] = Split(f"vg200/{part}", files, names, labels)
-    return parts
+    lists = {part: listed(root, part) for part in ("train", "test")}
+    return {part: Split(f"vg200/{part}", require_files(images, folders, path), names, labels)
+            for part, (path, images, labels) in lists.items()}
 
 
 def listed(root, part):
