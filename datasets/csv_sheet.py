@@ -188,9 +188,9 @@ def image_files(path, root, body, problems):
             folder = Path(name).anchor or root  # "/" of an absolute name
             file = name and locate(name, [folder], where)
             if not file:
-                raise UserError(f"{where}: no image {os.path.join(folder, name)}; --root says "
-                                "where names start, the first column holds them (pandas: "
-                                "index=False) with their ending (.jpg)")
+                raise UserError(f"{where}: no image '{name}' in {folder}; --root says where names "
+                                "start, the first column holds them (pandas: index=False) with "
+                                "their ending (.jpg)")
             file = os.path.realpath(file)
             if first.setdefault(file, line) != line:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
