@@ -161,6 +161,12 @@ def load(cfg):
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
         raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
     sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
+    share = None
+    if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
+        with refused(f"--val expects a share in [0, 1), or for a sheet a CSV; got {cfg.val}"):
+            share = float(cfg.val)
+            if not 0 <= share < 1:
+                raise ValueError("out of range")
     parts = complete(cfg)
     train = parts.get("train")
     if cfg.single_positive == "splc":
@@ -184,13 +190,7 @@ def load(cfg):
 
     prompts = prompts_for(cfg, train)
     rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")
-    share = None
-    if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
-        with refused(f"--val expects a share in [0, 1), or a sheet's own CSV; got {cfg.val}"):
-            share = float(cfg.val)
-            if not 0 <= share < 1:
-                raise ValueError("out of range")
-    elif val is None and (largeloss or sheet):
+    if share is None and val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
         rows, held_rows = (hold_out_by_name(train, share, first) if sheet

@@ -41,7 +41,7 @@ def split(root, folder, keep_unannotated=False, by_id=False):
             r, c = row[note["image_id"]], column[note["category_id"]]
             labels[r, c] = POSITIVE
             if all(sizes[r]) and note.get("bbox") and not note.get("iscrowd"):
-                (x, y, w, h), (width, height) = note["bbox"], sizes[r]
+                (x, y, w, h), (width, height) = note["bbox"], map(float, sizes[r])
                 box = x / width, y / height, (x + w) / width, (y + h) / height
                 if not (-0.5 <= min(box) and max(box) <= 1.5 and w >= 0 and h >= 0):
                     raise ValueError  # nonsense; some real ones leave the image by a little
