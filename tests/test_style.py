@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [path for path in sorted(ROOT.rglob("*.py"))
@@ -19,12 +20,9 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def imports(path):
-    """Modules of the project that a file imports, late ones too; not what it does as a command."""
+    """Modules of the project that a file imports, late ones too."""
     found = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body
-                 if not (isinstance(node, ast.If) and "__main__" in ast.dump(node.test))]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -98,3 +96,8 @@ def test_names_of_equations_are_cited_in_the_method():
         cited |= {int(n)
                   for n in re.findall(r"Eq\. (\d+)", (ROOT / name).read_text(encoding="utf-8"))}
     assert cited >= set(range(1, 16)) - {7}  # Eq. 7 is cited in its kernel
+
+
+@pytest.mark.parametrize("file, old", sorted({mutant[:2] for mutant in MUTANTS}))
+def test_the_words_of_a_mutant_stand_in_its_file(file, old):
+    assert old in (ROOT / file).read_text(encoding="utf-8"), "mend tests/mutants.py"
