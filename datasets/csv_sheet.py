@@ -1,15 +1,13 @@
-"""Your own images: a sheet `image,<class>,<class>,...` in which a cell is 1 present, 0 absent,
-empty unknown.
+"""Your own images: a sheet `image,<class>,...` whose cells are 1 present, 0 absent, empty unknown.
 
     image,dog,cat,"red, small car"
     #prompt,dog,cat,small red car          (optional second row: the names to use in prompts)
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
-Sheets full of unknowns are the point. Other forms are understood: the WORDS below; commas,
-semicolons or tabs; UTF-8 or UTF-16; columns that are no category (--ignore, or found); one column
-of lists such as `dog|cat`. Where lists or cells tell only what is present, --unlisted says what the
-rest is. What could mean two things is refused with the option that settles it; `python data.py
-SHEET.csv` prints every problem.
+Other forms: the WORDS below; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no
+category (--ignore, or found); one column of lists such as `dog|cat`. Where only what is present is
+told, --unlisted says what the rest is. What could mean two things is refused with the option that
+settles it; `python data.py SHEET.csv` prints every problem.
 """
 import csv
 import io
@@ -156,8 +154,7 @@ def read(path, root, cfg):
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
                  for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
     if not (body and names):
-        problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
-                        "empty, for each category")
+        problems.append(f"{path}: expected a row for each image, a column of labels a category")
     files = image_files(path, root, body, problems)
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
@@ -173,9 +170,8 @@ def label_cells(path, header, body, columns, codes, problems):
     for line, row in body:
         bad = [f"{header[c]}={row[c]!r}" for c in columns if word(row[c]) not in codes]
         if bad:
-            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 (present), 0 "
-                            "(absent), empty (unknown), or -1 with --minus-one absent or unknown; "
-                            "columns that are no category go into --ignore (docs/data.md: lists)")
+            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 or 0, empty, or -1 "
+                            "with --minus-one; --ignore other columns (docs/data.md: lists)")
     return [[codes.get(word(row[c]), UNKNOWN) for c in columns] for _, row in body]
 
 
@@ -188,9 +184,8 @@ def image_files(path, root, body, problems):
             folder = Path(name).anchor or root  # "/" of an absolute name
             file = name and locate(name, [folder], where)
             if not file:
-                raise UserError(f"{where}: no image '{name}' in {folder}; --root says where names "
-                                "start, the first column holds them (pandas: index=False) with "
-                                "their ending (.jpg)")
+                raise UserError(f"{where}: no image '{name}' in {folder}; --root sets it, the "
+                                "first column holds them with their ending (pandas: index=False)")
             file = os.path.realpath(file)
             if first.setdefault(file, line) != line:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "
