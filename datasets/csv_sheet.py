@@ -61,21 +61,18 @@ def load(root, cfg):
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
     if 0 < len(ticked) < len(train.names):  # of all: a way to fill a sheet
-        note(f"{cfg.data}: no 0 in the column {', '.join(ticked[:5])}, but in others: a run would "
-             "learn that every image has it; fill in some 0")
+        note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all have it; add some")
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
         if not is_sheet(path):
             continue
         split = read(path, root, cfg)
         if differ := set(split.names) ^ set(train.names):
-            raise UserError(f"{path}: its classes differ from those of the training sheet: "
-                            f"{sorted(differ)}; use the same")
+            raise UserError(f"{path}: its classes differ from the training sheet: {sorted(differ)}")
         others = [file for other in parts.values() for file in other.paths]
         first = twins(others + split.paths)[len(others):]  # a copy is the same image, too
         if both := [file for file, i in zip(split.paths, first) if i < len(others)]:
-            raise UserError(f"{path}: {len(both)} images are in another sheet of the run too, "
-                            f"first {both[0]}; keep them apart")
+            raise UserError(f"{path}: take out {len(both)} images of other sheets, first {both[0]}")
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
@@ -106,8 +103,7 @@ def read_cells(path):
     (_, header), *body = [(line, row[:width]) for line, row in rows]
     body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
     if all(word(cell) in CODES and not re.fullmatch("[a-zA-Z]", cell) for cell in header[1:]):
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...' above the labels, got "
-                        f"{','.join(header)[:80]!r}")
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {header[:9]}")
     return header, body
 
 
@@ -119,8 +115,7 @@ def read(path, root, cfg):
     header, body = read_cells(path)
     ignored = set(filter(None, (cfg.ignore or "").split(",")))
     if missing := ignored - set(header):
-        raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are "
-                        f"{', '.join(header[:20])}")
+        raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
     problems, words = [], {}
     if body and body[0][1][0] == "#prompt":
         words = dict(zip(header, body.pop(0)[1]))
@@ -142,8 +137,7 @@ def read(path, root, cfg):
         cells, names = lists(path, body, other[0])
     else:
         if other:
-            note(f"{path}: no categories, since no cell is a label: "
-                 f"{', '.join(header[c] for c in other)}")
+            note(f"{path}: no categories, for no cell is a label: {[header[c] for c in other]}")
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
