@@ -22,9 +22,8 @@ TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTO
           5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE,
           8: Image.ROTATE_90}  # EXIF's orientation
 Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow refuses twice as many: 300 megapixels are some 1 GB
-# colour profiles and notes of some MB are common
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
-PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # and some are damaged
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # profiles, notes
+PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # some are damaged
 warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, many pixels: the pixels are fine
 
 

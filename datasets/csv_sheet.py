@@ -113,7 +113,7 @@ def read(path, root, cfg):
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
     codes = MEANING[cfg.minus_one]
     header, body = read_cells(path)
-    ignored = set(filter(None, (cfg.ignore or "").split(",")))
+    ignored = {*(cfg.ignore or "").split(",")} - {""}
     if missing := ignored - set(header):
         raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
     problems, words = [], {}

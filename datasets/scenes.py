@@ -96,8 +96,7 @@ def choose(r, count):
 
 def scene(r, size=256, objects=OBJECTS):
     """One scene by a random.Random -> uint8 (size, size, 3), list of Box, list of five captions.
-    size: up to 512 pixels; an object has as many on any canvas, so a small one holds few. objects:
-    least, most."""
+    size: pixels, up to 512; things are equally large on any canvas. objects: least, most."""
     wanted = choose(r, r.randint(*objects))
     home = [place for place in PLACES if NAMES[wanted[0]] in PLACES[place]["home"].split()]
     place = home[0] if r.random() < 0.6 else r.choice(list(PLACES))
