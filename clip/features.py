@@ -2,11 +2,10 @@
 
     for index, f, x in FeatureLoader(images, clip).batches(epoch): ...
 
-index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` both are computed
-once for V augmented views and written, bf16, to a memory-mapped file of V * n * (1 + N) * D * 2
-bytes (the global feature first); epoch e reads view e mod V. The file's name is a hash of images,
-transform, CLIP's weights, --amp and shape; labels and masks do not enter. A cache is complete or
-absent.
+index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` those of V
+augmented views are kept, bf16, in a memory-mapped file of V * n * (1 + N) * D * 2 bytes (x before
+f), complete or absent; epoch e reads view e mod V. Its name is a hash of images, transform, CLIP's
+weights, --amp and shape, not of labels and masks.
 """
 import hashlib
 import math
@@ -51,13 +50,11 @@ def at_once(images):
 
 
 class FeatureLoader:
-    """images: a data.Images (a Dataset with split, size, augment, seed and fingerprint())
-    clip: clip.CLIP, whose mean and std the images then take;  batch: images over all processes
-    workers: processes that decode;  views: 0 computes on the fly, V > 0 caches V augmented views
-    amp: autocast's dtype or None;  rank of world: this process
-    need_global: whether x is wanted (the attention pool is skipped otherwise, and x is None)
-    compiled: whether torch.compile prepares the encoder of f alone
-    """
+    """images: a data.Images (split, size, augment, seed, fingerprint()); takes clip's mean and std
+    batch: images over all processes;  workers: processes that decode
+    views: 0 computes on the fly, V > 0 caches V augmented views;  amp: autocast's dtype or None
+    rank of world: this process;  need_global: without it x is None, and its pool is not computed
+    compiled: whether torch.compile prepares the encoder of f alone"""
 
     def __init__(self, images, clip, batch=128, workers=0, views=0, cache="generated/features",
                  device="cpu", amp=None, rank=0, world=1, need_global=True, compiled=False):
@@ -67,7 +64,6 @@ class FeatureLoader:
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
         self.keys, self.loader, self.waited = [], None, 0.0
         self.encode_dense = torch.compile(clip.encode_dense) if compiled else clip.encode_dense
-        self.grid = clip.grid(images.size, images.size)
         images.mean, images.std = clip.mean, clip.std
         self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
 
@@ -75,11 +71,8 @@ class FeatureLoader:
         return len(self.images)
 
     def batches(self, epoch, shuffle=True):
-        """One pass. f is float32, or autocast's dtype in training (shuffle).
-
-        All processes get equally many rows: a batch that does not divide repeats its first image,
-        which distributed.gather cuts off again.
-        """
+        """One pass. f is float32, or autocast's dtype in training (shuffle). Processes get equally
+        many rows: a batch is filled up with its first image, which distributed.gather cuts off."""
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
         parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)])[self.rank::self.world]
@@ -155,7 +148,8 @@ class FeatureLoader:
     def cached(self, folder, views):
         """The features of all views (one where nothing is augmented): (V, n, 1+N, D) bf16."""
         views = views if self.images.augment != "none" else 1
-        shape = (views, len(self), 1 + math.prod(self.grid), self.clip.D)
+        h, w = self.clip.grid(self.images.size, self.images.size)
+        shape = (views, len(self), 1 + h * w, self.clip.D)
         depends_on = repr((shape, self.clip.sha256, str(self.amp))).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"
@@ -183,8 +177,7 @@ class FeatureLoader:
             free = shutil.disk_usage(folder).free
             if size > free:
                 raise UserError(f"the feature cache needs {size / 2**30:.1f} GiB, {folder} has "
-                                f"{free / 2**30:.1f} GiB free: choose fewer --cache-features or "
-                                "another --cache-dir")
+                                f"{free / 2**30:.1f}: lower --cache-features or change --cache-dir")
             temporary.touch()
         barrier()
         chunks = torch.arange(n).split(CHUNK)[self.rank::self.world]

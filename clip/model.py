@@ -1,9 +1,7 @@
-"""CLIP (Radford et al. 2021), the frozen backbone: global, dense and text features.
+"""CLIP (Radford et al. 2021), the frozen backbone; parameters are named as in OpenAI's files.
 
-Parameters carry the names of OpenAI's files (weights.py).
 TRM-ML asks for more than the original: dense features f, a D-vector for each location of the last
-map (section 3.1), and prompts that enter as embeddings, so that context tokens can be learned.
-
+map (Sec. 3.1), and prompts that enter as embeddings, so that context tokens can be learned.
 B images, T texts, S tokens, W text width, N = h*w locations (row-major), D joint dimension,
 C channels of the last map.
 
@@ -20,7 +18,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from clip.tokenizer import tokenizer
-from support import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1, as OpenAI normalised them
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -232,13 +229,10 @@ class VisionTransformer(nn.Module):
 # ---- both together
 
 class CLIP(nn.Module):
-    """CLIP from plain dimensions, with CLIP's own initialisation.
-
-    embed_dim: D. layers: blocks of each of the four stages (a ResNet) or their number (a ViT).
-    vision_width: channels of the stem (even) or of the tokens. patch, vision_heads, vision_mlp: of
-    a ViT. *_heads: None for 64 channels a head, in a ViT 16 heads at most. *_mlp: None for four
-    times the width. Attributes mean, std: of the pixels that it wants; sha256: from `load`.
-    """
+    """CLIP with its own initialisation. layers: blocks of each of the four stages (a ResNet) or
+    their number (a ViT). vision_width: channels of the stem (even) or of the tokens. patch,
+    vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels a head, in a ViT 16 heads at
+    most. *_mlp: None for four times the width. mean, std: of its pixels; sha256: from `load`."""
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,
                  vocab_size, text_width, text_layers=12, text_heads=None, text_mlp=None,
@@ -294,10 +288,7 @@ class CLIP(nn.Module):
 
     def grid(self, H, W):
         """Rows and columns of the dense features of an H x W image: N = h * w."""
-        h, w = self.visual.grid(H, W)
-        if h * w == 0:
-            raise UserError(f"{H} x {W} pixels are too small for CLIP: best is {self.resolution}")
-        return h, w
+        return self.visual.grid(H, W)
 
     def encode_image(self, x):
         """x (B, 3, H, W), normalised by mean and std, any size -> global (B, D), not normalised."""

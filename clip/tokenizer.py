@@ -1,9 +1,8 @@
 """CLIP's tokenizer: byte-level byte-pair encoding over lower-cased, cleaned text.
 
-The vocabulary is ordered: 256 byte symbols, the same 256 that end a word (`</w>`), one symbol a
-merge, start of text, end of text. Merges are ordered by frequency, so a smaller vocabulary is a
-prefix of the same table: its size is `512 + merges + 2`. No text stands for start or end:
-"<|endoftext|>" is read as the characters it has.
+The vocabulary: 256 byte symbols, the same 256 that end a word (`</w>`), one symbol a merge, start
+of text, end of text. Merges are ordered by frequency: 512 + merges + 2 tokens take the first ones.
+No text stands for start or end: "<|endoftext|>" is read as the characters it has.
 
     >>> Tokenizer().encode("a photo of a cat")
     [320, 1125, 539, 320, 2368]
@@ -25,14 +24,6 @@ FULL = 512 + 48894 + 2  # the vocabulary of OpenAI's models
 WORDS = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-def byte_symbols():
-    """{byte: a printable character for it}, in vocabulary order: printable Latin-1 bytes stand for
-    themselves, the other 68 (controls, spaces, soft hyphen) are numbered from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 class Tokenizer:
     """vocab_size: 514 (bytes alone) to 49408 (CLIP's own)."""
 
@@ -41,8 +32,11 @@ class Tokenizer:
             raise UserError(f"expected a vocabulary of 514 to {FULL} tokens, got {vocab_size}")
         lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines[:vocab_size - 514]]
-        self.bytes = byte_symbols()
-        symbols = list(self.bytes.values())
+        # Printable Latin-1 bytes stand for themselves, the other 68 are numbered from U+0100 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        symbols = [chr(code) for code in (*printable, *range(256, 324))]
+        self.bytes = dict(zip(printable + others, symbols))
         symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}

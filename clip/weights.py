@@ -54,7 +54,7 @@ def download(name):
 
 
 def find(name):
-    """What the user gave -> a file or a folder."""
+    """A name in FILES, "tiny", a path or a repository in the local hub cache -> file or folder."""
     if name == "tiny":
         return TINY
     if name in FILES:
@@ -221,9 +221,8 @@ def dimensions(state):
 
 
 def build(state_dict, fold=False, activation="quickgelu", **heads):
-    """State dict with OpenAI's names -> CLIP in evaluation mode, float32, its tensors copied.
-    heads: text_heads, vision_heads, see CLIP. Raises where a tensor is missing, left over, of
-    another shape than the others show, or not finite."""
+    """State dict with OpenAI's names -> CLIP in evaluation mode, float32, tensors copied. Raises
+    where one is missing, left over, not finite or does not fit. heads: text_heads, vision_heads."""
     skipped = ("input_resolution", "context_length", "vocab_size", "attn_mask", "logit_bias")
     state = {name: t for name, t in state_dict.items()  # the encoders' weights alone
              if name not in skipped and not name.endswith("num_batches_tracked")}
@@ -238,9 +237,8 @@ def build(state_dict, fold=False, activation="quickgelu", **heads):
 
 
 def load(name_or_path="tiny", activation=None):
-    """"tiny", a name in FILES, a repository in the local hub cache, a file or a folder -> CLIP,
-    float32 on the CPU, folded (CLIP.fold). activation: "quickgelu" or "gelu", where neither file
-    nor configuration tells; it cannot be seen in the weights."""
+    """What `find` finds -> CLIP, float32 on the CPU, folded (CLIP.fold). activation: "quickgelu" or
+    "gelu", where neither file nor configuration tells; it cannot be seen in the weights."""
     path = find(str(name_or_path))
     try:
         return from_files(path, activation)

@@ -1,5 +1,5 @@
 """From image files to tensors: decoding, the test transform, and the training augmentation of
-TaI-DPT, which the paper follows (section 4.1): a random crop or cutout, one of 117 colour and shape
+TaI-DPT, which the paper follows (Sec. 4.1): a random crop or cutout, one of 117 colour and shape
 policies, mirroring. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
 """
 import contextlib
@@ -22,19 +22,16 @@ TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTO
           5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE,
           8: Image.ROTATE_90}  # EXIF's orientation
 Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow refuses twice as many: 300 megapixels are some 1 GB
-# colour profiles and notes of some MB are common
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
-PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # and some are damaged
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # profiles, notes
+PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # some are damaged
 warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, many pixels: the pixels are fine
 
 
 def read(source):
-    """An image as upright RGB, uint8. source: file name, bytes, file object, PIL image, array.
-
-    16-bit grey is scaled to 8 bits (PIL would cut it off at 255); transparency is laid over white;
-    of an animation the first frame counts; the camera's orientation mark is applied; the content
-    tells the format, not the name. JPEG's draft mode moves pixels and gains nothing.
-    """
+    """An image as upright RGB, uint8. source: file name, bytes, file object, PIL image, array. Its
+    content tells the format, not its name; of an animation the first frame counts; the camera's
+    orientation mark is applied; 16-bit grey is scaled to 8 bits (PIL would cut it off at 255);
+    transparency is laid over white. JPEG's draft mode moves pixels and gains nothing."""
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):
@@ -113,8 +110,7 @@ def random_crop(image, size, rng, smallest=0.5):
 
 
 def cutout(image, rng, factor=0.4):
-    """In place: one rectangle of factor x the sides in one random colour, its centre anywhere in
-    the image."""
+    """In place: one rectangle of factor x the sides, in one random colour, centred anywhere."""
     W, H = image.size
     w, h = int(factor * W + 0.5), int(factor * H + 0.5)
     x, y = rng.randrange(W) - w // 2, rng.randrange(H) - h // 2

@@ -1,7 +1,5 @@
-"""What all layouts share: label codes, the record of a split, readers that say what is wrong.
-
-N images, C categories.
-"""
+"""What all layouts share: label codes, the record of a split of N images and C categories, readers
+that say what is wrong."""
 import hashlib
 import io
 import json
@@ -85,11 +83,8 @@ def find(root, *names, folders=("",), hint=""):
 
 
 def read_bytes(path):
-    try:
+    with refused(f"{path}: cannot be read, check the path or complete the download", known=OSError):
         return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): check the path, or "
-                        "complete the download") from None
 
 
 def read_text(path):

@@ -1,8 +1,5 @@
-"""MS-COCO 2014's layout: annotations/instances_<split>.json beside the image folders.
-https://cocodataset.org
-
-Crowd annotations count as labels and give no box, as in the peers' code. N images, C categories.
-"""
+"""MS-COCO 2014's layout (https://cocodataset.org): annotations/instances_<split>.json beside the
+image folders. Crowd annotations count as labels and give no box, as in the peers' code."""
 import numpy as np
 
 from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, require_files,

@@ -1,15 +1,13 @@
-"""Your own images: a sheet `image,<class>,<class>,...` in which a cell is 1 present, 0 absent,
-empty unknown.
+"""Your own images: a sheet `image,<class>,...` whose cells are 1 present, 0 absent, empty unknown.
 
     image,dog,cat,"red, small car"
     #prompt,dog,cat,small red car          (optional second row: the names to use in prompts)
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
-Sheets full of unknowns are the point. Other forms are understood: the WORDS below; commas,
-semicolons or tabs; UTF-8 or UTF-16; columns that are no category (--ignore, or found); one column
-of lists such as `dog|cat`. Where lists or cells tell only what is present, --unlisted says what the
-rest is. What could mean two things is refused with the option that settles it; `python data.py
-SHEET.csv` prints every problem.
+Other forms: the WORDS below; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no
+category (--ignore, or found); one column of lists such as `dog|cat`. Where only what is present is
+told, --unlisted says what the rest is. What could mean two things is refused with the option that
+settles it; `python data.py SHEET.csv` prints every problem.
 """
 import csv
 import io
@@ -63,21 +61,18 @@ def load(root, cfg):
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
     if 0 < len(ticked) < len(train.names):  # of all: a way to fill a sheet
-        note(f"{cfg.data}: no 0 in the column {', '.join(ticked[:5])}, but in others: a run would "
-             "learn that every image has it; fill in some 0")
+        note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all have it; add some")
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
         if not is_sheet(path):
             continue
         split = read(path, root, cfg)
         if differ := set(split.names) ^ set(train.names):
-            raise UserError(f"{path}: its classes differ from those of the training sheet: "
-                            f"{sorted(differ)}; use the same")
+            raise UserError(f"{path}: its classes differ from the training sheet: {sorted(differ)}")
         others = [file for other in parts.values() for file in other.paths]
         first = twins(others + split.paths)[len(others):]  # a copy is the same image, too
         if both := [file for file, i in zip(split.paths, first) if i < len(others)]:
-            raise UserError(f"{path}: {len(both)} images are in another sheet of the run too, "
-                            f"first {both[0]}; keep them apart")
+            raise UserError(f"{path}: take out {len(both)} images of other sheets, first {both[0]}")
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
@@ -108,8 +103,7 @@ def read_cells(path):
     (_, header), *body = [(line, row[:width]) for line, row in rows]
     body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
     if all(word(cell) in CODES and not re.fullmatch("[a-zA-Z]", cell) for cell in header[1:]):
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...' above the labels, got "
-                        f"{','.join(header)[:80]!r}")
+        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {header[:9]}")
     return header, body
 
 
@@ -119,10 +113,9 @@ def read(path, root, cfg):
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
     codes = MEANING[cfg.minus_one]
     header, body = read_cells(path)
-    ignored = set(filter(None, (cfg.ignore or "").split(",")))
+    ignored = {*(cfg.ignore or "").split(",")} - {""}
     if missing := ignored - set(header):
-        raise UserError(f"{path}: --ignore names {', '.join(sorted(missing))}, the columns are "
-                        f"{', '.join(header[:20])}")
+        raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
     problems, words = [], {}
     if body and body[0][1][0] == "#prompt":
         words = dict(zip(header, body.pop(0)[1]))
@@ -144,8 +137,7 @@ def read(path, root, cfg):
         cells, names = lists(path, body, other[0])
     else:
         if other:
-            note(f"{path}: no categories, since no cell is a label: "
-                 f"{', '.join(header[c] for c in other)}")
+            note(f"{path}: no categories, for no cell is a label: {[header[c] for c in other]}")
         columns = [c for c in columns if c not in other]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
@@ -156,8 +148,7 @@ def read(path, root, cfg):
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
                  for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
     if not (body and names):
-        problems.append(f"{path}: expected a row for each image and a column of labels, 1, 0 or "
-                        "empty, for each category")
+        problems.append(f"{path}: expected a row for each image, a column of labels a category")
     files = image_files(path, root, body, problems)
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
@@ -173,9 +164,8 @@ def label_cells(path, header, body, columns, codes, problems):
     for line, row in body:
         bad = [f"{header[c]}={row[c]!r}" for c in columns if word(row[c]) not in codes]
         if bad:
-            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 (present), 0 "
-                            "(absent), empty (unknown), or -1 with --minus-one absent or unknown; "
-                            "columns that are no category go into --ignore (docs/data.md: lists)")
+            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 or 0, empty, or -1 "
+                            "with --minus-one; --ignore other columns (docs/data.md: lists)")
     return [[codes.get(word(row[c]), UNKNOWN) for c in columns] for _, row in body]
 
 
@@ -188,9 +178,8 @@ def image_files(path, root, body, problems):
             folder = Path(name).anchor or root  # "/" of an absolute name
             file = name and locate(name, [folder], where)
             if not file:
-                raise UserError(f"{where}: no image '{name}' in {folder}; --root says where names "
-                                "start, the first column holds them (pandas: index=False) with "
-                                "their ending (.jpg)")
+                raise UserError(f"{where}: no image '{name}' in {folder}; --root sets it, the "
+                                "first column holds them with their ending (pandas: index=False)")
             file = os.path.realpath(file)
             if first.setdefault(file, line) != line:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "

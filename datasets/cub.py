@@ -1,8 +1,5 @@
 """CUB-200-2011's 312 attributes as categories. https://www.vision.caltech.edu/datasets/cub_200_2011
-
-CUB_200_2011/ with attributes.txt beside or in it; is_present is the label, certainty is ignored by
-all peers.
-"""
+attributes.txt lies beside or in CUB_200_2011/; the label is is_present: peers ignore certainty."""
 import io
 
 import numpy as np

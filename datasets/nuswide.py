@@ -1,8 +1,5 @@
-"""NUS-WIDE's 81 concepts.
+"""NUS-WIDE's 81 concepts. Photos vanish from Flickr: missing ones are left out, counted and told.
 https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html
-
-Its photos vanish from Flickr: missing ones are left out, counted and told, never replaced.
-N images, C = 81 categories.
 """
 from pathlib import Path, PureWindowsPath
 
@@ -29,10 +26,8 @@ def concepts(root):
 
 
 def photos(root, names, labels, where):
-    """Image names as a list writes them (N), labels (N, 81) -> Split; missing photos are unused.
-
-    Looked for below Flickr/ or images/ as the list writes them, or all in one flat folder.
-    """
+    """N image names as a list writes them, labels (N, 81) -> Split; missing photos are unused. They
+    are looked for below Flickr/ or images/ as the list writes them, or all in one flat folder."""
     folders = [Path(root) / folder for folder in FOLDERS]
     paths = [locate(name, folders, where) or locate(PureWindowsPath(name).name, folders, where)
              for name in names]

@@ -2,11 +2,10 @@
 
     python -m datasets.scenes     3,000 train2014, 1,000 tune2014, 2,000 val2014 of 256 px
 
-What makes the scenes hard enough to matter: small things, rotation, occlusion, textured
-backgrounds, things that keep each other company, and distractors: unlabelled look-alikes (a tent is
-not a house, a ring is not a clock). What there is to draw stands in scenes.ini. Every image has its
-own seed (seed, split, index): splits share no scene, and the number of workers changes no byte.
-Labels, boxes and captions are about what is visible in the end.
+What makes them hard enough to matter: small things, rotation, occlusion, textured backgrounds,
+things that keep each other company, and unlabelled look-alikes (a tent is not a house). What there
+is to draw stands in scenes.ini. Every image has its own seed (seed, split, index): splits share no
+scene, workers change no byte. Labels, boxes and captions are about what is visible in the end.
 """
 import glob
 import json
@@ -31,8 +30,7 @@ from support import UserError
 from support.cli import end_with_parent, make_parser, run_command, stop
 
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
-# val2014 is the held-out test, as for COCO; tune2014 is for tuning
-SPLITS = ("train2014", "tune2014", "val2014")
+SPLITS = {"train": "train2014", "val": "tune2014", "test": "val2014"}  # val2014: as for COCO
 VISIBLE = 0.4  # share of an object's pixels that must stay visible for it to be labelled
 MIN_AREA = 60  # and how many
 RADIUS = (14, 46)  # half the extent of an object in pixels, whatever the size of the canvas
@@ -46,8 +44,7 @@ SHORT, LONG = (INI["captions"][length].split("\n") for length in ("short", "long
 
 def load(root, cfg):
     """The three splits as `write` drew them."""
-    return {part: coco.split(root, folder)
-            for part, folder in zip(("train", "val", "test"), SPLITS)}
+    return {part: coco.split(root, folder) for part, folder in SPLITS.items()}
 
 
 @lru_cache(None)
@@ -99,10 +96,7 @@ def choose(r, count):
 
 def scene(r, size=256, objects=OBJECTS):
     """One scene by a random.Random -> uint8 (size, size, 3), list of Box, list of five captions.
-
-    size: pixels of the square canvas, up to 512; objects: least, most. An object has the same size
-    in pixels on any canvas, so a small one holds few.
-    """
+    size: pixels, up to 512; things are equally large on any canvas. objects: least, most."""
     wanted = choose(r, r.randint(*objects))
     home = [place for place in PLACES if NAMES[wanted[0]] in PLACES[place]["home"].split()]
     place = home[0] if r.random() < 0.6 else r.choice(list(PLACES))
@@ -199,12 +193,10 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
 
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
     """Draws train2014 (`train` images), tune2014 (`val`), val2014 (`test`); size: 64 to 512 pixels.
-
     A root that holds these very scenes is left as it is, one that holds anything else is refused.
-    All is written beside it, links followed, and renamed at the end: it is complete or absent.
-    """
+    All is written beside it, links followed, and renamed at the end: it is complete or absent."""
     root = Path(os.path.realpath(root))
-    counts = dict(zip(SPLITS, (train, val, test)))
+    counts = dict(zip(SPLITS.values(), (train, val, test)))
     marker = json.dumps({"version": VERSION, "size": size, "seed": seed, **counts})
     note = root / "scenes.json"
     if note.is_file() and note.read_text(errors="replace") == marker:
@@ -252,8 +244,7 @@ def annotate(folder, split, drawn, size):
 
 def main(argv=None):
     parser = make_parser("datasets.scenes", __doc__)
-    parser.add_argument("--root", default="generated/scenes",
-                        help="folder to make; it must not hold anything else")
+    parser.add_argument("--root", default="generated/scenes", help="folder to make (or empty)")
     return run_command(write, parser, argv)
 
 

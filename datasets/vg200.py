@@ -1,9 +1,6 @@
-"""VG-200: the 200 most frequent categories of Visual Genome, as SARB published them.
-https://visualgenome.org
-
-{train,test}_list_500.txt and the label JSON, over the folders VG_100K and VG_100K_2. N images, C =
-200. The category names were never published; `match_names` finds them in Visual Genome's
-objects.json:
+"""VG-200: the 200 most frequent categories of Visual Genome (https://visualgenome.org), as SARB
+published them: {train,test}_list_500.txt and the label JSON, over the folders VG_100K and
+VG_100K_2. The category names were never published; `match_names` finds them in objects.json:
 
     python data.py vg200 --root DIR --objects objects.json > DIR/vg_category_200.txt
 """
@@ -45,9 +42,8 @@ def listed(root, part):
 
 
 def match_names(root, objects):
-    """200 object names: for each index the one whose set of images is most like the index's
-    (intersection over union). A guess, to be checked by eye. objects: Visual Genome's objects.json,
-    with object_alias.txt beside it or not."""
+    """200 object names: for each index the one whose images are most like its own (intersection
+    over union). A guess, to be checked by eye. object_alias.txt may lie beside objects.json."""
     (_, train, known), (_, test, other) = listed(root, "train"), listed(root, "test")
     row = {name: i for i, name in enumerate(train + test)}
     positive = (np.concatenate([known, other]) == POSITIVE).astype(np.float32)  # (N, 200)

@@ -1,8 +1,5 @@
-"""PASCAL VOC 2007 and 2012: lists and labels in ImageSets/Main. N images, C = 20 categories.
-http://host.robots.ox.ac.uk/pascal/VOC
-
-The labels come from Main/<class>_<split>.txt, or else from the XML files.
-"""
+"""PASCAL VOC 2007 and 2012 (http://host.robots.ox.ac.uk/pascal/VOC), 20 categories. The labels come
+from the lists ImageSets/Main/<class>_<split>.txt, or else from the XML files. N images."""
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,10 +12,8 @@ VOC = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable do
 
 
 def load(root, cfg):
-    """2007: trainval and test; 2012: train and val, as the peers use them.
-
-    An object seen only as "difficult" is NEGATIVE, but POSITIVE in the lists of the SPLC setup.
-    """
+    """2007: trainval and test; 2012: train and val, as the peers use them. An object seen only as
+    "difficult" is NEGATIVE, but POSITIVE in the lists of the SPLC setup."""
     year = int(cfg.data[3:])
     lists = ("trainval", "test") if year == 2007 else ("train", "val")
     difficult = POSITIVE if cfg.single_positive == "splc" else NEGATIVE

@@ -165,8 +165,7 @@ def save(run, state, inference, improved):
     prediction needs beside CLIP and the model."""
     parts = state.state_dict()
     if improved:
-        save_checkpoint(inference | {"model": parts["model"], "epoch": state.epoch},
-                        run / "best.pt")
+        save_checkpoint(inference | dict(model=parts["model"], epoch=state.epoch), run / "best.pt")
     save_checkpoint(inference | parts, run / "last.pt")
     write_metrics(run, state.history)
 

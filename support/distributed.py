@@ -1,11 +1,10 @@
-"""Several GPUs that train one model: each rank sees the whole batch, so the bank and Eq. 9-13 are
-those of one process.
+"""Several GPUs that train one model; the bank and Eq. 9-13 are those of one process.
 
     torchrun --nproc-per-node 4 train.py --data coco --root /data/coco --ratio 0.3
 
 Rank r of W encodes rows r, r + W, ... of a batch; what the losses need is gathered on all of them,
 with gradients, and each rank computes the loss of the whole batch. In one process all of this does
-nothing. B images of a batch over all ranks, b of this rank's, n of a split.
+nothing. B images of a batch over all ranks, b of this rank's.
 """
 import atexit
 import os

@@ -89,7 +89,7 @@ def test_every_category_appears_and_small_ones_too(root):
 
 def test_captions_name_only_what_is_there(root):
     words = {form: k.name for k in scenes.KINDS for form in (k.name, k.plural or k.name + "s")}
-    for split in scenes.SPLITS:
+    for split in scenes.SPLITS.values():
         instances = read(root, "instances", split)
         name = {row["id"]: row["name"] for row in instances["categories"]}
         present = {}
@@ -196,7 +196,7 @@ def test_two_processes_that_draw_the_same_root_both_succeed(tmp_path, monkeypatc
 
     def overtaken(folder, split, drawn, size):
         annotate(folder, split, drawn, size)
-        if split == scenes.SPLITS[-1]:
+        if split == scenes.SPLITS["test"]:
             (tmp_path / "first").rename(tmp_path / "root")
 
     monkeypatch.setattr(scenes, "annotate", overtaken)

@@ -174,10 +174,10 @@ def test_second_sheet(folder):
     fake.write(folder / "b.csv", "image,dog,cow\n2.jpg,1,0\n")
     refused(r"b.csv: its classes differ .*\['cat', 'cow'\]", folder / "a.csv", val=folder / "b.csv")
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\n1.jpg,1,0\n")
-    refused("b.csv: 1 images are in", folder / "a.csv", val=folder / "b.csv")
+    refused("b.csv: take out 1 images", folder / "a.csv", val=folder / "b.csv")
     shutil.copy(folder / "1.jpg", folder / "copy.jpg")  # the same picture under another name
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\ncopy.jpg,1,0\n")
-    refused("b.csv: 1 images are in .*copy.jpg", folder / "a.csv", test=folder / "b.csv")
+    refused("b.csv: take out 1 images .*copy.jpg", folder / "a.csv", test=folder / "b.csv")
     refused("--test needs sheets.*coco and .*b.csv", "coco", folder, test=folder / "b.csv")
     refused("--test needs sheets.*x.txt", folder / "a.csv", test=folder / "x.txt")
 
@@ -268,7 +268,7 @@ def test_a_category_of_ticks_alone_among_others_is_told(folder, capsys):
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,1\n1.jpg,,0\n")
     cfg = Config(data=str(folder / "s.csv"))
     assert not [*check.check(cfg)]
-    assert "no 0 in the column dog, but in others" in capsys.readouterr().err
+    assert "no 0 for ['dog']: " in capsys.readouterr().err
     for cells in ("0.jpg,1,1\n1.jpg,,\n", "0.jpg,1,1\n1.jpg,0,0\n"):
         fake.write(folder / "s.csv", HEAD + cells)
         assert not [*check.check(cfg)] and "no 0" not in capsys.readouterr().err
