@@ -61,7 +61,7 @@ def load(root, cfg):
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
     if 0 < len(ticked) < len(train.names):  # of all: a way to fill a sheet
-        note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all have it; add some")
+        note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all images have it")
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
         if not is_sheet(path):
@@ -72,7 +72,8 @@ def load(root, cfg):
         others = [file for other in parts.values() for file in other.paths]
         first = twins(others + split.paths)[len(others):]  # a copy is the same image, too
         if both := [file for file, i in zip(split.paths, first) if i < len(others)]:
-            raise UserError(f"{path}: take out {len(both)} images of other sheets, first {both[0]}")
+            raise UserError(f"{path}: {len(both)} images are in another sheet, first {both[0]}: "
+                            "take them out of one")
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
@@ -164,8 +165,9 @@ def label_cells(path, header, body, columns, codes, problems):
     for line, row in body:
         bad = [f"{header[c]}={row[c]!r}" for c in columns if word(row[c]) not in codes]
         if bad:
-            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 or 0, empty, or -1 "
-                            "with --minus-one; --ignore other columns (docs/data.md: lists)")
+            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 (present), 0 "
+                            "(absent), empty (unknown), or -1 with --minus-one; a column that is "
+                            "no category goes into --ignore (docs/data.md: lists)")
     return [[codes.get(word(row[c]), UNKNOWN) for c in columns] for _, row in body]
 
 
@@ -178,8 +180,8 @@ def image_files(path, root, body, problems):
             folder = Path(name).anchor or root  # "/" of an absolute name
             file = name and locate(name, [folder], where)
             if not file:
-                raise UserError(f"{where}: no image '{name}' in {folder}; --root sets it, the "
-                                "first column holds them with their ending (pandas: index=False)")
+                raise UserError(f"{where}: no image '{name}' in {folder}, which --root sets; the "
+                                "first column holds names with their ending (pandas: index=False)")
             file = os.path.realpath(file)
             if first.setdefault(file, line) != line:
                 raise UserError(f"{where}: {name} is already on line {first[file]}; merge the two "

@@ -148,7 +148,7 @@ def test_one_image_under_two_paths_is_one_image(tmp_path, monkeypatch):
         fake.load("x.csv", "real")
     (tmp_path / "x.csv").write_text("image,cup\na.png,1\nb.png,0\n")
     (tmp_path / "val.csv").write_text("image,cup\nlink.png,1\n")
-    with pytest.raises(UserError, match="take out 1 images of other sheets"):
+    with pytest.raises(UserError, match="1 images are in another sheet"):
         fake.load("x.csv", "real", val="val.csv")
 
 

@@ -37,12 +37,12 @@ SHEETS = {
         HEAD + "0.jpg,0,\n1.jpg,,0\n",
         "no positive label is left in 2 training images",
     ),
-    "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image 'none.jpg' in .*; --root"),
-    "folder as image": (HEAD + "sub,1,0\n", ":2: no image 'sub' in .*; --root"),
+    "missing image": (HEAD + "0.jpg,1,0\nnone.jpg,1,0\n", ":3: no image 'none.jpg' in .*which"),
+    "folder as image": (HEAD + "sub,1,0\n", ":2: no image 'sub' in .*, which --root"),
     "leaves the folder": (HEAD + "../0.jpg,1,0\n", ":2: the file name '../0.jpg' leads out"),
     "no labels": (HEAD + "".join(f"{i}.jpg,0.7,a\n" for i in range(4)), "a column of labels"),
     "zero byte": (HEAD + "/a\0b.jpg,1,0\n", ":2: "),
-    "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image '' in .*; --root"),
+    "no image name": (HEAD + "0.jpg,1,0\n,1,0\n", ":3: no image '' in .*, which --root"),
     "open quote": (HEAD + '0.jpg,"1,0\n1.jpg,1,0\n', "not a CSV row"),
     "header of words": ("0.jpg,yes,no\n1.jpg,no,yes\n", ":1: expected a header"),
     "index of pandas": (
@@ -51,7 +51,7 @@ SHEETS = {
     ),
     "image last": (
         "dog,cat,file\n" + "".join(f"1,0,{i}.jpg\n" for i in range(3)),
-        "the first column holds them",
+        "the first column holds names",
     ),
     "name without its ending": (HEAD + "0,1,0\n", "no image .*with their ending"),
     "underscore for a blank": (
@@ -174,10 +174,10 @@ def test_second_sheet(folder):
     fake.write(folder / "b.csv", "image,dog,cow\n2.jpg,1,0\n")
     refused(r"b.csv: its classes differ .*\['cat', 'cow'\]", folder / "a.csv", val=folder / "b.csv")
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\n1.jpg,1,0\n")
-    refused("b.csv: take out 1 images", folder / "a.csv", val=folder / "b.csv")
+    refused("b.csv: 1 images are in another sheet", folder / "a.csv", val=folder / "b.csv")
     shutil.copy(folder / "1.jpg", folder / "copy.jpg")  # the same picture under another name
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,0\ncopy.jpg,1,0\n")
-    refused("b.csv: take out 1 images .*copy.jpg", folder / "a.csv", test=folder / "b.csv")
+    refused("b.csv: 1 images are in another .*copy.jpg", folder / "a.csv", test=folder / "b.csv")
     refused("--test needs sheets.*coco and .*b.csv", "coco", folder, test=folder / "b.csv")
     refused("--test needs sheets.*x.txt", folder / "a.csv", test=folder / "x.txt")
 

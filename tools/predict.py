@@ -44,7 +44,7 @@ def images_in(paths):
 def new(file, option):
     """A file to write at the end, checked before the work: nothing that is there is replaced."""
     file = Path(file)
-    if os.path.lexists(file):
+    if file.is_symlink() or file.exists():
         raise UserError(f"{option} {file} is there already: choose another name, or delete it")
     if not file.parent.is_dir():
         raise UserError(f"{option} {file} cannot be written, its folder is missing: make it")
