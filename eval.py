@@ -212,7 +212,7 @@ def compare(predictors, split):
     for name, scores in zero_shot(g, batches).items():
         tell(f"zero-shot CLIP, {name}", scores)
     for predictor in predictors:
-        found, maps = predictor.all_scores(predictor.loader(split), maps_of if boxes else None)
+        found, maps = predictor.all_scores(split, maps_of if boxes else None)
         for name, scores in found.items():
             if name != "zero-shot":
                 tell(f"{predictor.run}, {name} score", scores)
@@ -233,7 +233,7 @@ def maps_of(out, model):
 
 def table(predictors, split, args):
     """The metrics of a split, of one run or of several whose probabilities are averaged."""
-    found = [member.all_scores(member.loader(split))[0] for member in predictors]
+    found = [member.all_scores(split)[0] for member in predictors]
     scores = np.mean([member.chosen(one) for member, one in zip(predictors, found)], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)

@@ -28,9 +28,10 @@ from eval import compare, metrics
 from paper.run_table import Runs
 from support import UserError
 from support.checkpoint import write_atomically
-from support.cli import make_parser, run_main, words
+from support.cli import best_device, make_parser, run_main, words
 from tools.plots import region_tiles, save_grid, two_axes
 from tools.predict import images_in
+from tools.predictor import evaluation_loader
 from tools.zero_shot import zero_shot, zero_shot_text
 from trm import TRM, Prompts
 
@@ -142,8 +143,9 @@ def mAP_table(own, base, file):
     names = list(next(iter(measured.values())))
     lines = []
     if own.table in ("1", "3"):
+        loader = evaluation_loader(base, test_split, runs.encoder, best_device())
         g = zero_shot_text(runs.encoder, test_split.prompts)
-        for name, score in zero_shot(g, runs.test.batches(0, shuffle=False)).items():
+        for name, score in zero_shot(g, loader.batches(0, shuffle=False)).items():
             mAP = metrics(score, test_split.truth)["mAP"]
             lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
     for row, cells in measured.items():

@@ -100,18 +100,19 @@ class Predictor:
             scores["mixed"] = mixed(scores, self.scale.to(f.device))
         return self.chosen(scores).sigmoid(), out
 
-    def all_scores(self, loader, maps=None):
+    def all_scores(self, split, maps=None):
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
-        scores, kept = score_split(self.model, self.g_pos, self.g_neg, loader, self.g_zero, maps)
+        scores, kept = score_split(self.model, self.g_pos, self.g_neg, self.loader(split),
+                                   self.g_zero, maps)
         return probabilities(scores, self.scale), kept
 
     def chosen(self, scores):
         """Of {score: ...} the run's own."""
         return scores.get(self.cfg.score, scores["region"])
 
-    def probabilities(self, loader):
+    def probabilities(self, split):
         """(n, C) probabilities of the run's score."""
-        return self.chosen(self.all_scores(loader)[0])
+        return self.chosen(self.all_scores(split)[0])
 
     def predict(self, images, batch=32, workers=0):
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
@@ -182,8 +183,9 @@ class ZeroShot(Predictor):
     def splits(self):
         return self.parts
 
-    def probabilities(self, loader):
-        score = zero_shot(self.g, loader.batches(0, shuffle=False))["both"]  # (n, C)
+    def probabilities(self, split):
+        batches = self.loader(split).batches(0, shuffle=False)
+        score = zero_shot(self.g, batches)["both"]  # (n, C)
         z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
         return 1 / (1 + np.exp(-2 * (z - 1)))
 
