@@ -148,11 +148,6 @@ class Config:
         """Whether inference looks at CLIP's global feature."""
         return self.matching == "global" or self.score == "mixed"
 
-    @property
-    def stage_one_epochs(self):
-        """Epochs of stage one: no pseudo-labels and no contrastive loss; the bank fills already."""
-        return round(self.stage_one * self.epochs)
-
 
 def flag(name):
     return "--" + name.replace("_", "-")
@@ -194,8 +189,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 
 def preset(data):
-    """The recipe that a data set brings. A sheet's batch grows with its rows, so that even 150
-    photos give some 300 steps."""
+    """The recipe of a data set. A sheet's batch grows with its rows: 150 photos give 300 steps."""
     if not is_path("data", data):
         return PRESETS.get(data, {})
     rows = Path(data).read_bytes().count(b"\n") if Path(data).is_file() else 0
