@@ -132,8 +132,7 @@ class Predictor:
     def iterate(self, images, batch=32, workers=0, unreadable=None):
         """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. One that
         cannot be decoded goes into the list `unreadable`; without a list it raises UserError."""
-        labels = np.zeros((len(images), len(self.names)), np.int8)
-        split = data.Split("images", images, self.names, labels)
+        split = data.Split("images", images, self.names, labels=None)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
         loader = FeatureLoader(pixels, self.clip, batch, workers, device=self.device,
                                amp=autocast_dtype(self.cfg.amp, self.device),
@@ -164,11 +163,9 @@ class Predictor:
 
 
 class ZeroShot(Predictor):
-    """CLIP without training in the place of a run, for a sheet whose labels are still to come.
-
-    A probability is sigmoid(2 (z - 1)): z is the zero-shot score of a category, standardised over
-    the images of the split. The region is the map of the cosines.
-    """
+    """CLIP without training in the place of a run, for a sheet whose labels are still to come. A
+    probability is sigmoid(2 (z - 1)), z a category's zero-shot score standardised over the images
+    of the split; the region is the map of the cosines."""
 
     def __init__(self, cfg):
         # "average": region_map then shows the cosines as they are
