@@ -199,8 +199,7 @@ def note_best(state, numbers):
 # ---- command line
 
 def compare(predictors, split):
-    """Zero-shot CLIP and several runs side by side: prints mAP of every score; where the split has
-    boxes, also how each map sits on them."""
+    """Prints mAP of zero-shot CLIP and of each score of runs; with boxes, how maps sit on them."""
     def tell(what, scores):
         print(f"{what:38s} {metrics(scores, split.truth)['mAP']:5.2f}")
 

@@ -19,11 +19,10 @@ from tools.predict import new
 from tools.predictor import region_map
 from tools.review import write_page
 
-MOST = 10_000  # rows of a kind in the list
 LABELS = {"present": 1, "uncertain": "", "absent": 0}
 
 
-def choose_cells(p, labels, threshold, most=MOST):
+def choose_cells(p, labels, threshold, most=10_000):
     """p (n, C) probabilities, labels (n, C) int8, threshold (C,) -> {kind: (image, category)} of
     unknown cells, at most `most` of a kind:
 
