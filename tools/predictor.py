@@ -153,7 +153,8 @@ class Predictor:
             differ = ", ".join(sorted(set(parts[0].names) ^ set(self.names))[:5])
             raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run}"
                             f" ({differ or 'in another order'}): put the data back, or train anew")
-        for name in changed(begun(self.run), parts):
+        photos = parts if self.cfg.images == "photos" else parts[1:]  # it learned from captions
+        for name in changed(begun(self.run), photos):
             print(f"note: {name} is not what {self.run} was trained with: names, labels or images "
                   "have changed", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))
