@@ -114,8 +114,7 @@ class Config:
         if self.carl_from and self.matching != "carl":
             raise UserError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
-            raise UserError("--images captions brings its labels: drop --ratio, --single-positive "
-                            "and --mask")
+            raise UserError("captions bring their labels: drop --ratio, --single-positive, --mask")
         if not is_path("data", self.data):
             self.data = self.data.lower()  # COCO is coco
             if given := [flag(name) for name in OF_SHEETS if getattr(self, name) is not None]:
