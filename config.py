@@ -114,8 +114,7 @@ class Config:
         if self.carl_from and self.matching != "carl":
             raise UserError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
-            raise UserError("--images captions brings its labels: drop --ratio, --single-positive "
-                            "and --mask")
+            raise UserError("captions bring their labels: drop --ratio, --single-positive, --mask")
         if not is_path("data", self.data):
             self.data = self.data.lower()  # COCO is coco
             if given := [flag(name) for name in OF_SHEETS if getattr(self, name) is not None]:
@@ -147,11 +146,6 @@ class Config:
     def needs_global(self):
         """Whether inference looks at CLIP's global feature."""
         return self.matching == "global" or self.score == "mixed"
-
-    @property
-    def stage_one_epochs(self):
-        """Epochs of stage one: no pseudo-labels and no contrastive loss; the bank fills already."""
-        return round(self.stage_one * self.epochs)
 
 
 def flag(name):
@@ -194,8 +188,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 
 def preset(data):
-    """The recipe that a data set brings. A sheet's batch grows with its rows, so that even 150
-    photos give some 300 steps."""
+    """The recipe of a data set. A sheet's batch grows with its rows: 150 photos give 300 steps."""
     if not is_path("data", data):
         return PRESETS.get(data, {})
     rows = Path(data).read_bytes().count(b"\n") if Path(data).is_file() else 0

@@ -41,8 +41,7 @@ LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
 # ---- which labels are seen
 
 def partial_mask(shape, ratio, seed=0):
-    """(N, C) bool, the cells that are seen; those of ratio 0.1 are among those of 0.2. Seed 0 gives
-    SARB's published masks."""
+    """(N, C) bool, the seen cells; those of ratio 0.1 are seen at 0.2 too. Seed 0: SARB's masks."""
     return np.random.RandomState(seed).random_sample(shape) < ratio
 
 
@@ -74,9 +73,7 @@ def hold_out_by_name(split, share, first):
     """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
     move leave the others where they are. Copies of one picture go where the first name goes.
     first: what `twins` gives for the split"""
-    name = {}
-    for i, listed in zip(first, split.listed):
-        name[i] = min(name.get(i, listed), listed)
+    name = dict(sorted(zip(first, split.listed), reverse=True))  # of copies the first name
     place = [int(hashlib.sha256(name[i].encode(errors="surrogateescape")).hexdigest()[:8], 16)
              for i in first]
     held = np.array(place) < share * 2**32
@@ -84,9 +81,8 @@ def hold_out_by_name(split, share, first):
 
 
 def read_mask(path, split):
-    """(N, C) bool from a .npy, .npz or text file: booleans or 0/1 that say which cells are seen, or
-    the label codes 1, -1, 0 (SARB's files), which must agree with the data set. Rows as in the
-    official list."""
+    """(N, C) bool from a .npy, .npz or text file, rows as in the official list: 0/1 for the cells
+    that are seen, or the label codes 1, -1, 0 (SARB's files), which must agree with the data."""
     if Path(path).suffix in (".npy", ".npz"):
         array = read_array(path)
     else:

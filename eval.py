@@ -199,8 +199,7 @@ def note_best(state, numbers):
 # ---- command line
 
 def compare(predictors, split):
-    """Zero-shot CLIP and several runs side by side: prints mAP of every score; where the split has
-    boxes, also how each map sits on them."""
+    """Prints mAP of zero-shot CLIP and of each score of runs; with boxes, how maps sit on them."""
     def tell(what, scores):
         print(f"{what:38s} {metrics(scores, split.truth)['mAP']:5.2f}")
 
@@ -212,7 +211,7 @@ def compare(predictors, split):
     for name, scores in zero_shot(g, batches).items():
         tell(f"zero-shot CLIP, {name}", scores)
     for predictor in predictors:
-        found, maps = predictor.all_scores(predictor.loader(split), maps_of if boxes else None)
+        found, maps = predictor.all_scores(split, maps_of if boxes else None)
         for name, scores in found.items():
             if name != "zero-shot":
                 tell(f"{predictor.run}, {name} score", scores)
@@ -233,7 +232,7 @@ def maps_of(out, model):
 
 def table(predictors, split, args):
     """The metrics of a split, of one run or of several whose probabilities are averaged."""
-    found = [member.all_scores(member.loader(split))[0] for member in predictors]
+    found = [member.all_scores(split)[0] for member in predictors]
     scores = np.mean([member.chosen(one) for member, one in zip(predictors, found)], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)

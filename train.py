@@ -103,7 +103,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     labels = torch.from_numpy(loader.split.labels).to(device)  # (n, C) what training sees
     truth = torch.from_numpy(loader.split.truth).to(device)  # (n, C) what is known
     amp = autocast_dtype(cfg.amp, device)
-    stage_two = state.epoch >= cfg.stage_one_epochs
+    stage_two = state.epoch >= round(cfg.stage_one * cfg.epochs)
     if stage_two and memory.text_prototypes.isnan().any():
         # the end of stage one: "the text representation trained in the first stage"
         with torch.no_grad():

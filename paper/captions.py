@@ -49,8 +49,7 @@ def vocabulary(names):
     for c, name in enumerate(names):
         own = plain(name)
         if not own:
-            raise UserError(f"captions are searched for the letters a to z, the category {name!r} "
-                            "has none: rename it in the data")
+            raise UserError(f"captions are searched for letters a-z, {name!r} has none: rename it")
         for phrase in {own}.union(*(group for group in groups if own in group)):
             for form in forms(phrase):
                 found.setdefault(form, set()).add(c)

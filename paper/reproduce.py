@@ -28,9 +28,10 @@ from eval import compare, metrics
 from paper.run_table import Runs
 from support import UserError
 from support.checkpoint import write_atomically
-from support.cli import make_parser, run_main, words
+from support.cli import best_device, make_parser, run_main, words
 from tools.plots import region_tiles, save_grid, two_axes
 from tools.predict import images_in
+from tools.predictor import evaluation_loader
 from tools.zero_shot import zero_shot, zero_shot_text
 from trm import TRM, Prompts
 
@@ -66,7 +67,7 @@ def rows_of(own, base):
     if own.table == "3" and base.single_positive:  # which the paper leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}, data
     ratios = own.ratios or asked.get(f"ratios of {base.data}", asked["ratios"])
-    return rows, {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}, paper, data
+    return rows, {f"{100 * ratio:g} %": dict(ratio=ratio) for ratio in ratios}, paper, data
 
 
 # ---- measuring
@@ -142,8 +143,9 @@ def mAP_table(own, base, file):
     names = list(next(iter(measured.values())))
     lines = []
     if own.table in ("1", "3"):
+        loader = evaluation_loader(base, test_split, runs.encoder, best_device())
         g = zero_shot_text(runs.encoder, test_split.prompts)
-        for name, score in zero_shot(g, runs.test.batches(0, shuffle=False)).items():
+        for name, score in zero_shot(g, loader.batches(0, shuffle=False)).items():
             mAP = metrics(score, test_split.truth)["mAP"]
             lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
     for row, cells in measured.items():
@@ -223,8 +225,6 @@ def parse(argv):
     own, rest = parser.parse_known_args(argv)  # the rest is train.py's
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
-    if own.ratios and len({round(100 * ratio) for ratio in own.ratios}) < len(own.ratios):
-        raise UserError(f"--ratios must differ by 1 %, got {' '.join(map(str, own.ratios))}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:

@@ -26,7 +26,7 @@ from eval import metrics
 from support import UserError
 from support.cli import best_device, end_with_parent
 from tools.build import load_data
-from tools.predictor import Predictor, evaluation_loader
+from tools.predictor import Predictor
 
 
 class Runs:
@@ -37,8 +37,7 @@ class Runs:
         self.splits = load_data(base)
         if self.splits[2] is None:
             raise UserError(f"{base.data} has no test split: nothing can be compared")
-        self.device = best_device()
-        self.encoder = clip.load(base.clip, activation=base.activation).to(self.device)
+        self.encoder = clip.load(base.clip, activation=base.activation).to(best_device())
         whole = data.complete(dataclasses.replace(base, single_positive=None))  # no labels hidden
         self.data_sha256 = {name: split.info["sha256"] for name, split in whole.items()}
 
@@ -72,19 +71,14 @@ class Runs:
             told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}" if finished(cfg) else "diverged"
             tqdm.write(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}")
 
-    @functools.cached_property
-    def test(self):
-        """The features of the test split, which all rows of a table share."""
-        return evaluation_loader(self.base, self.splits[2], self.encoder, self.device)
-
     def predictor(self, run):
         """A run's last epoch, with the score that is reported."""
-        return Predictor(run, "last", self.device, self.encoder, {"score": self.base.score})
+        return Predictor(run, "last", encoder=self.encoder, places={"score": self.base.score})
 
     @functools.cache
     def scores(self, run):
         """(n, C) probabilities of a run on the test split."""
-        return self.predictor(run).probabilities(self.test)
+        return self.predictor(run).probabilities(self.splits[2])
 
     def mAP(self, settings, seed, split):
         """Of the last epoch of a run, or of several's mean scores; None where one diverged."""

@@ -48,7 +48,7 @@ def main():
                     augment.resize = RESIZE[seen]
                     places = dict(cache_dir=f"{folder}/features-{seen}")
                     run = Predictor(cfg.out, "last", best_device(), encoder, places)
-                    scores = run.probabilities(run.loader(splits[1]))
+                    scores = run.probabilities(splits[1])
                     mAP = metrics(scores, splits[1].truth)["mAP"]
                     found.setdefault((trained, seen), []).append(mAP)
     for (trained, seen), mAP in found.items():

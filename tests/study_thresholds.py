@@ -98,7 +98,7 @@ def main():
 
     def compared(predictor, scores, truth):
         parts = [predictor.splits()[name] for name in ("val", "train")]
-        found = rules(*((predictor.probabilities(predictor.loader(part)), part.labels)
+        found = rules(*((predictor.probabilities(part), part.labels)
                         for part in parts))
         runs.append({rule: metrics(scores, truth, t) for rule, t in found.items()})
         return {0: 0.0}

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_world import run, world
+from small_world import command, run, world
 
+import eval as evaluation
 from paper import captions
 import clip
 import data
@@ -312,10 +313,12 @@ def test_captions_have_another_order_in_each_epoch_and_the_same_again_when_resum
 
 
 @pytest.mark.parametrize("matching", ("global", "dualcoop", "carl"))
-def test_prompts_learn_from_captions_and_are_tested_on_photos(world, tmp_path, matching):
+def test_prompts_learn_from_captions_and_are_tested_on_photos(world, tmp_path, matching, capfd):
     history = run(
         world, tmp_path / "run", images="captions", matching=matching, epochs=6, ratio=None, lr=5e-3
     )
     assert history[-1]["L_r"] < history[1]["L_r"] and 0 < history[-1]["test"]["mAP"] <= 100
     about = json.loads((tmp_path / "run/config.json").read_text())
     assert about["data"]["captions"]["unknowns"] == 0 and about["data"]["captions"]["images"] > 40
+    # no word of changed photos: it was trained with none
+    assert command(evaluation.main, [tmp_path / "run"], capfd)[::2] == (0, [])

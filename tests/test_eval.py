@@ -295,7 +295,7 @@ def test_thresholds_come_from_validation_and_decide_what_is_present(trained, cap
     state = torch.load(trained / "last.pt", weights_only=True)
     model = Predictor(trained, "last")
     val = model.splits()["val"]
-    scores = model.probabilities(model.loader(val))
+    scores = model.probabilities(val)
     assert np.allclose(model.threshold, best_thresholds(scores, val.truth, k=2), atol=1e-6)
     assert state["threshold"] == model.threshold.tolist() and len(set(state["threshold"])) > 2
     assert state["rests_on"] == (val.truth == 1).sum(0).tolist() == model.rests_on

@@ -93,7 +93,7 @@ def trained(world, tmp_path):
 def test_one_photo_is_scored_as_in_its_split(trained):
     predictor = Predictor(trained, "last")
     split = predictor.splits()["test"]
-    whole = predictor.probabilities(predictor.loader(split))
+    whole = predictor.probabilities(split)
     for i, p, _ in predictor.iterate(split.paths[:3]):
         assert np.allclose(p, whole[i], atol=1e-4)
 
@@ -124,7 +124,7 @@ def test_zero_shot_stands_beside_every_score(trained):
 def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
     run(world, tmp_path / "run", epochs=1, **({} if val is None else dict(val=val)))
     predictor = Predictor(tmp_path / "run", "last")
-    scores, _ = predictor.all_scores(predictor.loader(predictor.splits()[which]))
+    scores, _ = predictor.all_scores(predictor.splits()[which])
     scores = {name: torch.from_numpy(p) if name == "zero-shot" else torch.from_numpy(p).logit()
               for name, p in scores.items()}
     positives = (predictor.splits()["train"].labels == 1).sum(0)
@@ -139,7 +139,7 @@ def test_thresholds_of_the_mixed_score_rest_on_training_photos_too(world, tmp_pa
     run(world, tmp_path / "run", epochs=1, score="mixed", ratio=ratio, **given)
     predictor = Predictor(tmp_path / "run", "last")
     splits = [split for name, split in predictor.splits().items() if split and name != "test"]
-    p = np.concatenate([predictor.probabilities(predictor.loader(split)) for split in splits])
+    p = np.concatenate([predictor.probabilities(split) for split in splits])
     labels = np.concatenate([split.labels for split in splits])
     assert len(splits) == (1 if val == 0 else 2)
     assert predictor.rests_on == (labels == 1).sum(0).tolist()
@@ -263,7 +263,7 @@ def test_a_sheet_that_tells_only_what_is_present(world, tmp_path, sheet, capfd, 
     assert sorted({*train_split.labels.ravel().tolist()}) == sorted({1, code})
     assert {*val_split.truth.ravel().tolist()} == {1, -1} and line["val"]["mAP"] < 100
     assert {*val_split.labels.ravel().tolist()} == {1, code}  # a suggestion may ask for them
-    p = np.concatenate([predictor.probabilities(predictor.loader(split))
+    p = np.concatenate([predictor.probabilities(split)
                         for split in (val_split, train_split)])
     labels = np.concatenate([val_split.labels, train_split.labels])
     labels = np.where(labels == 1, 1, -1)

@@ -18,7 +18,7 @@ def test_a_line_holds_rate_gradient_and_ap(world, tmp_path):
     assert lines[1]["lr"] < lines[0]["lr"] and all(line["gradient_norm"] > 0 for line in lines)
     predictor = Predictor(tmp_path / "run", "last")
     split = predictor.splits()["test"]
-    ap = 100 * ap_per_category(predictor.probabilities(predictor.loader(split)), split.truth)
+    ap = 100 * ap_per_category(predictor.probabilities(split), split.truth)
     assert [one is None for one in lines[1]["test"]["AP"]] == (ap != ap).tolist()
     assert [one for one in lines[1]["test"]["AP"] if one is not None] == pytest.approx(
         ap[ap == ap].tolist(), abs=0.01)

@@ -73,7 +73,7 @@ def test_maps_of_two_cached_splits_are_those_of_their_own_rows():
         loader.stored = torch.randn(1, n, 1 + 4, 2)  # a view, n images, global and 4 locations, D
         loaders.append(loader)
     predictor = SimpleNamespace(
-        device="cpu", cfg=SimpleNamespace(matching="average"),
+        device="cpu", cfg=SimpleNamespace(matching="average"), loader=lambda part: part,
         score_batch=lambda f, x: (None, SimpleNamespace(energy=f.mT)))  # as many categories as dims
     maps = region_maps(predictor, loaders, [0, 2, 3, 4])
     for row, found in maps.items():
@@ -91,7 +91,7 @@ def test_the_list_of_a_benchmark_and_its_page(trained, tmp_path, capfd):
     rows = rows_of(tmp_path / "s.csv")
     assert list(rows[0]) == ["image", "category", "label", "probability", "kind"]
     at = {os.path.relpath(path, model.cfg.root): i for i, path in enumerate(split.paths)}
-    p = model.probabilities(model.loader(split))
+    p = model.probabilities(split)
     listed = [(at[row["image"]], model.names.index(row["category"])) for row in rows]
     assert len(set(listed)) == len(rows) and all(split.labels[cell] == 0 for cell in listed)
     assert {row["kind"]: row["label"] for row in rows} == {"present": "1", "uncertain": "",
@@ -192,7 +192,7 @@ def test_suggestions_name_the_images_as_the_sheet_does(trained, tmp_path, monkey
     model.cfg = Config(data=str(tmp_path / "work" / "x.csv"), root=root, size=64, workers=0)
     model.names = ["sun", "cup"]
     model.threshold = np.zeros(2)
-    model.probabilities = lambda loader: np.full((len(loader), 2), 0.5)
+    model.probabilities = lambda split: np.full((len(split.paths), 2), 0.5)
     suggest(model, SimpleNamespace(suggest="s.csv", pictures=0))
     assert {row["image"] for row in rows_of("s.csv")} == set(rows)
 

@@ -53,7 +53,7 @@ def OF1_of_each_shrink(predictor, scores, truth):
     """{k: OF1} on unseen scenes, scores (n, C), of the sheet's thresholds shrunk by k. Their
     maximum is an oracle: no user could choose k so."""
     parts = [predictor.splits()[name] for name in ("val", "train")]
-    rated = np.concatenate([predictor.probabilities(predictor.loader(part)) for part in parts])
+    rated = np.concatenate([predictor.probabilities(part) for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     return {k: metrics(scores, truth, best_thresholds(rated, labels, k))["OF1"] for k in SHRINKS}
 
@@ -82,7 +82,7 @@ def study(mask, share, args, place):
                     known=int((csv_labels(sheet) != "").sum()), looked=looked,
                     seconds=round(time.time() - start))
         predictor = Predictor(out)
-        scores, _ = predictor.all_scores(predictor.loader(unseen))
+        scores, _ = predictor.all_scores(unseen)
         line |= {name: metrics(p, unseen.truth)["mAP"] for name, p in scores.items()}
         for at, threshold in (("thresholds", predictor.threshold), ("0.5", 0.5)):
             decided = metrics(scores["mixed"], unseen.truth, threshold)

@@ -44,8 +44,7 @@ def parse(argv, about):
         raise UserError("--top and --batch expect numbers from 1, --workers from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
     if not cold and (args.zero_shot or args.size or not args.run):
-        raise UserError("expected a run folder, or in its place --zero-shot with --data, --suggest "
-                        "and, if need be, --size")
+        raise UserError("expected a run, or --zero-shot with --data, --suggest and maybe --size")
     args.places = {name: str(Path(value).absolute()) if is_path(name, value) else value
                    for name in PLACES | {"size"} if (value := getattr(args, name)) is not None}
     return args

@@ -5,7 +5,6 @@
 
 C categories, N = h*w locations, D dims, L queue length, K top-k.
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -54,7 +53,7 @@ def inspect(predictor, image, labels=None):
     """
     memory, model, cfg = memory_of(predictor), predictor.model, predictor.cfg
     g_pos, g_neg = predictor.g_pos, predictor.g_neg
-    split = data.Split("image", [image], predictor.names, np.zeros((1, len(g_pos)), np.int8))
+    split = data.Split("image", [image], predictor.names, labels=None)
     loader = FeatureLoader(data.Images(split, cfg.size), predictor.clip, device=predictor.device)
     _, f, x = next(loader.batches(0, shuffle=False))
     energy, regions, queries = model.carl(f)

@@ -89,11 +89,8 @@ def two_axes(file, width, height, dpi):
 
 
 def curves(history, file, weights, best):
-    """metrics.jsonl's lines -> a PNG: the losses, and mAP where it was measured.
-
-    weights  {"L_r": alpha, ...} of Eq. 15, so that the terms that are drawn sum to L
-    best     the best epoch, or None
-    """
+    """metrics.jsonl's lines -> a PNG: the losses times their weights in Eq. 15, {"L_r": alpha ...},
+    so that they sum to L; mAP where it was measured; best: the best epoch, or None."""
     with two_axes(file, 10.5, 3.2, dpi=110) as (left, right):
         for name in ("L", "L_q", "L_r", "L_KD", "L_NCE"):
             weight = weights.get(name, 1)

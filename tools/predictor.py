@@ -100,18 +100,19 @@ class Predictor:
             scores["mixed"] = mixed(scores, self.scale.to(f.device))
         return self.chosen(scores).sigmoid(), out
 
-    def all_scores(self, loader, maps=None):
+    def all_scores(self, split, maps=None):
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
-        scores, kept = score_split(self.model, self.g_pos, self.g_neg, loader, self.g_zero, maps)
+        scores, kept = score_split(self.model, self.g_pos, self.g_neg, self.loader(split),
+                                   self.g_zero, maps)
         return probabilities(scores, self.scale), kept
 
     def chosen(self, scores):
         """Of {score: ...} the run's own."""
         return scores.get(self.cfg.score, scores["region"])
 
-    def probabilities(self, loader):
+    def probabilities(self, split):
         """(n, C) probabilities of the run's score."""
-        return self.chosen(self.all_scores(loader)[0])
+        return self.chosen(self.all_scores(split)[0])
 
     def predict(self, images, batch=32, workers=0):
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
@@ -131,8 +132,7 @@ class Predictor:
     def iterate(self, images, batch=32, workers=0, unreadable=None):
         """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. One that
         cannot be decoded goes into the list `unreadable`; without a list it raises UserError."""
-        labels = np.zeros((len(images), len(self.names)), np.int8)
-        split = data.Split("images", images, self.names, labels)
+        split = data.Split("images", images, self.names, labels=None)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
         loader = FeatureLoader(pixels, self.clip, batch, workers, device=self.device,
                                amp=autocast_dtype(self.cfg.amp, self.device),
@@ -153,7 +153,8 @@ class Predictor:
             differ = ", ".join(sorted(set(parts[0].names) ^ set(self.names))[:5])
             raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run}"
                             f" ({differ or 'in another order'}): put the data back, or train anew")
-        for name in changed(begun(self.run), parts):
+        photos = parts if self.cfg.images == "photos" else parts[1:]  # it learned from captions
+        for name in changed(begun(self.run), photos):
             print(f"note: {name} is not what {self.run} was trained with: names, labels or images "
                   "have changed", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))
@@ -163,11 +164,9 @@ class Predictor:
 
 
 class ZeroShot(Predictor):
-    """CLIP without training in the place of a run, for a sheet whose labels are still to come.
-
-    A probability is sigmoid(2 (z - 1)): z is the zero-shot score of a category, standardised over
-    the images of the split. The region is the map of the cosines.
-    """
+    """CLIP without training in the place of a run, for a sheet whose labels are still to come. A
+    probability is sigmoid(2 (z - 1)), z a category's zero-shot score standardised over the images
+    of the split; the region is the map of the cosines."""
 
     def __init__(self, cfg):
         # "average": region_map then shows the cosines as they are
@@ -182,8 +181,9 @@ class ZeroShot(Predictor):
     def splits(self):
         return self.parts
 
-    def probabilities(self, loader):
-        score = zero_shot(self.g, loader.batches(0, shuffle=False))["both"]  # (n, C)
+    def probabilities(self, split):
+        batches = self.loader(split).batches(0, shuffle=False)
+        score = zero_shot(self.g, batches)["both"]  # (n, C)
         z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
         return 1 / (1 + np.exp(-2 * (z - 1)))
 

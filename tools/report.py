@@ -63,8 +63,7 @@ def warn_if_below(split, numbers, cfg):
 
 
 def of_run(run, cfg, state, encoder, splits, seconds):
-    """Prints what was reached and draws the two pictures. state: support.checkpoint.State, splits
-    (train, val, test)"""
+    """Prints what was reached, draws the two pictures. state: a State, splits (train, val, test)"""
     history, best = state.history, state.best
     for split in ("val", "test"):
         if numbers := history[-1].get(split):

@@ -33,10 +33,6 @@ from support.cli import make_parser, run_command
 from tools.predict import images_in, new
 
 
-def unguard(cell):
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
-
-
 def write_page(file, title, cells, photos, grid):
     """cells: list of dicts photo, image, category, kind, probability, region (N values 0..255);
     photos {photo: base64 JPEG}; grid (h, w)."""
@@ -60,8 +56,8 @@ def read_answers(path):
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
     answers = []
     for line, row in body:
-        cells = dict(zip(header, map(unguard, row)))
-        image, category, label = (cells.get(name, "") for name in columns)
+        row = [re.sub(f"^'(?={FORMULA.pattern})", "", cell) for cell in row]  # csv_text put it
+        image, category, label = map(dict(zip(header, row)).get, columns)
         if word(label) not in CODES:
             raise UserError(f"{path}:{line}: a label is 1, 0 or empty, got {label!r}: correct it")
         answers.append((image, category, CODES[word(label)]))

@@ -19,11 +19,10 @@ from tools.predict import new
 from tools.predictor import region_map
 from tools.review import write_page
 
-MOST = 10_000  # rows of a kind in the list
 LABELS = {"present": 1, "uncertain": "", "absent": 0}
 
 
-def choose_cells(p, labels, threshold, most=MOST):
+def choose_cells(p, labels, threshold, most=10_000):
     """p (n, C) probabilities, labels (n, C) int8, threshold (C,) -> {kind: (image, category)} of
     unknown cells, at most `most` of a kind:
 
@@ -47,10 +46,10 @@ def choose_cells(p, labels, threshold, most=MOST):
     return {kind: np.divmod(unknown[cells[:most]], p.shape[1]) for kind, cells in chosen.items()}
 
 
-def region_maps(predictor, loaders, rows):
-    """{row: (C, N) map} of some rows of the loaders' images, from the cache where there is one."""
+def region_maps(predictor, parts, rows):
+    """{row: (C, N) map} of some rows of the splits' images, from the cache where there is one."""
     maps, first = {}, 0
-    for loader in loaders:
+    for loader in map(predictor.loader, parts):
         here = [row for row in rows if first <= row < first + len(loader)]
         if loader.stored is None:
             found = predictor.iterate([loader.split.paths[row - first] for row in here])
@@ -77,10 +76,9 @@ def suggest(predictor, args):
     page = new(file.with_name(file.name.removesuffix(".csv") + ".html"), "--suggest")
     splits = predictor.splits()
     parts = [splits[name] for name in ("train", "val") if splits.get(name)]
-    loaders = [predictor.loader(part) for part in parts]
-    print(f"scoring {sum(map(len, loaders)):,} images", flush=True)
-    p = np.concatenate([predictor.probabilities(loader) for loader in loaders])  # (n, C)
     labels = np.concatenate([part.labels for part in parts])
+    print(f"scoring {len(labels):,} images", flush=True)
+    p = np.concatenate([predictor.probabilities(part) for part in parts])  # (n, C)
     chosen = choose_cells(p, labels, predictor.threshold)
     root = predictor.cfg.root or data.SCENES
     paths, listed = [], []
@@ -96,7 +94,7 @@ def suggest(predictor, args):
                  for i, c in cells]
         shown += [(kind, i, c) for i, c in cells[:most // (2 if kind == "present" else 4)]]
     photos = {i: jpeg(paths[i]) for i in sorted({i for _, i, _ in shown})}
-    maps = region_maps(predictor, loaders, list(photos))
+    maps = region_maps(predictor, parts, list(photos))
     cells = []
     for kind, i, c in shown:
         # scaled by its peak; cosines, which a method without a mask shows, are nearly alike

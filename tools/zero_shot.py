@@ -43,8 +43,7 @@ def scores_of(out, f, x, g):
 
 
 def probabilities(scores, scale):
-    """The scores of a split, logits, as probabilities, and the mixed one where there is a scale;
-    the cosines stay. numpy."""
+    """Logits of a split as probabilities, numpy; mixed too where there is a scale; cosines stay."""
     if scale is not None:
         scores = scores | {"mixed": mixed(scores, scale)}
     return {name: (score if name == "zero-shot" else score.sigmoid()).numpy()
