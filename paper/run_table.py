@@ -72,8 +72,9 @@ class Runs:
             tqdm.write(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}")
 
     def predictor(self, run):
-        """A run's last epoch, with the score that is reported."""
-        return Predictor(run, "last", encoder=self.encoder, places={"score": self.base.score})
+        """A run's last epoch, with the score that is reported, on this machine."""
+        now = {name: getattr(self.base, name) for name in MACHINE | {"score"}}
+        return Predictor(run, "last", encoder=self.encoder, places=now)
 
     @functools.cache
     def scores(self, run):
