@@ -67,7 +67,7 @@ def rows_of(own, base):
     if own.table == "3" and base.single_positive:  # which the paper leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}, data
     ratios = own.ratios or asked.get(f"ratios of {base.data}", asked["ratios"])
-    return rows, {f"{100 * ratio:g} %": dict(ratio=ratio) for ratio in ratios}, paper, data
+    return rows, {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}, paper, data
 
 
 # ---- measuring
@@ -225,6 +225,8 @@ def parse(argv):
     own, rest = parser.parse_known_args(argv)  # the rest is train.py's
     if min(own.seeds, own.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
+    if own.ratios and len({round(100 * ratio) for ratio in own.ratios}) < len(own.ratios):
+        raise UserError(f"--ratios must differ by 1 %, got {' '.join(map(str, own.ratios))}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:
