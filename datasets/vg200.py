@@ -59,7 +59,7 @@ def match_names(root, objects):
                     seen[name].append(i)
     if not seen:
         raise UserError(f"{objects}: none of its images with objects is in the lists of {root}")
-    words = sorted(seen, key=lambda name: -len(seen[name]))[:3000]
+    words = sorted(seen, key=lambda name: (-len(seen[name]), name))[:3000]
     both = np.stack([positive[seen[name]].sum(0) for name in words])  # (words, 200)
     count = np.array([len(seen[name]) for name in words])[:, None]
     return [words[w] for w in (both / (count + positive.sum(0) - both)).argmax(0)]
