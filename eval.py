@@ -175,14 +175,6 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
         rests_on=(labels == 1).sum(0).tolist())
 
 
-def of_zero_shot(numbers):
-    """The line of epoch 0, what CLIP knows without training. numbers: what `evaluate` gives of the
-    zero-shot score; decisions are left out, since cosines have no threshold."""
-    names = ("mAP", "mAP_voc", "mAP_zero-shot", "left_out", "positives", "AP")
-    return {"epoch": 0} | {split: {name: found[name] for name in names}
-                           for split, found in numbers.items()}
-
-
 def note_best(state, numbers):
     """Notes the best epoch so far, on validation or else on test -> whether best.pt keeps it: a
     choice on test is only told, as the peers tell it."""

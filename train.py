@@ -27,7 +27,7 @@ import clip
 import kernels
 import losses
 from clip.features import autocast_dtype
-from eval import count_pseudo, evaluate, note_best, of_zero_shot, pseudo_numbers
+from eval import count_pseudo, evaluate, note_best, pseudo_numbers
 from memory import MemoryBank
 from support import UserError, distributed
 from support.checkpoint import State, begin, new_run, read_checkpoint, save, write_metrics
@@ -182,11 +182,9 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
-    if not state.history:
-        zero = evaluate(model, encoder, g_zero, train_split, loaders, "zero-shot")[0]
-        state.history.append(of_zero_shot(zero))
+    zero = evaluate(model, encoder, g_zero, train_split, loaders, "zero-shot")[0]  # epoch 0
     if rank == 0:
-        report.of_start(run, cfg, train_split, trainable, state.history[0])
+        report.of_start(run, cfg, train_split, trainable, zero)
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
                  clip_sha256=encoder.sha256, g_zero=g_zero.cpu())  # the same in every epoch
     while state.epoch < cfg.epochs:

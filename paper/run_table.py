@@ -101,7 +101,7 @@ def history(run):
 
 
 def finished(cfg):
-    return any(line["epoch"] == cfg.epochs for line in history(cfg.out))
+    return len(history(cfg.out)) == cfg.epochs
 
 
 def in_processes(todo, jobs):

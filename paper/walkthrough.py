@@ -193,7 +193,7 @@ def contents():
     heads = predictor.model.heads  # of Eq. 13
     text = F.normalize(heads["text"](predictor.g_pos), dim=-1)
     pixel = F.normalize(heads["pixel"](memory.bank), dim=-1)  # the bank (C, L, D) is full by now
-    return dict(names=predictor.names, scenes=scenes, epochs=history(RUN)[1:], theta=memory.theta,
+    return dict(names=predictor.names, scenes=scenes, epochs=history(RUN), theta=memory.theta,
                 thetas=film["theta"], s=s, truth=val.truth.tolist(),
                 crops=crops_of(memory, predictor, splits["train"]),
                 contrast=text @ pixel.mean(1).T,  # (C, C)

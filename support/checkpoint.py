@@ -1,7 +1,7 @@
 """What a run keeps on disk, in files that survive a kill: written beside, flushed, renamed.
 
     config.json      settings, sha256 of CLIP's weights and of each split's names, labels, truth
-    metrics.jsonl    a line an epoch; epoch 0 is CLIP without training
+    metrics.jsonl    a line an epoch
     last.pt          all that training goes on from (State), and all of best.pt
     best.pt          what inference needs of the epoch that validation chose: model, epoch, config,
                      names, clip_sha256, g_pos, g_neg, g_zero, zero_shot_scale, threshold, rests_on
@@ -80,7 +80,7 @@ class State:
     scaler: object
     epoch: int = 0  # finished epochs
     best: dict = None  # {"epoch", "chosen_on", "mAP"} of the best epoch
-    history: list = field(default_factory=list)  # the lines of metrics.jsonl, from epoch 0 on
+    history: list = field(default_factory=list)  # a line of metrics.jsonl an epoch
     scaled: dict = None  # SCALED of the last epoch that was evaluated
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 

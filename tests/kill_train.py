@@ -68,10 +68,10 @@ def inspect(folder, before):
         return 0
     state = read_checkpoint(folder / "last.pt")
     assert state["epoch"] >= before, f"epoch {before} was there, now {state['epoch']}"
-    assert len(json.loads(state["history"])) == 1 + state["epoch"]
+    assert len(json.loads(state["history"])) == state["epoch"]
     read_checkpoint(folder / "best.pt")
     if (folder / "metrics.jsonl").exists():
-        assert len(rows(folder)) in (state["epoch"], 1 + state["epoch"])
+        assert len(rows(folder)) in (state["epoch"] - 1, state["epoch"])
     return state["epoch"]
 
 

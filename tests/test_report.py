@@ -14,7 +14,7 @@ from eval import Predictor, ap_per_category
 def test_a_line_holds_rate_gradient_and_ap(world, tmp_path):
     run(world, tmp_path / "run", epochs=2, cache_features=0)
     lines = [json.loads(line) for line in
-             (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+             (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[1]["lr"] < lines[0]["lr"] and all(line["gradient_norm"] > 0 for line in lines)
     predictor = Predictor(tmp_path / "run", "last")
     split = predictor.splits()["test"]
@@ -24,12 +24,19 @@ def test_a_line_holds_rate_gradient_and_ap(world, tmp_path):
         ap[ap == ap].tolist(), abs=0.01)
 
 
+def test_epoch_0_tells_what_clip_knows_without_training(world, tmp_path, capsys):
+    history = run(world, tmp_path / "run", epochs=2)
+    told = next(line for line in capsys.readouterr().out.splitlines() if "epoch   0/2" in line)
+    for split in ("val", "test"):
+        assert f"{split} mAP {history[0][split]['mAP_zero-shot']:.2f}" in told
+
+
 def test_the_curves_get_the_weights_of_the_total_and_the_best_epoch(world, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr("tools.report.curves", lambda *arguments: given.append(arguments))
     cfg, _ = train.parse(options(world, tmp_path / "run", epochs=2, alpha=2, beta=0.5, gamma=0.25))
     history = train.train(cfg)
-    best = max(history[1:], key=lambda line: line["val"]["mAP"])["epoch"]
+    best = max(history, key=lambda line: line["val"]["mAP"])["epoch"]
     assert given == [(history, tmp_path / "run" / "curves.png",
                       {"L_r": 2, "L_KD": 0.5, "L_NCE": 0.25}, best)]
 
@@ -70,7 +77,7 @@ def test_a_tensorboard_that_cannot_be_loaded_stops_no_run(world, tmp_path, monke
             raise error
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken())
-    assert len(run(world, tmp_path / "run", epochs=2)) == 3
+    assert len(run(world, tmp_path / "run", epochs=2)) == 2
 
 
 def test_curves_do_not_depend_on_the_users_matplotlibrc(tmp_path):

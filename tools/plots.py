@@ -101,9 +101,11 @@ def curves(history, file, weights, best):
             for k, score in enumerate(("region", "query", "mixed", "zero-shot")):
                 points = [(line["epoch"], line[split][f"mAP_{score}"]) for line in history
                           if f"mAP_{score}" in line.get(split, {})]
+                if score == "zero-shot":  # which training does not change
+                    points = [(0, level) for _, level in points[:1]] + points
                 if points:
                     right.plot(*zip(*points), style, color=f"C{k}", label=f"{split} {score}")
-        stage_one = sum(line.get("stage") == 1 for line in history)  # epochs
+        stage_one = sum(line["stage"] == 1 for line in history)  # epochs
         for axis in (left, right):
             axis.set(xlabel="epoch", xlim=(0, history[-1]["epoch"] + 0.5))
             if 0 < stage_one < history[-1]["epoch"]:

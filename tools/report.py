@@ -8,7 +8,7 @@ from tools.predictor import Predictor
 
 def of_start(run, cfg, split, trainable, zero):
     """Prints what a run learns from, and how much, and what CLIP knows without it: split of
-    training, list of parameters, the line of epoch 0."""
+    training, list of parameters, numbers of the zero-shot score by split."""
     count = sum(p.numel() for p in trainable) / 2**20
     print(f"{run}: {data.describe(split)}; {len(split.names)} categories, {count:.2f} Mi "
           f"trainable; {kernels.chosen()}")
@@ -73,7 +73,7 @@ def of_run(run, cfg, state, encoder, splits, seconds):
             warn_if_below(split, numbers, cfg)
     if best:
         print(f"best epoch {best['epoch']}, chosen on {best['chosen_on']}: "
-              f"{mAPs(history[best['epoch']])}")
+              f"{mAPs(history[best['epoch'] - 1])}")
     if not (run / "best.pt").exists():
         print("no best epoch is kept: no validation has enough positives; eval.py takes the last")
     weights = {"L_r": cfg.alpha, "L_KD": cfg.beta, "L_NCE": cfg.gamma}  # of the total
