@@ -234,6 +234,7 @@ def restored(settings, file, given):
         on_its_drive = os.path.splitdrive(place)[0] == os.path.splitdrive(run)[0]
         if os.path.isabs(place) and on_its_drive and not os.path.exists(place):
             near = os.path.abspath(file.parent / os.path.relpath(place, run))
-            settings = settings | ({name: near} if os.path.exists(near) else {})
+            if os.path.exists(near):
+                settings = settings | {name: near}
     with refused(f"{file} is of another version: restore it", known=TypeError):  # unknown settings
         return Config(**(settings | given))

@@ -182,7 +182,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         state.load_state_dict(read_checkpoint(run / "last.pt", device))
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
-    zero = evaluate(model, encoder, g_zero, train_split, loaders, "zero-shot")[0]  # epoch 0
+    zero = evaluate(model, encoder, g_zero, train_split, {} if state.epoch else loaders,
+                    "zero-shot")[0]  # what CLIP knows without training
     if rank == 0:
         report.of_start(run, cfg, train_split, trainable, zero)
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,

@@ -210,7 +210,7 @@ def test_draft_mode(photos):
     """What draft mode would change: it only ever halves, so at 448 it never applies to COCO's
     sizes."""
     for size in (448, 224, 128):
-        differences, times = [], []
+        differences = []
         for path in photos[:20]:
             with Image.open(path) as image:
                 image.draft("RGB", (size, size))

@@ -12,7 +12,6 @@ from paper import captions
 import clip
 import data
 import fake_datasets as fake
-from datasets import base as datasets
 from datasets import coco
 from paper.captions import Captions, forms, mentioned, vocabulary
 from support import UserError

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 from small_world import command, one_line, options, posix, ROOT, run, sheet, start, trained, world
 
-import data
 from tools import check, review
 import fake_datasets as fake
 import eval as evaluation

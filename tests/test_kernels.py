@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import gpu
 from torch.utils.flop_counter import FlopCounterMode
 

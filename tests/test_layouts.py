@@ -12,7 +12,6 @@ import pytest
 import data
 from config import Config
 from tools import check
-from datasets import base as datasets
 import fake_datasets as fake
 from support import UserError
 from fake_datasets import refused

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from datasets import scenes
-from clip import CLIP, build
+from clip import build
 from tools import pretrain
 
 LITTLE = dict(embed_dim=16, resolution=64, layers=(1, 1, 1, 1), vision_width=8, patch=None,

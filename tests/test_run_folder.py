@@ -1,6 +1,5 @@
 """A run folder: what is there is never overwritten; where its data lie may change, the data not."""
 import json
-import os
 import shutil
 from unittest import mock
 
@@ -13,7 +12,6 @@ from small_world import (command, one_line, options, posix, rows,
 import clip
 import eval as evaluation
 from clip import features
-from datasets import scenes
 import train
 from tools import build
 

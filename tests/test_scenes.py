@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from datasets import scenes
-from support import UserError
 
 SMALL = dict(train=110, val=60, test=60, size=256, seed=3)
 

@@ -1,6 +1,5 @@
 """docs/walkthrough.html: the code it shows is the code that runs, and its drawings work."""
 import html
-import json
 import re
 import time
 

@@ -10,9 +10,7 @@ A merge fills empty cells only: all else stays byte for byte, and a copy of the 
 an answer contradicts the sheet, the sheet keeps its label and the conflict is printed.
 """
 import collections
-import csv
 import hashlib
-import io
 import itertools
 import json
 import posixpath
