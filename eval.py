@@ -28,7 +28,7 @@ from config import Config, is_path, preset
 from support import UserError
 from support.cli import run_main
 from tools.categories import category_lines
-from tools.localise import localisation, upright_boxes
+from tools.localise import localisation
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.report import warn_if_below
@@ -195,7 +195,7 @@ def compare(predictors, split):
     def tell(what, scores):
         print(f"{what:38s} {metrics(scores, split.truth)['mAP']:5.2f}")
 
-    boxes = upright_boxes(split) if split.boxes and any(map(len, split.boxes)) else None
+    boxed = split.boxes and any(map(len, split.boxes))
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
           f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
     g = zero_shot_text(predictors[0].clip, split.prompts)
@@ -203,12 +203,12 @@ def compare(predictors, split):
     for name, scores in zero_shot(g, batches).items():
         tell(f"zero-shot CLIP, {name}", scores)
     for predictor in predictors:
-        found, maps = predictor.all_scores(split, maps_of if boxes else None)
+        found, maps = predictor.all_scores(split, maps_of if boxed else None)
         for name, scores in found.items():
             if name != "zero-shot":
                 tell(f"{predictor.run}, {name} score", scores)
         for name, of_split in maps.items():
-            where = localisation(of_split, predictor.grid, boxes, split.truth)
+            where = localisation(of_split, predictor.grid, split.boxes, split.truth)
             print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  "
                   f"{where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")
 

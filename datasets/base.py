@@ -14,7 +14,7 @@ import numpy as np
 from support import UserError, refused
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project
-PER_IMAGE = ("paths", "labels", "truth", "boxes", "sizes", "unused", "listed", "where")
+PER_IMAGE = ("paths", "labels", "truth", "boxes", "unused", "listed", "where")
 
 
 @dataclass
@@ -27,7 +27,6 @@ class Split:
     truth: np.ndarray | None = None  # (N, C) int8: all that is known
     prompts: list | None = None  # C names as they are put into prompts
     boxes: list | None = None  # N arrays (n, 5) float32: class, x0, y0, x1, y1, in 0..1
-    sizes: list | None = None  # N (width, height) that the list gives, the frame of its boxes
     unused: np.ndarray | None = None  # (N,) bool: rows that count for the mask but are not used
     dropped: dict = field(default_factory=dict)  # why rows are unused: {"photo missing": 3}
     listed: list | None = None  # N image names as a sheet writes them

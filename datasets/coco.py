@@ -50,7 +50,7 @@ def split(root, folder, keep_unannotated=False, by_id=False):
     unused = ~(labels == POSITIVE).any(1) & (not keep_unannotated)
     found = Split(f"coco/{folder}", require_files(files, [photos, photos.parent], path), names,
                   labels, unused=unused, dropped={"without annotation": int(unused.sum())},
-                  boxes=[np.array(part, np.float32).reshape(-1, 5) for part in boxes], sizes=sizes)
+                  boxes=[np.array(part, np.float32).reshape(-1, 5) for part in boxes])
     return found.subset(np.argsort([str(key) for key in ids])).used() if by_id else found
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 import clip
 import data
+import losses
 from config import Config, preset
 from datasets import augment
 from paper.run_table import history
@@ -40,6 +41,13 @@ RUN = Path("runs/walkthrough")
 PAGE = ROOT / "docs" / "walkthrough.html"
 METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",
           "kernels/topk_prototypes.py", "train.py")
+EQUATIONS = ROOT / "docs" / "equations.md"
+# What of Markdown it uses, and blocks that are no paragraphs
+MARKUP = ((r"\$\$(.+?)\$\$", lambda found: convert(found[1], display="block")),
+          (r"\$(.+?)\$", lambda found: convert(found[1])),
+          (r"\*\*(.+?)\*\*", r"<b>\1</b>"), ("`(.+?)`", r"<code>\1</code>"),
+          (r"^> (.+)$", r'<div class="printed">\1</div>'))
+OWN_BLOCK = re.compile('<(div|pre|math [^>]*"block")')
 LONGEST = 35  # lines of a function that is shown whole
 CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
 FILMED = 200  # validation scenes whose regions are kept after every epoch
@@ -108,11 +116,21 @@ def beside(equation):
             f'{listing("tests/oracles.py", equation)}</details></div>')
 
 
-def typeset(text):
-    """$$...$$ and $...$ -> MathML; {code 4} -> what stands beside Eq. 4."""
-    text = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1], display="block"), text, flags=re.S)
-    text = re.sub(r"\$(.+?)\$", lambda m: convert(m[1]), text)
-    return re.sub(r"\{code (\d+)\}", lambda m: beside(int(m[1])), text)
+def article():
+    """docs/equations.md as HTML: below `### Eq. n` the text stands left, its code right."""
+    parts = []
+    for part in re.split("^(?=##)", EQUATIONS.read_text(encoding="utf-8"), flags=re.M)[1:]:
+        for mark, markup in MARKUP:
+            part = re.sub(mark, markup, part, flags=re.M)
+        heading, *blocks = part.strip().split("\n\n")
+        text = "".join(block if OWN_BLOCK.match(block) else f"<p>{block}</p>" for block in blocks)
+        if number := re.match(r"### Eq\. (\d+)", heading):
+            text = (f'<section id="eq{number[1]}"><h3>{heading[4:]}</h3><div>{text}</div>'
+                    f"{beside(int(number[1]))}</section>")
+        else:
+            text = f"<h2>{heading[3:]}</h2>{text}"
+        parts.append(text)
+    return "".join(parts)
 
 
 # ---- tensors
@@ -167,6 +185,11 @@ def numbers(array):
     return torch.as_tensor(array).cpu().double().numpy().round(4).tolist()
 
 
+def each_loss(cfg, logits, labels):
+    """Eq. 14 of each logit alone: (n,) each -> n numbers."""
+    return [losses.asymmetric(*pair, **cfg.asl) for pair in zip(logits.view(-1, 1, 1), labels)]
+
+
 @torch.no_grad()
 def contents():
     """All that the page draws; draws docs/idea.png beside."""
@@ -185,6 +208,7 @@ def contents():
         seen = predictor.inspect(val.paths[i], val.truth[i])
         scenes.append({name: seen[name] for name in SEEN} | dict(
             title=title, rule=rule, category=c, photo=jpeg(val.paths[i]), film=film["s"][:, i],
+            loss=each_loss(cfg, seen["logits_r"], seen["truth"]),
             p_r=seen["logits_r"].softmax(0), p_q=seen["logits_q"].softmax(0),
             cosines=F.normalize(seen["regions"], dim=-1) @ predictor.g_pos.T,  # (C, C)
             masks=(film["masks"][:, i] / 2.55).astype(int).tolist()))  # (T, C, N) in percent
@@ -197,7 +221,8 @@ def contents():
                 thetas=film["theta"], s=s, truth=val.truth.tolist(),
                 crops=crops_of(memory, predictor, splits["train"]),
                 contrast=text @ pixel.mean(1).T,  # (C, C)
-                asl=[cfg.gamma_pos, cfg.gamma_neg, cfg.shift],
+                loss=[each_loss(cfg, torch.linspace(0.01, 0.99, 99).logit(), torch.full((99,), y))
+                      for y in (1, -1)],
                 weights=[("L_q", 1), ("L_r", cfg.alpha), ("L_KD", cfg.beta), ("L_NCE", cfg.gamma),
                          ("L", 1)])
 
@@ -236,10 +261,10 @@ def write(text_only):
             train_filmed()
         content = json.dumps(contents(), separators=(",", ":"), default=numbers)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    text, mark, script = template.partition("<script")
     picture = base64.b64encode(PAGE.with_name("idea.png").read_bytes()).decode()
-    text = typeset(text).replace("{{IDEA}}", picture)
-    write_atomically(PAGE, text + mark + script.replace("{{DATA}}", content))
+    for name, part in (("IDEA", picture), ("TEXT", article()), ("DATA", content)):
+        template = template.replace(f"{{{{{name}}}}}", part)
+    write_atomically(PAGE, template)
     print(f"{PAGE}: {PAGE.stat().st_size / 2**20:.2f} MB")
 
 

@@ -224,7 +224,6 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("tools/zero_shot.py", "[(F.normalize(x, dim=-1)", "[(x"),
     ("tools/suggest.py", "margin[order] >= 0", "margin[order] > 0"),
     ("tools/suggest.py", "[::-1][:passes.sum()]", "[::-1]"),
-    ("tools/suggest.py", "stored[0][row - first]", "stored[0][row]"),
     ("tools/categories.py", "-beyond[cell]", "beyond[cell]"),
     ("tools/categories.py", "beyond >= 0", "beyond > 0"),
     ("tools/categories.py", "np.where(count, count, np.nan)", "np.maximum(count, 1)"),

@@ -5,14 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from eval import (ap_per_category, average_precision, best_threshold, best_thresholds,
                   interpolated_ap, metrics)
-from datasets import augment
-from datasets.base import Split
-from tools.localise import localisation, upright_boxes
+from tools.localise import localisation
 
 
 def case(seed, n=60, C=7, ties=True, unknown=0.3):
@@ -240,34 +237,6 @@ def test_an_unknown_category_has_no_peak_that_counts():
     boxes = [np.array([[0, 0, 0, 1, 1]])]
     got = localisation(maps, (1, 2), boxes, np.array([[1, -1, 0]]))
     assert (got["present"], got["absent"]) == (0.8, 0.3)
-
-
-@pytest.mark.parametrize("mark", range(1, 9))
-def test_boxes_turn_with_their_image(tmp_path, mark, capsys):
-    """A list that gives the size as stored gives its boxes in that frame too: they follow the
-    pixels. A painted rectangle shows where they have to be."""
-    pixels = np.zeros((20, 40, 3), np.uint8)  # 40 wide
-    pixels[2:6, 4:14] = 255
-    image, exif = Image.fromarray(pixels), Image.Exif()
-    exif[0x0112] = mark
-    image.save(tmp_path / "a.png", exif=exif)
-    upright = np.asarray(augment.read(str(tmp_path / "a.png")))[..., 0]
-    y, x = np.nonzero(upright)
-    h, w = upright.shape
-    want = [3, x.min() / w, y.min() / h, (x.max() + 1) / w, (y.max() + 1) / h]
-    stored = np.array([[3, 4 / 40, 2 / 20, 14 / 40, 6 / 20]], np.float32)
-
-    def boxes_of(boxes, size):
-        split = Split("x", [str(tmp_path / "a.png")], list("abcd"), np.ones((1, 4), np.int8),
-                      boxes=[boxes], sizes=[size])
-        return upright_boxes(split)[0][0]
-
-    if mark > 4:  # a quarter turn: the size tells in which frame the boxes are
-        assert np.allclose(boxes_of(stored, (40, 20)), want, atol=1e-6)
-    assert np.allclose(boxes_of(np.array([want]), (w, h)), want)
-    assert not capsys.readouterr().err
-    boxes_of(stored, (30, 30))
-    assert "1 images have another size than their list says" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("label", (1, -1))

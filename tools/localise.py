@@ -2,38 +2,7 @@
 
 n images, C categories, N = h*w locations.
 """
-import sys
-
 import numpy as np
-from PIL import Image
-
-from datasets import augment
-
-# x0, y0, x1, y1 after the quarter turn of an orientation mark
-QUARTER = {Image.TRANSPOSE: lambda x0, y0, x1, y1: (y0, x0, y1, x1),
-           Image.ROTATE_270: lambda x0, y0, x1, y1: (1 - y1, x0, 1 - y0, x1),
-           Image.TRANSVERSE: lambda x0, y0, x1, y1: (1 - y1, 1 - x1, 1 - y0, 1 - x0),
-           Image.ROTATE_90: lambda x0, y0, x1, y1: (y0, 1 - x1, y1, 1 - x0)}
-
-
-def upright_boxes(split):
-    """The boxes of a split, n arrays (k, 5), in the frame of its upright pixels: where the list
-    gives an image's size as stored, before its orientation mark turns it, its boxes turn too."""
-    found, odd = [], []
-    for path, boxes, size in zip(split.paths, split.boxes, split.sizes):
-        if len(boxes):
-            with Image.open(path) as image:
-                turn, stored = augment.turn_of(image), image.size
-            upright = stored[::-1] if turn in QUARTER else stored
-            if size == stored != upright:
-                boxes = np.stack([boxes[:, 0], *QUARTER[turn](*boxes[:, 1:].T)], 1)
-            elif size != upright:
-                odd.append(path)
-        found.append(boxes)
-    if odd:
-        print(f"note: {len(odd)} images have another size than their list says, first {odd[0]}: "
-              "their boxes may be wrong", file=sys.stderr)
-    return found
 
 
 def localisation(maps, grid, split_boxes, truth):

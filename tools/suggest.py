@@ -16,7 +16,6 @@ from datasets.csv_sheet import csv_text
 from support.checkpoint import write_atomically
 from tools.plots import fit
 from tools.predict import new
-from tools.predictor import region_map
 from tools.review import write_page
 
 LABELS = {"present": 1, "uncertain": "", "absent": 0}
@@ -44,23 +43,6 @@ def choose_cells(p, labels, threshold, most=10_000):
     for kind in ("present", "absent"):
         chosen[kind] = chosen[kind][~np.isin(chosen[kind], nearest)]
     return {kind: np.divmod(unknown[cells[:most]], p.shape[1]) for kind, cells in chosen.items()}
-
-
-def region_maps(predictor, parts, rows):
-    """{row: (C, N) map} of some rows of the splits' images, from the cache where there is one."""
-    maps, first = {}, 0
-    for loader in map(predictor.loader, parts):
-        here = [row for row in rows if first <= row < first + len(loader)]
-        if loader.stored is None:
-            found = predictor.iterate([loader.split.paths[row - first] for row in here])
-            maps |= {here[k]: of_image for k, _, of_image in found}
-        else:
-            for row in here:
-                both = loader.stored[0][row - first][None].to(predictor.device).float()
-                _, out = predictor.score_batch(both[:, 1:], both[:, 0])  # of (1, 1+N, D)
-                maps[row] = region_map(out, predictor.cfg.matching)[0].cpu().numpy()
-        first += len(loader)
-    return maps
 
 
 def jpeg(photo, side=256):
@@ -94,7 +76,8 @@ def suggest(predictor, args):
                  for i, c in cells]
         shown += [(kind, i, c) for i, c in cells[:most // (2 if kind == "present" else 4)]]
     photos = {i: jpeg(paths[i]) for i in sorted({i for _, i, _ in shown})}
-    maps = region_maps(predictor, parts, list(photos))
+    regions = predictor.iterate([paths[i] for i in photos])
+    maps = {i: of_image for i, (_, _, of_image) in zip(photos, regions)}  # (C, N) each
     cells = []
     for kind, i, c in shown:
         # scaled by its peak; cosines, which a method without a mask shows, are nearly alike
