@@ -76,11 +76,11 @@ class Config:
     gamma_pos: float = option(1.0, "gamma+ of Eq. 14")
     gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate")
     shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", 0, 0.99)
-    kd: str = option("softmax", "Eq. 6 as printed or per category", choices="softmax|bernoulli")
+    kd: str = option("softmax", "Eq. 6: as printed, or per category", choices="softmax|bernoulli")
     kd_teacher: str = option("region", "who teaches in Eq. 6; both: the teacher learns, too",
                              choices="region|query|both")
     kd_temperature: float = option(1.0, "temperature of Eq. 6", above=0)
-    tau: float = option(0.07, "temperature of Eq. 13", above=0)
+    tau: float = option(0.07, "temperature of Eq. 13 (not Eq. 1's)", above=0)
     # ---- memory
     topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", 1)
     queue: int = option(64, "L: prototypes kept a category", 1)
@@ -160,7 +160,7 @@ def type_of(f):
 def checked(f, value):
     """The value of a field, an int as a float where one is asked for; UserError if it cannot be."""
     name, kind, rules = flag(f.name), type_of(f), f.metadata
-    if value is None and kind is not f.type:
+    if value is None and kind is not f.type:  # of a `... | None`
         return None
     if kind is float and type(value) is int:
         value = float(value)

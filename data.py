@@ -73,7 +73,7 @@ def hold_out_by_name(split, share, first):
     """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
     move leave the others where they are. Copies of one picture go where the first name goes.
     first: what `twins` gives for the split"""
-    name = dict(sorted(zip(first, split.listed), reverse=True))  # of copies the first name
+    name = dict(sorted(zip(first, split.listed), reverse=True))  # the first name stays
     place = [int(hashlib.sha256(name[i].encode(errors="surrogateescape")).hexdigest()[:8], 16)
              for i in first]
     held = np.array(place) < share * 2**32
@@ -201,8 +201,8 @@ def load(cfg):
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
     splits = train, val and val.used(), test and test.used()
-    if not any((split.truth == NEGATIVE).any() for split in splits if split):  # ticks alone:
-        for split in filter(None, splits[1:]):  # measured as if the rest were absent
+    if not any((split.truth == NEGATIVE).any() for split in splits if split):
+        for split in filter(None, splits[1:]):  # ticks alone: measured as if the rest were absent
             split.truth = signed(split.truth == POSITIVE)
     for name, split in zip(("train", "val", "test"), splits):
         if split:

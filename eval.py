@@ -160,7 +160,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
             scale = zero_shot_scale(scores, positives)
         scores = probabilities(scores, scale)
         truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
-        if name == "val" or name == "train" and score == "mixed":
+        if name == "val" or (name == "train" and score == "mixed"):
             rated.append(chosen)
             labels.append(truth if name == "val" else loader.split.labels)
         if name != "train":
@@ -176,10 +176,11 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
 
 
 def note_best(state, numbers):
-    """Notes the best epoch so far, on validation or else on test -> whether best.pt keeps it: a
-    choice on test is only told, as the peers tell it."""
+    """Notes the best epoch so far, on validation, or on test if there is none -> whether to write
+    best.pt: never by test, whose choice is only told, as prior work tells it."""
     split = "val" if "val" in numbers else "test"
-    enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1
+    C = len(state.memory.cursor)
+    enough = max(1, ENOUGH * C) if split == "val" else 1
     if split not in numbers or numbers[split]["positives"] < enough:
         return False
     if state.best and numbers[split]["mAP"] <= state.best["mAP"]:

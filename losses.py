@@ -10,7 +10,7 @@ from support.recompute import checkpointed
 
 
 def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_negative=0.0):
-    """Eq. 14, asymmetric loss: easy labels are damped. The print omits the minus.
+    """Eq. 14, asymmetric loss: easy labels are damped. The paper omits the minus.
 
     logits (B, C) float;  labels (B, C) int, 1 / -1 / 0;  shift: the paper's c
     assume_negative   weight of the negative term on unknown labels (0: they contribute nothing)
@@ -38,8 +38,8 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="re
     logits_r, logits_q (B, C)
     how       "softmax": as printed, p over the C categories; "bernoulli": one KL of (present,
               absent) a category, summed
-    teacher   "region": as in the paper; "query": KL(p^q || p^r); both without a gradient to the
-              teacher. "both": as "region", with that gradient
+    teacher   "region": as in the paper; "query": KL(p^q || p^r). The teacher gets no gradient, but
+              with "both", else as "region", it does
     Multiplied by temperature squared, so that the gradient keeps its size (Hinton et al., 2015).
     """
     # (teacher, student)

@@ -51,11 +51,11 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def similarities(self, regions):
-        """Eq. 8 averaged over the l prototypes of a category: regions (B, C, D) -> s (2, B, C), the
+        """Eq. 8 averaged over the prototypes of a category: regions (B, C, D) -> s (2, B, C), the
         inner mean of Eq. 9 and the s^u of Eq. 10.
 
-        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product a category,
-        whatever the queue's length. NaN where nothing is stored.
+        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product an image and
+        category. NaN where nothing is stored.
         """
         r = regions.to(self.bank.dtype)
         visual = self.mean_prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
@@ -68,7 +68,7 @@ class MemoryBank(nn.Module):
         """Eq. 9: mean similarity of the batch's known positives and negatives. Eq. 11: moving mean.
 
         s (2, B, C) from `similarities`, labels (B, C). A category without such a label keeps its
-        threshold. The print updates theta_positive twice; the second line is theta_negative.
+        threshold. The paper updates theta_positive twice; the second line is theta_negative.
         """
         for i, label in enumerate((1, -1)):
             use = (labels == label) & ~s.isnan()  # (2, B, C)   D^p_c or D^n_c

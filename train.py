@@ -51,7 +51,7 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
     with torch.autocast(f.device.type, amp or torch.bfloat16, enabled=amp is not None):
         g_pos, g_neg = model.prompts(encoder)  # Sec. 3.1   (C, D)
         out = model(f, x, g_pos, g_neg)  # Eq. 1-5
-    # From here on: the whole batch, in float32.
+    # From here on: the whole batch, and all but f in float32.
     out = Output(*(part if part is None else gather(part.float(), len(labels)) for part in out))
 
     # Sec. 3.4: the prototypes of the batch enter the bank, in stage one too. In stage two the
@@ -109,7 +109,7 @@ def train_one_epoch(state, encoder, loader, cfg):
         with torch.no_grad():
             memory.set_text_prototypes(model.prompts(encoder)[0])
     model.train()
-    # A resumed run continues with the same dropout.
+    # Dropout depends on seed, epoch and rank alone: a resumed run has the same.
     torch.manual_seed((cfg.seed * 1_000_003 + state.epoch) * 1009 + loader.rank)
     pseudo_count, sums = torch.zeros(2, 2, dtype=torch.int64, device=device), {}
     start, steps = time.perf_counter(), math.ceil(len(loader) / cfg.batch)
@@ -183,7 +183,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
     zero = evaluate(model, encoder, g_zero, train_split, {} if state.epoch else loaders,
-                    "zero-shot")[0]  # what CLIP knows without training
+                    "zero-shot")[0]  # epoch 0; a run that is resumed has told it
     if rank == 0:
         report.of_start(run, cfg, train_split, trainable, zero)
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
@@ -194,7 +194,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
         numbers, texts, scaled = evaluate(model, encoder, g_zero, train_split,
                                           loaders if due else {}, cfg.score)
-        if due or not state.scaled:
+        if due or not state.scaled:  # else the last evaluation's stay
             state.scaled = scaled
         line |= numbers
         state.history.append(line)
@@ -205,7 +205,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         if on_epoch:
             on_epoch(state, line)
     for one in (loader, *loaders.values()):
-        one.loader = None  # ends its processes; at Python's exit torch reports them as killed
+        one.loader = None  # ends its processes; else torch reports them as killed
     if rank == 0:
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
         lock.release()

@@ -1,4 +1,4 @@
-r"""Text-region matching: prompts, category-aware regions, their matching (Sec. 3.1-3.2, Eq. 1-5).
+r"""Text-region matching: prompts, category-aware regions, their matching (Sec. 3.1-3.3, Eq. 1-5).
 
     image -> frozen CLIP -> f --CARL--> energy --sigmoid, pool f--> F^r --\
                                   \-------------------------------> F^q --match--> logits r, q
@@ -176,7 +176,7 @@ class TRM(nn.Module):
             self.log_spatial_scale = nn.Parameter(torch.tensor(20.0).log(), requires_grad=learned)
 
     def forward(self, f, x, g_pos, g_neg) -> Output:
-        """f (B, N, D) dense, x (B, D) global features (None where matching is not "global"),
+        """f (B, N, D) dense, x (B, D) global features (may be None unless matching is "global"),
         g_pos, g_neg (C, D) unit text features."""
         scale = self.log_scale.exp()
         if self.matching == "carl":

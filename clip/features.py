@@ -44,16 +44,16 @@ def autocast_dtype(amp, device):
 
 
 def at_once(images):
-    """Images (B, 3, H, W) that a core encodes together: 4 of 256 pixels, 1 of 448, so that what a
-    layer leaves is still in its cache for the next (docs/speed.md)."""
+    """How many of images (B, 3, H, W) a core encodes at a time: 4 of 256 pixels, 1 of 448, so that
+    what a layer leaves is still in its cache for the next (docs/speed.md)."""
     return max(1, min(4, 2**18 // images[0, 0].numel()))
 
 
 class FeatureLoader:
-    """images: a data.Images (split, size, augment, seed, fingerprint()); takes clip's mean and std
+    """images: a data.Images (split, size, augment, seed, fingerprint()); gets clip's mean and std
     batch: images over all processes;  workers: processes that decode
     views: 0 computes on the fly, V > 0 caches V augmented views;  amp: autocast's dtype or None
-    rank of world: this process;  need_global: without it x is None, and its pool is not computed
+    rank of world: this process;  need_global: without it x may be None, its pool not computed
     compiled: whether torch.compile prepares the encoder of f alone"""
 
     def __init__(self, images, clip, batch=128, workers=0, views=0, cache="generated/features",
@@ -75,8 +75,9 @@ class FeatureLoader:
         many rows: a batch is filled up with its first image, which distributed.gather cuts off."""
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
-        parts = [torch.cat([part, part[:1].expand(-len(part) % self.world)])[self.rank::self.world]
-                 for part in order.split(self.batch) if len(part)]
+        padded = (torch.cat([part, part[:1].expand(-len(part) % self.world)])
+                  for part in order.split(self.batch) if len(part))
+        parts = [part[self.rank::self.world] for part in padded]
         dtype = self.amp if shuffle and self.amp else torch.float32
         source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
         for data, index in self.timed(source):
@@ -102,11 +103,12 @@ class FeatureLoader:
 
         with ThreadPoolExecutor(1) as pool:
             jobs = (pool.submit(ready, part) for part in parts)
-            for job, _ in pairwise(chain(jobs, [None])):  # a pair: the next job has begun
+            for job, _ in pairwise(chain(jobs, [None])):  # the next job begins before this one's
                 yield job.result()
 
     def load(self, epoch, parts):
         """Iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next."""
+        # in place: the DataLoader holds this list
         self.keys[:] = [[(epoch, i) for i in part.tolist()] for part in parts]
         if self.loader is None:
             self.loader = DataLoader(self.images, batch_sampler=self.keys, pin_memory=self.pinned,

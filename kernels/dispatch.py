@@ -16,7 +16,7 @@ except ImportError:  # macOS, Windows: everything runs on the torch references, 
     triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda fn: fn
 operator = torch.library.custom_op  # triton_op would import Inductor, a second at every start
 _path = "auto"
-# Triton builds with it what launches the kernels, and brings one on Windows
+# Triton compiles its launchers with it; on Windows it brings its own
 COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
                 or os.name == "nt")
 
@@ -48,7 +48,7 @@ def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
     if triton is None or _path == "reference" or x.dtype == torch.float64:
         return False  # the kernels sum in float32
-    if forward_ad._current_level >= 0:  # torch.func.jvp: of the kernels it would give 0
+    if forward_ad._current_level >= 0:  # torch.func.jvp: the kernels have no forward gradient
         return False
     if x.is_cuda:  # Triton launches on the current GPU, wherever x is
         return x.get_device() == torch.cuda.current_device() and not unfit()

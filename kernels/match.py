@@ -94,7 +94,7 @@ def match_grad_op(grad: torch.Tensor, x: torch.Tensor, difference: torch.Tensor,
 
 
 match_op.register_fake(lambda x, difference: tuple(x.new_empty(x.shape[:2], dtype=torch.float32)
-                                                   for _ in range(2)))  # two, not one twice
+                                                   for _ in range(2)))  # two different tensors
 match_grad_op.register_fake(lambda grad, x, difference, cosine, inverse:
                             (torch.empty_like(x), torch.empty_like(difference)))
 match_op.register_autograd(

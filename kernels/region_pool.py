@@ -41,8 +41,8 @@ def pool_kernel(energy, f, out, C: tl.constexpr, N: tl.constexpr, D: tl.constexp
                 stride_c: tl.constexpr, stride_n: tl.constexpr,
                 BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Programs: image x category block x dim block, the dim block fastest: the energies of an image
-    are read from memory once, and from L2 by its other programs. Sizes are compiled in: only so
-    does the compiler know that a row of 200 energies can be read 16 bytes at a time."""
+    are read from memory once, and from L2 by its other programs. Sizes are constants: only so can
+    the compiler prove that a row of 200 energies may be read 16 bytes at a time."""
     blocks_c, blocks_d = tl.cdiv(C, BLOCK_C), tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     b = (pid // (blocks_c * blocks_d)).to(tl.int64)
@@ -95,7 +95,7 @@ GRAD_TILE = dict(BLOCK_C=64, BLOCK_N=64, BLOCK_D=64, num_warps=4, num_stages=3)
 
 
 def pool_tile(C):
-    return dict(BLOCK_C=min(64, max(16, 1 << (int(C) - 1).bit_length())), BLOCK_N=32, BLOCK_D=256,
+    return dict(BLOCK_C=min(64, max(16, triton.next_power_of_2(C))), BLOCK_N=32, BLOCK_D=256,
                 num_warps=4, num_stages=3)
 
 

@@ -63,7 +63,7 @@ def read_checkpoint(file, device="cpu"):
     import torch
     if not file.is_file():
         raise UserError(f"expected a run folder with {file.name}, found none in {file.parent} "
-                        "(without validation there is no best.pt: use last)")
+                        "(with little validation there is no best.pt: use last)")
     content = file.read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise UserError(f"{file} is damaged, or no checkpoint: restore it, or train again")

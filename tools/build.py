@@ -24,8 +24,8 @@ def load_data(cfg):
 
 
 def settled(cfg, run, split, encoder):
-    """The Config with what only data and weights tell, and with what is needed again when the
-    folder is moved or the weights are renamed."""
+    """The Config with what only data and weights tell, and what a run needs after it was moved or
+    its weights were renamed."""
     found = dict(out=str(run.absolute()), activation=encoder.activation)
     if cfg.assume_negative is None and not (split.labels == data.NEGATIVE).any():
         found["assume_negative"] = 0.3
@@ -53,7 +53,7 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
     few = None
     if cfg.images == "photos" and (not val_split or cfg.score == "mixed"):
         n = len(train_split.paths)
-        few = train_split.subset(range(0, n, -(-n // 1000)))  # a sheet may be in order: all over it
+        few = train_split.subset(range(0, n, -(-n // 1000)))  # evenly spaced: a sheet may be sorted
         if cfg.assume_negative:
             few.labels = np.where(few.labels == 0, -1, few.labels)
     named = {"val": val_split, "train": few, "test": test_split}
@@ -62,7 +62,7 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
 
 
 def build_model(cfg, split, encoder):
-    """The TRM of a run for the categories of a data.Split, with what of it is trained."""
+    """The TRM of a run for the categories of a data.Split; a CARL of --carl-from is frozen."""
     queries = None
     if cfg.queries == "text":
         texts = [f"a photo of a {name}" for name in split.prompts]

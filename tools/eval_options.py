@@ -20,7 +20,7 @@ def parse(argv, about):
     add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
         "--clip and --size in the place of a run")
     add("--size", type=int, help="--zero-shot: side of the input in pixels")
-    add("--checkpoint", choices=("best", "last"), help="default: best, where there was validation")
+    add("--checkpoint", choices=("best", "last"), help="default: best, where there is a best.pt")
     add("--split", choices=("train", "val", "test"), help="default: test, or val without one")
     add("--top", type=int, default=5, help="--image: categories shown (default: 5)")
     add("--pictures", type=int, help="--image: most pictures drawn; --suggest: cells on the page")

@@ -49,7 +49,7 @@ def inspect(predictor, image, labels=None):
     verdicts (2, C), pseudo (C,) 1, -1 or 0, each modality alone; where all agree  Eq. 10, 12
     and where labels are given:
     truth (C,)                   the labels
-    losses                       dict of L_r, L_q, L_KD, L_NCE, L, scalars         Eq. 6, 13-15
+    losses                       of these labels alone: L_r, L_q, L_KD, L_NCE, L   Eq. 6, 13-15
     """
     memory, model, cfg = memory_of(predictor), predictor.model, predictor.cfg
     g_pos, g_neg = predictor.g_pos, predictor.g_neg
