@@ -285,7 +285,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("eval.py", "scores[best:best + 2].mean()", "scores[best]"),
     ("eval.py", "0 < n < len(s)", "0 < n"),
     ("eval.py", 'k=0.5 if score == "mixed" else 2', "k=2"),
-    ("eval.py", 'name == "val" or name == "train" and score == "mixed"', 'name == "val"'),
+    ("eval.py", 'name == "val" or (name == "train" and score == "mixed")', 'name == "val"'),
     ("config.py", "option(5e-4,", "option(1e-3,"),
 )
 
