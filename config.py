@@ -106,7 +106,10 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            setattr(self, f.name, checked(f, getattr(self, f.name)))
+            value = checked(f, getattr(self, f.name))
+            if value and is_path(f.name, value):  # a run is used from other folders, too
+                value = os.path.abspath(value)
+            setattr(self, f.name, value)
         if unknown := self.left_out - set(PARTS):
             raise UserError(f"--without expects any of {','.join(PARTS)}, got {','.join(unknown)}")
         if {"visual", "text"} <= self.left_out:
@@ -207,8 +210,6 @@ def parse(argv, about=""):
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), help=text, **how)
     given = vars(parser.parse_args(words(argv)))
-    # a run is used from other folders, too
-    given |= {name: os.path.abspath(path) for name, path in given.items() if is_path(name, path)}
     run = given.pop("resume", None)
     if run is None:
         return Config(**preset(given.get("data", "scenes")) | given), None

@@ -194,16 +194,14 @@ def load(cfg):
         val = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not val:
             raise UserError(f"--val {share} of {len(labels)} training images holds none out")
-    rows = rows[~train.unused[rows]][:cfg.train_images]
+    whole, rows = train, rows[~train.unused[rows]][:cfg.train_images]
     mask_sha256 = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
     train = replace(train, labels=labels, mask_sha256=mask_sha256).subset(rows)
     if not (train.labels == POSITIVE).any():
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
-    splits = train, val and val.used(), test and test.used()
-    if not any((split.truth == NEGATIVE).any() for split in splits if split):
-        for split in filter(None, splits[1:]):  # ticks alone: measured as if the rest were absent
-            split.truth = signed(split.truth == POSITIVE)
+    splits = (train, val and val.used().measured(parts.get("val") or whole),
+              test and test.used().measured())
     for name, split in zip(("train", "val", "test"), splits):
         if split:
             split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts

@@ -20,6 +20,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     parse(None, __doc__)  # prints the help and exits, before torch takes a second to load
 
 import json
+from contextlib import redirect_stdout
 
 import numpy as np
 import torch
@@ -225,7 +226,8 @@ def maps_of(out, model):
 
 def table(predictors, split, args):
     """The metrics of a split, of one run or of several whose probabilities are averaged."""
-    found = [member.all_scores(split)[0] for member in predictors]
+    with redirect_stdout(sys.stderr if args.json else sys.stdout):  # no word beside the JSON
+        found = [member.all_scores(split)[0] for member in predictors]
     scores = np.mean([member.chosen(one) for member, one in zip(predictors, found)], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
@@ -266,9 +268,10 @@ def run(args):
     name = args.split or ("test" if splits["test"] else "val")
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
+    split = splits[name].measured()
     if args.compare:
-        return compare(predictors, splits[name])
-    table(predictors, splits[name], args)
+        return compare(predictors, split)
+    table(predictors, split, args)
 
 
 def main(argv=None):

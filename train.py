@@ -214,7 +214,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
 
 def main(argv=None):
     return run_main(lambda: train(*parse(argv, __doc__)),
-                    "stopped; last.pt holds what was finished: go on with --resume RUN")
+                    "stopped; if the run had begun, --resume RUN goes on after its last finished "
+                    "epoch")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x)  # (B, C, h, w)
         positions = resize_positions(self.positional_embedding, *x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)  # (B, 1 + N, C)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], 1)  # (B, 1 + N, C)
         x = self.ln_pre(x + positions)
         for block in self.transformer.resblocks[:-1]:
             x = block(x)

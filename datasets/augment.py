@@ -57,6 +57,8 @@ def turn_of(image):
 def upright(image):
     if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
         raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     turn = turn_of(image)
     key = image.info.get("transparency")  # a colour that is transparent
     if turn is not None:

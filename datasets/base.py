@@ -50,6 +50,13 @@ class Split:
     def used(self):
         return self.subset(np.flatnonzero(~self.unused))
 
+    def measured(self, source=None):
+        """The split as it is measured. Where `source`, its own labels or those of the split that it
+        was taken from, tells of nothing that is absent (ticks alone), the rest counts as absent."""
+        if ((source or self).truth == NEGATIVE).any():
+            return self
+        return replace(self, truth=signed(self.truth == POSITIVE))
+
     @property
     def info(self):
         """Counts and hashes for config.json; sha256 covers all names, prompts, labels and truth."""

@@ -60,13 +60,13 @@ def load(root, cfg):
     train = read(cfg.data, root, cfg)
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
-    if 0 < len(ticked) < len(train.names):  # of all: a way to fill a sheet
+    if ticked and (train.labels == NEGATIVE).any():  # else a way to fill a sheet
         note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all images have it")
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
         if not is_sheet(path):
             continue
-        split = read(path, root, cfg)
+        split = read(path, root, cfg, train.names)
         if differ := set(split.names) ^ set(train.names):
             raise UserError(f"{path}: its classes differ from the training sheet: {sorted(differ)}")
         others = [file for other in parts.values() for file in other.paths]
@@ -108,14 +108,15 @@ def read_cells(path):
     return header, body
 
 
-def read(path, root, cfg):
+def read(path, root, cfg, names=()):
     """-> Split. root: where relative image names start, and what they must not leave (default: the
-    sheet's folder). UserError for the first problem; its attribute `problems` lists them all."""
+    sheet's folder). names: of the training sheet, where this is another; lists need not use all.
+    UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
     codes = MEANING[cfg.minus_one]
     header, body = read_cells(path)
-    ignored = {*(cfg.ignore or "").split(",")} - {""}
-    if missing := ignored - set(header):
+    ignored = {name.strip() for name in (cfg.ignore or "").split(",")} - {""}
+    if (missing := ignored - set(header)) and not names:
         raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
     problems, words = [], {}
     if body and body[0][1][0] == "#prompt":
@@ -135,7 +136,7 @@ def read(path, root, cfg):
         if cfg.unlisted is None:
             raise UserError(f"{path}: its cells are lists ({filled[other[0]][0][:60]!r}): is what "
                             "they do not name absent or unknown? Say --unlisted absent or unknown")
-        cells, names = lists(path, body, other[0])
+        cells, names = lists(path, body, other[0], names)
     else:
         if other:
             note(f"{path}: no categories, for no cell is a label: {[header[c] for c in other]}")
@@ -191,13 +192,14 @@ def image_files(path, root, body, problems):
     return list(first)
 
 
-def lists(path, body, column):
-    """One column of lists, such as `dog|cat` -> cells (N rows of C codes), names."""
+def lists(path, body, column, names):
+    """One column of lists, such as `dog|cat` -> cells (N rows of C codes), names, these among them.
+    """
     cells = [row[column] for _, row in body]
     if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
         raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
     separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
     rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
-    names = sorted({name for row in rows for name in row})
+    names = sorted({*names}.union(*rows))
     note(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
     return [[POSITIVE if name in row else UNKNOWN for name in names] for row in rows], names

@@ -98,17 +98,18 @@ class Captions:
     def batches(self, epoch):
         for part in epoch_order(len(self), epoch, self.seed).split(self.batch):
             part = torch.cat([part, part[:1].expand(-len(part) % self.world)])
+            longest = int(self.tokens[part].argmax(1).max()) + 1  # all processes gather as many
             part = part[self.rank::self.world]
-            yield part.to(self.device), *self.encode(self.tokens[part].long().to(self.device))
+            tokens = self.tokens[part, :longest].long().to(self.device)
+            yield part.to(self.device), *self.encode(tokens)
 
     @torch.no_grad()
     def encode(self, tokens):
-        """tokens (B, S) -> f (B, N, D), x (B, D). Every token is projected as CLIP projects the end
-        of the text, which is x. f holds the words and the end, not the start, which is the same in
-        all texts; a text that is shorter than the longest repeats itself, so that no padding has
+        """tokens (B, S) -> f (B, S - 1, D), x (B, D). Every token is projected as CLIP projects the
+        end of the text, which is x. f holds the words and the end, not the start, which is the same
+        in all texts; a text that is shorter than the longest repeats itself, so that no padding has
         to be kept out of the softmax over the locations."""
         eot = tokens.argmax(1)  # (B,) the end of the text has the largest id
-        tokens = tokens[:, :int(eot.max()) + 1]  # (B, S)
         h = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:tokens.shape[1]]
         for block in self.clip.transformer.resblocks:
             h = block(h, causal=True)

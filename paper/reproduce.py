@@ -11,6 +11,7 @@ The options of train.py hold for all rows, but for those that the rows set (--ra
 seed's numbers as JSON.
 """
 import copy
+import dataclasses
 import json
 import shlex
 import sys
@@ -51,12 +52,14 @@ def rows_of(own, base):
     known = asked["paper"]  # where the data set is not in it, another's numbers are shown
     data = next(name for name in (base.data, "coco", *known) if name in known)
     captions = base.captions or base.data in ("scenes", "coco")
+    if base.score == "mixed" and base.data != "scenes" and not base.val:
+        captions = False  # their score cannot be scaled without a photo
     rows = {row: runs for row, runs in asked["rows"].items()
             if (captions or "TaI-DPT" not in row)
             and (not own.rows or any(part in row for part in own.rows))}
     if not rows:
         raise UserError(f"no row of this table holds {' or '.join(own.rows)} (those of TaI-DPT "
-                        "need --captions, except on coco and scenes)")
+                        "need --captions, except on coco and scenes, and --val for --score mixed)")
     paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
              if row in rows}
     if own.table == "2":
@@ -132,6 +135,8 @@ def settings_of(runs, seeds, split):
 def mAP_table(own, base, file):
     """A line a row, under it the paper's numbers where there are any."""
     rows, columns, paper, data = rows_of(own, base)
+    if own.table == "2":  # whose setups have lists of their own
+        base = dataclasses.replace(base, **next(iter(columns.values())))
     runs, seeds = Runs(base, own.out, own.jobs), range(base.seed, base.seed + own.seeds)
     _, val_split, test_split = runs.splits
     split = "val" if own.study and val_split else "test"

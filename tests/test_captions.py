@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_world import command, run, world
+from small_world import command, one_line, options, run, world
 
 import eval as evaluation
 from paper import captions
@@ -15,6 +15,7 @@ import fake_datasets as fake
 from datasets import coco
 from paper.captions import Captions, forms, mentioned, vocabulary
 from support import UserError
+import train
 
 COCO = [
     "person",
@@ -303,6 +304,20 @@ def test_long_captions_lose_their_end_and_ranks_share_a_batch(world):
         and parts[1][0] == whole[0][1::2]
         and parts[0][1] == parts[1][1] == whole[1]
     )
+
+
+def test_processes_get_features_of_the_same_shape(world):
+    """What one gathers from all: a batch's longest caption says how many words all have."""
+    texts = ["a cat", "a dog and a cat and a clock on a table"]
+    shapes = {f.shape[1] for r in (0, 1)
+              for _, f, _ in feed(world, texts, batch=2, rank=r, world=2)[0].batches(0)}
+    assert len(shapes) == 1
+
+
+def test_a_mixed_score_without_a_photo_is_refused_before_the_training(world, tmp_path, capfd):
+    words = options(world, tmp_path / "run", images="captions", ratio=None, score="mixed", val=0)
+    one_line(train.main, words, capfd, "mixed", "--val")
+    assert not (tmp_path / "run").exists()
 
 
 def test_captions_have_another_order_in_each_epoch_and_the_same_again_when_resumed(world):

@@ -338,7 +338,7 @@ def test_ctrl_c_while_loader_processes_begin(world, tmp_path, delay):
     time.sleep(delay)
     os.killpg(at_work.pid, signal.SIGINT)
     out, err = at_work.communicate(timeout=60)
-    assert at_work.returncode == 130 and "stopped; last.pt holds what was finished" in err, err
+    assert at_work.returncode == 130 and "stopped; if the run had begun, --resume RUN" in err, err
 
 
 TOLD_WHILE_STOPPING = """

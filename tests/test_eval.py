@@ -498,6 +498,13 @@ def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage)
     assert not (tmp_path / "ran").exists()
 
 
+def test_json_stands_alone_where_features_have_to_be_made(world, tmp_path, capfd):
+    run(world, tmp_path / "run", epochs=1, cache_dir=tmp_path / "features")
+    shutil.rmtree(tmp_path / "features")
+    status, out, _ = command(evaluation.main, [tmp_path / "run", "--json"], capfd)
+    assert status == 0 and json.loads("\n".join(out))["mAP"] > 0
+
+
 def test_another_clip_is_refused(trained, world, tmp_path, capfd):
     from safetensors.torch import save_file
 

@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_world import ROOT, command, one_line, run, trained, world
 
+import clip
 import data
 from tools import export
 from tools.predictor import Predictor
@@ -41,6 +43,16 @@ def test_torch_export_with_any_batch(case, tmp_path, capfd):
     assert about["categories"] == Predictor(folder).names and about["size"] == images.shape[-1]
     one_line(export.main, [folder, tmp_path / "m.pt2"], capfd, "is there already")
     one_line(export.main, [folder, tmp_path / "m.pth"], capfd, ".onnx")
+
+
+def test_a_transformer_is_exported_for_any_batch(world, tmp_path, capfd):
+    vit = clip.CLIP(layers=2, vision_width=64, patch=16, resolution=64, embed_dim=24,
+                    context_length=20, vocab_size=2514, text_width=64, text_layers=1)
+    save_file(vit.state_dict(), tmp_path / "vit-quickgelu.safetensors")
+    run(world, tmp_path / "run", epochs=1, clip=tmp_path / "vit-quickgelu.safetensors")
+    assert command(export.main, [tmp_path / "run", tmp_path / "m.pt2"], capfd)[0] == 0
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    assert [program(torch.zeros(n, 3, 64, 64))[0].shape[0] for n in (1, 3)] == [1, 3]
 
 
 def test_a_full_disk_is_told_in_one_line(world, trained, tmp_path, capfd, monkeypatch):

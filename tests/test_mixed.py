@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_world import options, run, sheet, world
+from small_world import command, options, run, sheet, world
 
 import data
 import eval as evaluation
@@ -264,6 +264,25 @@ def test_a_sheet_that_tells_only_what_is_present(world, tmp_path, sheet, capfd, 
     labels = np.concatenate([val_split.labels, train_split.labels])
     labels = np.where(labels == 1, 1, -1)
     assert np.allclose(predictor.threshold, best_thresholds(p, labels, k=0.5), atol=1e-4)
+
+
+def test_ticks_alone_are_measured_so_whatever_other_sheets_tell(sheet):
+    _, file = sheet
+    tested = file.with_name("test.csv")
+    header, *rows = file.read_text().splitlines()
+    tested.write_text("\n".join([header, *rows[12:]]))
+    file.write_text("\n".join([header, *rows[:12]]))
+    only_ticks(sheet)
+    _, val_split, test_split = data.load(Config(data=str(file), test=str(tested), val="0.4"))
+    assert {*val_split.truth.ravel().tolist()} == {1, -1}
+    assert {*test_split.truth.ravel().tolist()} == {1, -1, 0}  # what is unknown there stays so
+
+
+def test_the_training_photos_of_ticks_alone_are_measured_so_too(world, tmp_path, sheet, capfd):
+    run(world, tmp_path / "ticks", data=only_ticks(sheet), root=None, ratio=None, epochs=1)
+    words = [tmp_path / "ticks", "--split", "train", "--json"]
+    status, out, err = command(evaluation.main, words, capfd)
+    assert status == 0 and json.loads(out[-1])["mAP"] < 100, (out, err)
 
 
 def test_suggestions_for_ticks_alone_agree_with_no_hidden_label(world, tmp_path, sheet, capfd):

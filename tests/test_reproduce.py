@@ -3,6 +3,7 @@ numbers agree with its own averages."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+import fake_datasets as fake
 from small_world import command, one_line, options, world
 
 from paper import reproduce, run_table
@@ -133,6 +135,23 @@ def test_the_ladder_of_single_positive_shares_its_runs_with_table_2(call):
         measured(folder, "table-2")["DualCoOp"]["LargeLoss setup"]
         == found["DualCoOp"]["single positive, largeloss"]
     )
+
+
+def test_table_2_of_nuswide_needs_its_setups_files_alone(call, tmp_path):
+    fake.nuswide(tmp_path / "nus")
+    shutil.rmtree(tmp_path / "nus/ImageList")
+    shutil.rmtree(tmp_path / "nus/Groundtruth")
+    out, folder = call("--table", 2, "--rows", "DualCoOp", data="nuswide", root=tmp_path / "nus",
+                       epochs=1, clip="tiny")
+    cells = json.loads((folder / "table-2-nuswide.json").read_text())["DualCoOp"]
+    assert all(len(cells[setup]) == 1 for setup in ("LargeLoss setup", "SPLC setup"))
+
+
+def test_a_mixed_score_leaves_out_rows_without_a_photo(world):
+    own = SimpleNamespace(table="1", study=None, rows=None, ratios=None)
+    base = Config(data="coco", score="mixed")
+    assert not any("TaI" in row for row in reproduce.rows_of(own, base)[0])
+    assert any("TaI" in row for row in reproduce.rows_of(own, Config(data="coco"))[0])
 
 
 def test_a_stopped_row_goes_on_where_it_was(call):

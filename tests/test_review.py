@@ -69,6 +69,22 @@ def test_labels_are_written_in_the_words_of_the_sheet(tmp_path, capfd):
     assert sheet.read_text() == "image,dog\na.jpg,1\nb.jpg,-1\nc.jpg,1\n"
 
 
+def test_a_word_that_holds_the_delimiter_is_not_written(tmp_path, capfd):
+    sheet = tmp_path / "x.csv"
+    sheet.write_text('image,dog,cat\na.jpg,"1,0","0,0"\nb.jpg,,\n')
+    file = answers(tmp_path, "b.jpg,dog,1", "b.jpg,cat,0")
+    assert command(main, ["merge", sheet, file], capfd)[0] == 0
+    assert sheet.read_text() == 'image,dog,cat\na.jpg,"1,0","0,0"\nb.jpg,1,0\n'
+
+
+@pytest.mark.parametrize("first", ("\n", ",,\n", "\n \n"))
+def test_empty_rows_before_the_header_are_no_header(tmp_path, capfd, first):
+    (tmp_path / "x.csv").write_text(first + "image,dog,cat\na.jpg,,\n")
+    file = answers(tmp_path, "a.jpg,cat,1")
+    assert command(main, ["merge", tmp_path / "x.csv", file], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text() == first + "image,dog,cat\na.jpg,,1\n"
+
+
 def test_a_merge_into_cells_that_excel_left_out(tmp_path, capfd):
     sheet = tmp_path / "x.csv"
     sheet.write_bytes(b"image,dog,cat\r\na.jpg,1.00\r\nb.jpg\r\n")
@@ -222,6 +238,7 @@ def merged(tmp_path, capfd, sheet, *tasks, unlisted="absent"):
     ("/data/local-files/?d=photos/a%20b%C3%BC.jpg", "a bü.jpg"),  # the root is a folder above
     ("http://localhost:8080/data/local-files/?d=photos/in/c.jpg", "in/c.jpg"),
     ("/data/local-files/?d=photos/c.jpg", "c.jpg"),
+    ("/data/local-files/?d=photos/a%20bu%CC%88.jpg", "a bü.jpg"),  # as macOS writes an umlaut
     ("/data/local-files/?d=photos/-d.jpg", "./-d.jpg"),
     ("/data/upload/1/0f3a9c21-a_b%C3%BC.jpg", "a bü.jpg"),  # uploaded: Django's valid name
     ("/data/upload/12/0f3a9c21-e_1.jpg", "deep/e (1).jpg"),

@@ -200,6 +200,26 @@ def test_columns_of_a_second_sheet_come_in_the_order_of_the_first(folder):
     assert val.labels.tolist() == val.truth.tolist() == [[-1, 0, 1]]
 
 
+def test_a_second_sheet_of_lists_need_not_name_every_category(folder):
+    for i in range(6):
+        fake.photo(folder / f"t{i}.jpg", 20 + i)
+    fake.write(folder / "a.csv", "image,tags\nt0.jpg,dog|cat\nt1.jpg,cat\nt2.jpg,dog\n")
+    fake.write(folder / "b.csv", "image,tags\nt3.jpg,dog\nt4.jpg,dog\nt5.jpg,dog\n")
+    _, val, _ = fake.load(folder / "a.csv", val=folder / "b.csv", unlisted="absent")
+    assert val.names == ["cat", "dog"] and val.labels.tolist() == [[-1, 1]] * 3
+    fake.write(folder / "b.csv", "image,tags\nt3.jpg,dog|cow\nt4.jpg,dog\nt5.jpg,dog\n")
+    refused(r"b.csv: its classes differ .*\['cow'\]", folder / "a.csv", val=folder / "b.csv",
+            unlisted="absent")
+
+
+def test_what_the_training_sheet_ignores_may_lack_in_the_others(folder):
+    fake.write(folder / "a.csv", "image,dog,age,id\n0.jpg,1,33,7\n1.jpg,0,44,8\n")
+    fake.write(folder / "b.csv", "image,dog\n2.jpg,1\n")
+    train, val, _ = fake.load(folder / "a.csv", val=folder / "b.csv", ignore="age, id")
+    assert train.names == val.names == ["dog"]
+    refused("a.csv: --ignore names", folder / "a.csv", ignore="dig")
+
+
 def test_an_underscore_of_a_column_is_a_blank_of_its_prompt(folder):
     fake.write(folder / "s.csv", "image,red_car\n0.jpg,1\n")
     train = fake.load(folder / "s.csv", val=0)[0]
@@ -272,6 +292,8 @@ def test_a_category_of_ticks_alone_among_others_is_told(folder, capsys):
     for cells in ("0.jpg,1,1\n1.jpg,,\n", "0.jpg,1,1\n1.jpg,0,0\n"):
         fake.write(folder / "s.csv", HEAD + cells)
         assert not [*check.check(cfg)] and "no 0" not in capsys.readouterr().err
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,\n1.jpg,,\n")  # cats come with later photos
+    assert [*check.check(cfg)] and "no 0" not in capsys.readouterr().err
 
 
 def test_copies_with_other_labels_are_told_where_a_sheet_is_trained_on(folder, capsys):

@@ -192,7 +192,7 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_one_sentence(world, tmp_path,
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip().splitlines() == [
-        "stopped; last.pt holds what was finished: go on with --resume RUN"
+        "stopped; if the run had begun, --resume RUN goes on after its last finished epoch"
     ]
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 

@@ -18,9 +18,12 @@ from trm import TRM, Prompts
 def load_data(cfg):
     """(train, val or None, test or None): data.Split each."""
     splits = data.load(cfg)
-    if cfg.images == "captions":
-        return captions.load(cfg, splits[0]), *splits[1:]
-    return splits
+    if cfg.images != "captions":
+        return splits
+    if cfg.score == "mixed" and not splits[1]:
+        raise UserError("--score mixed needs photos to be scaled on: hold some out with --val 0.2, "
+                        "or choose another --score")
+    return captions.load(cfg, splits[0]), *splits[1:]
 
 
 def settled(cfg, run, split, encoder):

@@ -1,13 +1,11 @@
 """The command line of eval.py. It needs no torch, so that --help is quick."""
-from pathlib import Path
-
-from config import PLACES, is_path
+from config import PLACES
 from support import UserError
 from support.cli import make_parser, words
 
 
 def parse(argv, about):
-    """-> options; `places` are the settings of the run that were given anew, paths made absolute"""
+    """-> options; `places` are the settings of the run that were given anew"""
     parser = make_parser("eval.py", about)
     add = parser.add_argument
     add("run", nargs="?", help="run folder")
@@ -36,15 +34,15 @@ def parse(argv, about):
     args = parser.parse_args(words(argv))
     if args.ensemble and (args.image or args.suggest or args.compare):
         raise UserError("--ensemble is of a table: drop --image, --suggest and --compare")
-    if args.categories and args.json:
-        raise UserError("--categories prints lines for people: drop --json")
+    if args.json and (args.categories or args.compare):
+        raise UserError("--categories and --compare print lines for people: drop --json")
     if not args.image and (args.csv or args.out or args.strict):
         raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
-    if min(args.top, args.batch) < 1 or args.workers < 0:
-        raise UserError("--top and --batch expect numbers from 1, --workers from 0")
+    if min(args.top, args.batch) < 1 or min(args.workers, args.pictures or 0) < 0:
+        raise UserError("--top and --batch count from 1, --workers and --pictures from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
     if not cold and (args.zero_shot or args.size or not args.run):
         raise UserError("expected a run, or --zero-shot with --data, --suggest and maybe --size")
-    args.places = {name: str(Path(value).absolute()) if is_path(name, value) else value
-                   for name in PLACES | {"size"} if (value := getattr(args, name)) is not None}
+    args.places = {name: value for name in PLACES | {"size"}
+                   if (value := getattr(args, name)) is not None}
     return args

@@ -66,7 +66,7 @@ def row_of(address, rows, uploads):
     """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path.
     /data/local-files/?d=photos/in/a.jpg, or any URL, ends in the image's name; an uploaded one is
     /data/upload/1/0f3a9c21-a.jpg. uploads: {name of an uploaded photo: [rows]}"""
-    path = urllib.parse.unquote(address.split("?d=")[-1])
+    path = normalize("NFC", urllib.parse.unquote(address.split("?d=")[-1]))
     if upload := re.search(r"/data/upload/\d+/[0-9a-f]{8}-([^/]+)$", path):
         found = uploads.get(upload[1], [])
         if len(found) > 1:
@@ -139,8 +139,9 @@ def merge(sheet, answers, minus_one, unlisted):
     read_cells(sheet)  # refuses what is no sheet
     skipped, text, delimiter, encoding = sheet_text(sheet)
     rows = split_cells(text, delimiter)
-    column = {plain(cell): c for c, (cell, _) in enumerate(rows[0]) if c}
-    image = {plain(row[0][0]): row for row in rows[1:] if plain(row[0][0]) != "#prompt"}
+    header, *body = (row for row in rows if any(plain(cell) for cell, _ in row))
+    column = {plain(cell): c for c, (cell, _) in enumerate(header) if c}
+    image = {plain(row[0][0]): row for row in body if plain(row[0][0]) != "#prompt"}
     if file.lower().endswith(".json"):
         answers = read_label_studio(file, column, image, unlisted)
     else:
@@ -149,7 +150,8 @@ def merge(sheet, answers, minus_one, unlisted):
 
     # 1 and 0 are written as this sheet mostly writes them
     codes = MEANING[minus_one]
-    used = collections.Counter(plain(cell).lower() for row in rows[1:] for cell, _ in row[1:])
+    used = collections.Counter(plain(cell).lower() for row in body for cell, _ in row[1:]
+                               if delimiter not in cell)
     written = {POSITIVE: "1", NEGATIVE: "-1" if minus_one == "absent" else "0"}
     written |= {codes[word(w)]: w for w, _ in reversed(used.most_common()) if word(w) in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
