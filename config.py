@@ -145,11 +145,6 @@ class Config:
         return dict(gamma_pos=self.gamma_pos, gamma_neg=self.gamma_neg, shift=self.shift,
                     assume_negative=self.assume_negative or 0.0)
 
-    @property
-    def needs_global(self):
-        """Whether inference looks at CLIP's global feature."""
-        return self.matching == "global" or self.score == "mixed"
-
 
 def flag(name):
     return "--" + name.replace("_", "-")

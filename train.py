@@ -135,8 +135,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     means = {name: round(float(value) / steps, 6) for name, value in sums.items()}
     return dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
                 lr=state.scheduler.get_last_lr()[0], **means, **pseudo_numbers(pseudo_count),
-                images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2),
-                waiting=round(loader.waited / seconds, 3))
+                images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2))
 
 
 def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):

@@ -62,7 +62,7 @@ class FeatureLoader:
         self.workers, self.device, self.amp = workers, torch.device(device), amp
         self.rank, self.world, self.need_global = rank, world, need_global
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
-        self.keys, self.loader, self.waited = [], None, 0.0
+        self.keys, self.loader = [], None
         self.encode_dense = torch.compile(clip.encode_dense) if compiled else clip.encode_dense
         images.mean, images.std = clip.mean, clip.std
         self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
@@ -80,7 +80,7 @@ class FeatureLoader:
         parts = [part[self.rank::self.world] for part in padded]
         dtype = self.amp if shuffle and self.amp else torch.float32
         source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
-        for data, index in self.timed(source):
+        for data, index in source:
             if self.stored is None:
                 f, x = self.encode(data, self.need_global)
             else:
@@ -116,14 +116,6 @@ class FeatureLoader:
                                      persistent_workers=self.workers > 0,
                                      generator=torch.Generator())  # leaves the run's numbers alone
         return iter(self.loader)
-
-    def timed(self, iterator):
-        """The iterator; `waited` counts the seconds that it takes."""
-        self.waited, start = 0.0, time.perf_counter()
-        for item in iterator:
-            self.waited += time.perf_counter() - start
-            yield item
-            start = time.perf_counter()
 
     def encode(self, images, need_global=True):
         """images (B, 3, H, W) -> f (B, N, D) and x (B, D) float32 or None. A CPU gives each core

@@ -89,7 +89,6 @@ class Captions:
     def __init__(self, split, clip, batch=128, seed=0, device="cpu", rank=0, world=1):
         self.split, self.clip, self.batch, self.seed = split, clip, batch, seed
         self.device, self.rank, self.world = device, rank, world
-        self.waited = 0.0
         self.tokens = clip.tokenize(split.paths, truncate=True).int().cpu()  # (n, S)
 
     def __len__(self):

@@ -70,12 +70,6 @@ def thread_failed(failure):
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # wakes it: `stop` raises
 
 
-def unraised(failure):
-    """Prints what Python cannot raise; that no thread is left, `explain` tells."""
-    if "start new thread" not in str(failure.exc_value):
-        sys.__unraisablehook__(failure)
-
-
 def run_command(work, parser, argv):
     """work(option=value, ...) of a command whose options are all of its parser's -> exit status."""
     return run_main(lambda: work(**vars(parser.parse_args(words(argv)))))
@@ -86,7 +80,6 @@ def run_main(work, stopped="stopped"):
     fault of the project and keeps its traceback."""
     stop.asked, stop.process, stop.cause = False, os.getpid(), None
     hook = threading.excepthook
-    sys.unraisablehook = unraised
     if threading.current_thread() is threading.main_thread():  # no other one may hear signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does

@@ -125,5 +125,5 @@ def rows(folder):
 
 
 def timeless(history):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waiting")}
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")}
             for line in history]

@@ -322,24 +322,6 @@ def test_no_thread_is_left_while_scenes_are_drawn(tmp_path, monkeypatch, error):
     assert not multiprocessing.active_children() and not list(tmp_path.iterdir())
 
 
-def test_a_loader_that_goes_without_a_thread_says_nothing(monkeypatch, capfd):
-    """torch's __del__ starts threads, too, and the line about the limit is enough."""
-    from support import cli
-
-    class Gone:
-        def __init__(self, text):
-            self.text = text
-
-        def __del__(self):
-            raise RuntimeError(self.text)
-
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    assert cli.run_main(lambda: Gone("can't start new thread") and None) == 0
-    assert capfd.readouterr().err == ""
-    assert cli.run_main(lambda: Gone("another fault") and None) == 0
-    assert "another fault" in capfd.readouterr().err
-
-
 @linux
 def test_a_worker_destroys_nothing_of_its_parents(tmp_path):
     """A CUDA graph among the parent's garbage, collected in a forked process, would end it."""

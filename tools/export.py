@@ -30,8 +30,7 @@ class Exported(nn.Module):
         self.predictor, self.clip, self.model = predictor, predictor.clip, predictor.model
 
     def forward(self, images):
-        both = self.predictor.cfg.needs_global
-        x, f = self.clip.encode(images) if both else (None, self.clip.encode_dense(images))
+        x, f = self.clip.encode(images)
         p, out = self.predictor.score_batch(f, x)
         return p, out.energy
 

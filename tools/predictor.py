@@ -135,8 +135,7 @@ class Predictor:
         split = data.Split("images", images, self.names, labels=None)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
         loader = FeatureLoader(pixels, self.clip, batch, workers, device=self.device,
-                               amp=autocast_dtype(self.cfg.amp, self.device),
-                               need_global=self.cfg.needs_global)
+                               amp=autocast_dtype(self.cfg.amp, self.device))
         for index, f, x in loader.batches(0, shuffle=False):
             p, out = self.score_batch(f, x)
             maps = region_map(out, self.cfg.matching).float().cpu().numpy()
