@@ -109,24 +109,21 @@ def listing(file, equation):
     return "".join(shown[first] for first in sorted(shown))
 
 
-def beside(equation):
-    """The column beside an equation: its code, and its slow oracle to unfold."""
-    code = "".join(listing(file, equation) for file in METHOD)
-    return (f"<div>{code}<details><summary>The same, slowly: one loop for each sum sign</summary>"
-            f'{listing("tests/oracles.py", equation)}</details></div>')
-
-
 def article():
-    """docs/equations.md as HTML: below `### Eq. n` the text stands left, its code right."""
+    """docs/equations.md as HTML: below `### Eq. n` the text stands left, right its code and, to
+    unfold, its slow oracle."""
     parts = []
     for part in re.split("^(?=##)", EQUATIONS.read_text(encoding="utf-8"), flags=re.M)[1:]:
         for mark, markup in MARKUP:
             part = re.sub(mark, markup, part, flags=re.M)
         heading, *blocks = part.strip().split("\n\n")
         text = "".join(block if OWN_BLOCK.match(block) else f"<p>{block}</p>" for block in blocks)
-        if number := re.match(r"### Eq\. (\d+)", heading):
-            text = (f'<section id="eq{number[1]}"><h3>{heading[4:]}</h3><div>{text}</div>'
-                    f"{beside(int(number[1]))}</section>")
+        if found := re.match(r"### Eq\. (\d+)", heading):
+            code, oracle = ("".join(listing(file, int(found[1])) for file in files)
+                            for files in (METHOD, ["tests/oracles.py"]))
+            text = (f'<section id="eq{found[1]}"><h3>{heading[4:]}</h3><div>{text}</div><div>{code}'
+                    "<details><summary>The same, slowly: one loop for each sum sign</summary>"
+                    f"{oracle}</details></div></section>")
         else:
             text = f"<h2>{heading[3:]}</h2>{text}"
         parts.append(text)
