@@ -163,6 +163,8 @@ def load(cfg):
             share = float(cfg.val)
             if not 0 <= share < 1:
                 raise ValueError("out of range")
+    if share and (cfg.data, cfg.single_positive) == ("nuswide", "splc"):
+        raise UserError("--val: SPLC's list of NUS-WIDE tells one label an image: drop it")
     parts = complete(cfg)
     train = parts.get("train")
     if cfg.single_positive == "splc":

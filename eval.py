@@ -42,28 +42,24 @@ ENOUGH = 10
 
 # ---- metrics; scores are probabilities or anything that ranks
 
-def average_precision(scores, positive):
+def average_precision(scores, positive, interpolated=False):
     """Plain AP of one category: sum of (R_k - R_{k-1}) P_k; tied scores form one threshold, as in
-    scikit-learn. scores (n,) float, positive (n,) bool, one True at least."""
+    scikit-learn. scores (n,) float, positive (n,) bool, one True at least. interpolated: VOC's AP
+    (2010 and later; SARB's code), at each recall the best precision from there on. Absent, present,
+    present, absent, as ranked: (2/3 + 2/3) / 2; the plain AP (1/2 + 2/3) / 2."""
     positive = positive[np.argsort(-scores, kind="stable")]
     last_of_tie = np.append(np.diff(np.sort(-scores)) != 0, True)
     true = np.cumsum(positive)[last_of_tie]
     precision = true / (np.flatnonzero(last_of_tie) + 1)
+    if interpolated:
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
     return float((np.diff(true, prepend=0) * precision).sum() / true[-1])
 
 
-def interpolated_ap(scores, positive):
-    """VOC's AP (2010 and later; SARB's code): at each recall the best precision from there on.
-    Absent, present, present, absent, as ranked: (2/3 + 2/3) / 2; the plain AP (1/2 + 2/3) / 2."""
-    positive = positive[np.argsort(-scores, kind="stable")]
-    precision = np.cumsum(positive) / np.arange(1, len(positive) + 1)
-    return float(np.maximum.accumulate(precision[::-1])[::-1][positive].mean())
-
-
-def ap_per_category(scores, truth, one=average_precision):
+def ap_per_category(scores, truth, interpolated=False):
     """(C,) AP of each category over the images where it is known; NaN without a positive."""
-    return np.array([one(s[t != 0], t[t != 0] == 1) if (t == 1).any() else np.nan
-                     for s, t in zip(scores.T, truth.T)])
+    return np.array([average_precision(s[t != 0], t[t != 0] == 1, interpolated)
+                     if (t == 1).any() else np.nan for s, t in zip(scores.T, truth.T)])
 
 
 def metrics(scores, truth, threshold=0.5):
@@ -86,8 +82,8 @@ def metrics(scores, truth, threshold=0.5):
     hit, said = (decided & positive).sum(0), decided.sum(0)  # (C,) each
     CP, CR = np.mean(hit / np.maximum(said, 1)), (hit[there] / exist[there]).sum() / count
     OP, OR = hit.sum() / max(said.sum(), 1), hit.sum() / max(exist.sum(), 1)
-    mAP, mAP_voc = (ap_per_category(scores, truth, one)[there].sum() / count
-                    for one in (average_precision, interpolated_ap))
+    mAP, mAP_voc = (ap_per_category(scores, truth, interpolated)[there].sum() / count
+                    for interpolated in (False, True))
     result = dict(mAP=mAP, mAP_voc=mAP_voc, CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR,
                   OF1=f1(OP, OR))
     percent = {name: round(100 * float(value), 3) for name, value in result.items()}
@@ -268,7 +264,7 @@ def run(args):
     name = args.split or ("test" if splits["test"] else "val")
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
-    split = splits[name].measured()
+    split = splits[name].measured() if name == "train" else splits[name]  # the others are
     if args.compare:
         return compare(predictors, split)
     table(predictors, split, args)

@@ -207,7 +207,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         one.loader = None  # ends its processes; else torch reports them as killed
     if rank == 0:
         report.of_run(run, cfg, state, encoder, splits, time.perf_counter() - start)
-        lock.release()
+        lock.release(force=True)
     return state.history
 
 

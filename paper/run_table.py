@@ -21,6 +21,7 @@ from tqdm import tqdm
 import clip
 import data
 import train
+from clip.weights import sha256
 from config import MACHINE
 from eval import metrics
 from support import UserError
@@ -42,6 +43,8 @@ class Runs:
         official = {} if base.data == "nuswide" else {"single_positive": None}
         whole = data.complete(dataclasses.replace(base, **official))
         self.data_sha256 = {name: split.info["sha256"] for name, split in whole.items()}
+        self.data_sha256 |= {name: sha256(file) for name in ("names", "captions", "lists", "mask")
+                             if (file := getattr(base, name)) and Path(file).is_file()}
 
     def config(self, settings, seed):
         """Settings of a row -> its Config with a folder of its own. `carl_from` may hold the

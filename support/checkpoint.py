@@ -140,7 +140,8 @@ def changed(about, splits):
 def begin(run, cfg, clip_sha256, splits, resume=False):
     """Locks the folder, writes config.json; on resume CLIP and data must be the same -> lock."""
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
+    # a singleton: what a notebook has stopped keeps its frame, and this lock, but may go on there
+    lock = FileLock(run / ".lock", is_singleton=True)
     with refused(f"{run} cannot be locked: another process is writing it, or its disk knows no "
                  "locks; wait, or choose another --out"):
         lock.acquire(timeout=10)  # a killed run's loader processes end within that

@@ -498,6 +498,15 @@ def test_a_damaged_checkpoint_ends_in_one_line(trained, tmp_path, capfd, damage)
     assert not (tmp_path / "ran").exists()
 
 
+def test_present_categories_beyond_the_top_are_counted(trained, world, tmp_path, capfd):
+    photo = sorted((world / "scenes" / "val2014").iterdir())[0]
+    words = [trained, "--image", photo, "--top", 1, "--pictures", 0]
+    (line,) = (line for line in command(evaluation.main, words, capfd)[1] if photo.name in line)
+    found = json.loads(command(evaluation.main, [*words, "--json"], capfd)[1][-1])
+    more = len(set(found["present"]) - set(found["scores"]))
+    assert more > 0 and line.endswith(f"  +{more} present")
+
+
 def test_json_stands_alone_where_features_have_to_be_made(world, tmp_path, capfd):
     run(world, tmp_path / "run", epochs=1, cache_dir=tmp_path / "features")
     shutil.rmtree(tmp_path / "features")

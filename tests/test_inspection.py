@@ -9,6 +9,7 @@ import oracles
 from memory import MemoryBank
 from support import UserError
 from tools.inspection import memory_of, origins
+from tools.predictor import Predictor
 
 
 def test_every_tensor_follows_from_the_ones_before_it(world, tmp_path):
@@ -81,6 +82,13 @@ def test_what_a_run_leaves_out_is_not_inspected(world, tmp_path):
         assert torch.allclose(terms["L"], terms["L_q"] + terms["L_r"] + 0.01 * terms["L_NCE"])
         guessed += int((seen["verdicts"][0] != seen["verdicts"][1]).sum())
     assert guessed  # with both prototypes something else would have come out
+
+
+def test_more_prototypes_are_asked_for_than_there_are_locations(world, tmp_path):
+    run(world, tmp_path / "run", epochs=1, topk=50)
+    predictor = Predictor(tmp_path / "run", "last")
+    image = predictor.splits()["test"].paths[0]
+    assert predictor.inspect(image)["topk"].shape[1] == predictor.grid[0] * predictor.grid[1]
 
 
 def test_a_baseline_has_no_regions_to_inspect(world, tmp_path):

@@ -341,6 +341,7 @@ def test_nuswide(tmp_path):
     refused("nus_train_singlelabel.txt:1: expected", "nuswide", tmp_path, single_positive="splc")
     (tmp_path / "nus_val.txt").unlink()
     refused("nus_val.txt not found.*--lists", "nuswide", tmp_path, single_positive="splc")
+    refused("--val: SPLC.s list", "nuswide", tmp_path, single_positive="splc", val=0.4)
     shutil.rmtree(tmp_path / "Flickr")
     shutil.rmtree(tmp_path / "images")
     refused("none of its 10 photos", "nuswide", tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from eval import (ap_per_category, average_precision, best_threshold, best_thresholds,
-                  interpolated_ap, metrics)
+                  metrics)
 from tools.localise import localisation
 
 
@@ -46,30 +46,35 @@ def test_extremes_of_average_precision():
     # tied: the prevalence
     assert average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25
     assert average_precision(np.arange(4.0), np.ones(4, bool)) == 1
-    for one in (average_precision, interpolated_ap):  # no positive, no image
-        got = ap_per_category(np.zeros((2, 2)), np.array([[-1, 1], [0, -1]]), one)
+    for interpolated in (False, True):  # no positive, no image
+        got = ap_per_category(np.zeros((2, 2)), np.array([[-1, 1], [0, -1]]),
+                              interpolated)
         assert np.isnan(got[0]) and not np.isnan(got[1])
-        assert np.isnan(ap_per_category(np.zeros((0, 2)), np.zeros((0, 2)), one)).all()
+        assert np.isnan(ap_per_category(*np.zeros((2, 0, 2)), interpolated)).all()
 
 
 def test_the_documented_example():
     scores, positive = np.array([0.9, 0.8, 0.7, 0.6]), np.array([False, True, True, False])
     assert average_precision(scores, positive) == pytest.approx((1 / 2 + 2 / 3) / 2)  # 0.5833
-    assert interpolated_ap(scores, positive) == pytest.approx(2 / 3)  # 0.6667
+    assert average_precision(scores, positive, True) == pytest.approx(2 / 3)  # 0.6667
+    for order in (slice(None), slice(None, None, -1)):  # of tied scores: the prevalence
+        assert average_precision(np.ones(4), positive[order], True) == 0.5
+
+
+def interpolated_by_loops(scores, positive):
+    """For each positive the best precision of a threshold that lets it pass; then their mean."""
+    precision = {t: sum(positive[scores >= t]) / sum(scores >= t) for t in scores}
+    best = [max(p for t, p in precision.items() if t <= s) for s in scores[positive]]
+    return sum(best) / len(best)
 
 
 def test_interpolated_precision_by_loops_and_never_below_the_plain_one():
     for seed in range(30):
-        scores, truth = case(seed, ties=False)
+        scores, truth = case(seed, ties=seed % 2 == 0)
         for c in range(2, truth.shape[1]):
             positive = truth[:, c] == 1
-            ranked = [
-                bool(p) for _, p in sorted(zip(-scores[:, c], positive), key=lambda pair: pair[0])
-            ]
-            precision = [sum(ranked[: k + 1]) / (k + 1) for k in range(len(ranked))]
-            want = [max(precision[k:]) for k in range(len(ranked)) if ranked[k]]
-            got = interpolated_ap(scores[:, c], positive)
-            assert got == pytest.approx(sum(want) / len(want))
+            got = average_precision(scores[:, c], positive, interpolated=True)
+            assert got == pytest.approx(interpolated_by_loops(scores[:, c], positive))
             assert got >= average_precision(scores[:, c], positive) - 1e-12
 
 
@@ -94,11 +99,7 @@ def test_metrics_by_loops(per_category):
                 R.append(hit / exist)
                 known = truth[:, c] != 0
                 aps.append(average_precision_score(truth[known, c] == 1, scores[known, c]))
-                order = sorted(np.flatnonzero(known), key=lambda i: -scores[i, c])
-                ranked = [truth[i, c] == 1 for i in order]
-                precision = [sum(ranked[:k + 1]) / (k + 1) for k in range(len(ranked))]
-                best = [max(precision[k:]) for k in range(len(ranked)) if ranked[k]]
-                interpolated.append(sum(best) / len(best))
+                interpolated.append(interpolated_by_loops(scores[known, c], truth[known, c] == 1))
             hits, saids, exists = hits + hit, saids + said, exists + exist
         CP, CR, OP, OR = sum(P) / C, sum(R) / len(R), hits / saids, hits / exists
         want = dict(

@@ -17,6 +17,7 @@ import oracles
 import train
 from config import Config
 from eval import best_thresholds, metrics
+from paper.run_table import history
 from support import UserError
 from support.checkpoint import begun, read_checkpoint
 from tools import build, report
@@ -283,6 +284,40 @@ def test_the_training_photos_of_ticks_alone_are_measured_so_too(world, tmp_path,
     words = [tmp_path / "ticks", "--split", "train", "--json"]
     status, out, err = command(evaluation.main, words, capfd)
     assert status == 0 and json.loads(out[-1])["mAP"] < 100, (out, err)
+
+
+@pytest.mark.parametrize("score", ("mixed", "region"))
+@pytest.mark.parametrize("held", (1, 2))
+def test_a_validation_of_one_photo_gives_no_scale(world, tmp_path, sheet, capfd, held, score):
+    """Its deviation is 0, or noise: the training photos give the scale."""
+    _, file = sheet
+    header, *rows = file.read_text().splitlines()
+    for name, part in (("val", rows[:held]), ("train", rows[held:])):
+        file.with_name(f"{name}.csv").write_text("\n".join([header, *part]))
+    run(world, tmp_path / "few", data=file.with_name("train.csv"), root=None, ratio=None,
+        val=file.with_name("val.csv"), epochs=1, score=score)
+    run(world, tmp_path / "none", data=file.with_name("train.csv"), root=None, ratio=None,
+        val=0, epochs=1, score=score)
+    few, none = (read_checkpoint(tmp_path / name / "last.pt")["zero_shot_scale"]
+                 for name in ("few", "none"))
+    assert torch.allclose(few, none)
+    status, out, _ = command(evaluation.main, [tmp_path / "few", "--split", "val", "--json"], capfd)
+    told, line = json.loads(out[-1]), history(tmp_path / "few")[-1]["val"]
+    assert all(told[name] == pytest.approx(line[name], abs=0.01) for name in told
+               if name.startswith("mAP"))
+
+
+def test_validation_is_measured_alike_in_training_and_later(world, tmp_path, sheet, capfd):
+    """Ticks, but for one training row: what is unknown stays so."""
+    file = only_ticks(sheet)
+    kept = data.load(Config(data=str(file), val="0.4"))[0].listed[0]
+    file.write_text("\n".join(f"{kept},1,0,0" if line.startswith(f"{kept},") else line
+                              for line in file.read_text().splitlines()))
+    line = run(world, tmp_path / "alike", data=file, root=None, ratio=None, epochs=1, val=0.4)[-1]
+    status, out, err = command(evaluation.main, [tmp_path / "alike", "--split", "val", "--json"],
+                               capfd)
+    assert status == 0, err
+    assert json.loads(out[-1])["mAP"] == pytest.approx(line["val"]["mAP"], abs=0.01)
 
 
 def test_suggestions_for_ticks_alone_agree_with_no_hidden_label(world, tmp_path, sheet, capfd):

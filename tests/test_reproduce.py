@@ -147,6 +147,15 @@ def test_table_2_of_nuswide_needs_its_setups_files_alone(call, tmp_path):
     assert all(len(cells[setup]) == 1 for setup in ("LargeLoss setup", "SPLC setup"))
 
 
+def test_other_prompt_names_under_the_same_path_are_other_runs(world, tmp_path):
+    cfg, _ = train.parse(options(world, tmp_path, names=tmp_path / "names.txt"))
+    folders = set()
+    for words in ("thing", "object"):
+        (tmp_path / "names.txt").write_text("".join(f"{words} {c}\n" for c in range(24)))
+        folders.add(run_table.Runs(cfg, tmp_path, 1).config({}, 0).out)
+    assert len(folders) == 2
+
+
 def test_a_mixed_score_leaves_out_rows_without_a_photo(world):
     own = SimpleNamespace(table="1", study=None, rows=None, ratios=None)
     base = Config(data="coco", score="mixed")

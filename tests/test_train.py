@@ -197,6 +197,17 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_one_sentence(world, tmp_path,
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
 
+def test_a_notebook_whose_call_failed_goes_on(world, tmp_path):
+    """It keeps the traceback, and with it the frame and the lock of the run."""
+    def fail(state, line):
+        raise KeyError("mine")
+
+    cfg, _ = train.parse(options(world, tmp_path / "run", epochs=2))
+    with pytest.raises(KeyError) as kept:
+        train.train(cfg, on_epoch=fail)
+    assert len(train.train(cfg, resume=tmp_path / "run")) == 2 and kept
+
+
 def test_pseudo_labels_are_counted_against_the_hidden_truth():
     """Two batches by hand: 1 of 3 positives given is wrong, the negative is right."""
     cells = lambda *rows: torch.tensor(rows, dtype=torch.int8)

@@ -12,6 +12,7 @@ from paper import captions
 from support import UserError
 from support.checkpoint import read_checkpoint
 from tools.predictor import evaluation_loader
+from tools.zero_shot import FEW
 from trm import TRM, Prompts
 
 
@@ -50,16 +51,19 @@ def training_loader(cfg, split, encoder, device, rank, world):
 
 def evaluation_loaders(cfg, splits, encoder, device, rank, world):
     """{name: loader} of the splits that an epoch is measured on. "train" is at most 1,000 photos:
-    they bring zero-shot to the scale of the run where there is no validation, and help to choose
-    the thresholds of the mixed score."""
+    they bring zero-shot to the scale of the run where validation has few, and help to choose the
+    thresholds of the mixed score."""
     train_split, val_split, test_split = splits
     few = None
-    if cfg.images == "photos" and (not val_split or cfg.score == "mixed"):
+    scaled = val_split and len(val_split.paths) >= FEW
+    if cfg.images == "photos" and (not scaled or cfg.score == "mixed"):
         n = len(train_split.paths)
         few = train_split.subset(range(0, n, -(-n // 1000)))  # evenly spaced: a sheet may be sorted
         if cfg.assume_negative:
             few.labels = np.where(few.labels == 0, -1, few.labels)
     named = {"val": val_split, "train": few, "test": test_split}
+    if not scaled:
+        named = {"train": few} | named  # the first one gives the scale
     return {name: evaluation_loader(cfg, split, encoder, device, rank, world)
             for name, split in named.items() if split}
 

@@ -90,7 +90,8 @@ def predict(predictor, paths, args):
         else:
             marks = (f"{name}{'*' * (name in row['present'])} {value:.2f}"
                      for name, value in top.items())
-            tqdm.write(f"{row['image']}: {'  '.join(marks)}")
+            more = len(set(row["present"]) - set(top))
+            tqdm.write(f"{row['image']}: {'  '.join(marks)}{f'  +{more} present' * (more > 0)}")
     if args.csv:
         write_atomically(Path(args.csv), csv_text(["image", *predictor.names], rows))
     if unreadable:
