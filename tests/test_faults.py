@@ -277,7 +277,7 @@ def test_a_run_is_evaluated_from_a_read_only_folder(world, mounted, tmp_path, ca
 @pytest.mark.parametrize("error", (OSError(37, "No locks available"), NotImplementedError("flock")))
 def test_a_disk_that_cannot_lock_is_one_line(world, tmp_path, capfd, monkeypatch, error):
     class Lock:
-        def __init__(self, _):
+        def __init__(self, _, is_singleton):
             pass
 
         def acquire(self, timeout):
