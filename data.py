@@ -196,7 +196,8 @@ def load(cfg):
         val = train.subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not val:
             raise UserError(f"--val {share} of {len(labels)} training images holds none out")
-    whole, rows = train, rows[~train.unused[rows]][:cfg.train_images]
+    rows = rows[~train.unused[rows]][:cfg.train_images]
+    whole = train
     mask_sha256 = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
     train = replace(train, labels=labels, mask_sha256=mask_sha256).subset(rows)
     if not (train.labels == POSITIVE).any():

@@ -248,7 +248,7 @@ def run(args):
     """What `python eval.py` does with its options."""
     if args.zero_shot:
         unlisted = {"unlisted": "unknown"} if is_path("data", args.data) else {}
-        cfg = Config(**preset(args.data) | args.places | unlisted)
+        cfg = Config(**preset(args.data) | unlisted | args.places)
         return suggest(ZeroShot(cfg), args)
     predictors = []
     for name in (args.run, *(args.ensemble or args.compare or ())):

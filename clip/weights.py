@@ -170,6 +170,8 @@ def of_open_clip(content, shape, _):
           context_length=shape.context_length, pool_type="argmax", proj_type="linear")
     agree(vision, True, width=shape.vision_width, layers=shape.layers, patch_size=shape.patch,
           pool_type="tok", pos_embed_type="learnable")
+    if shape.patch is None:  # a ResNet's attention pool
+        agree(vision, False, head_width=64)
     agree(pixels, True, mode="RGB", interpolation="bicubic")
     activation = "quickgelu" if model.get("quick_gelu") in (True, "true") else "gelu"
     heads = dict(text_heads=text.get("heads", 8),
@@ -182,8 +184,9 @@ def of_hugging_face(content, shape, folder):
     pixels = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            pixels = json.loads((folder / name).read_bytes())
-            pixels = pixels.get("image_processor", pixels)
+            with refused(f"{name} is no configuration: get the weights' own, or take it away"):
+                pixels = json.loads((folder / name).read_bytes())
+                pixels = pixels.get("image_processor", pixels)
     activation = text.get("hidden_act", "quick_gelu")
     agree(content, False, model_type="clip")
     agree(text, False, hidden_size=shape.text_width, num_hidden_layers=shape.text_layers,
@@ -262,6 +265,8 @@ def from_files(path, activation):
         shape = SimpleNamespace(**dimensions(state))
         told, heads, mean, std = configuration(files[0].parent, hugging_face, shape)
     named = re.search("quick_?gelu|openai", path.name, re.IGNORECASE)
+    if activation and told not in (None, activation):
+        raise UserError(f"it computes with {told}: drop --activation {activation}")
     activation = activation or told or named and "quickgelu"
     if not activation:
         raise UserError("it does not tell its activation: put its configuration beside it, or add "

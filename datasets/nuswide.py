@@ -5,8 +5,8 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from datasets.base import Split, find, locate, read_array, read_bytes, read_lines, signed
-from support import UserError
+from datasets.base import Split, find, locate, read_array, read_lines, signed
+from support import UserError, refused
 
 FOLDERS = ("Flickr", "images", "Flickr/images", ".")
 
@@ -53,10 +53,12 @@ def official(root, part):
 
 
 def zeros_and_ones(path, count):
-    tokens = read_bytes(path).split()
-    if len(tokens) != count:
-        raise UserError(f"{path}: expected {count} values of 0 or 1, got {len(tokens)}")
-    return np.array(tokens) == b"1"
+    with refused(f"{path}: expected {count} values of 0 or 1"):
+        values = np.loadtxt(path, encoding="utf-8-sig").ravel()
+        odd = values[~np.isin(values, (0, 1))]
+        if len(values) != count or len(odd):
+            raise ValueError(f"got {len(values)} values, of them {odd[:3]} neither 0 nor 1")
+    return values == 1
 
 
 def arrays(root, part):

@@ -63,10 +63,14 @@ def mentioned(texts, phrases):
         yield set().union(*(phrases[phrase] for phrase in longest.findall(plain(text))))
 
 
+def file_of(cfg):
+    return Path(cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json"))
+
+
 def load(cfg, split):
     """COCO's captions_*.json -> data.Split for the categories of `split`; its `paths` are the
     captions of the first cfg.train_images images, those that name a category."""
-    file = cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json")
+    file = file_of(cfg)
     raw = read_json(file)
     with refused(f"{file} expected as COCO's captions_train2014.json"):
         wanted = {image["id"] for image in raw["images"][:cfg.train_images]}

@@ -26,6 +26,7 @@ import clip
 from config import parse as parse_config
 from datasets.base import read_json
 from eval import compare, metrics
+from paper import captions
 from paper.run_table import Runs
 from support import UserError
 from support.checkpoint import write_atomically
@@ -51,12 +52,14 @@ def rows_of(own, base):
     asked = STUDIES[own.study] if own.study else TABLES[own.table]
     known = asked["paper"]  # where the data set is not in it, another's numbers are shown
     data = next(name for name in (base.data, "coco", *known) if name in known)
-    captions = base.captions or base.data in ("scenes", "coco")
+    texts = base.captions or base.data in ("scenes", "coco")
     if base.score == "mixed" and base.data != "scenes" and not base.val:
-        captions = False  # their score cannot be scaled without a photo
-    rows = {row: runs for row, runs in asked["rows"].items()
-            if (captions or "TaI-DPT" not in row)
-            and (not own.rows or any(part in row for part in own.rows))}
+        texts = False  # their score cannot be scaled without a photo
+    every = asked["rows"]
+    rows = {row: runs for row, runs in every.items() if texts or "TaI-DPT" not in row}
+    if own.rows:  # a row's whole name, or a part of the names of several
+        rows = {row: runs for row, runs in rows.items() if row in own.rows
+                or any(part in row for part in own.rows if part not in every)}
     if not rows:
         raise UserError(f"no row of this table holds {' or '.join(own.rows)} (those of TaI-DPT "
                         "need --captions, except on coco and scenes, and --val for --score mixed)")
@@ -139,6 +142,9 @@ def mAP_table(own, base, file):
         base = dataclasses.replace(base, **next(iter(columns.values())))
     runs, seeds = Runs(base, own.out, own.jobs), range(base.seed, base.seed + own.seeds)
     _, val_split, test_split = runs.splits
+    if any("TaI-DPT" in row for row in rows) and not captions.file_of(base).is_file():
+        raise UserError(f"{captions.file_of(base)}, from which TaI-DPT learns, is missing: put it "
+                        "there, give --captions, or choose other --rows")
     split = "val" if own.study and val_split else "test"
     measured = measure(runs, rows, columns, seeds, split)
     write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
@@ -223,7 +229,7 @@ def parse(argv):
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="runs a row, from --seed on (default: 3)")
     add("--ratios", type=float, nargs="+", help="known shares (the paper's, or fewer on scenes)")
-    add("--rows", nargs="+", metavar="TEXT", help="only rows that hold such a text")
+    add("--rows", nargs="+", metavar="TEXT", help="only rows of such names, or parts of names")
     add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")
     add("--image", nargs="+", metavar="PATH", help="of --figure 4 (default: test images)")
     add("--out", default="runs/tables", help="folder (default: runs/tables)")

@@ -329,6 +329,15 @@ def test_nuswide(tmp_path):
     keep = path.read_text()
     path.write_text(keep[:-2])
     refused("Labels_concept05_Train.txt: expected 10 values of 0 or 1", "nuswide", tmp_path)
+    path.write_text(keep.replace("0", "2", 1))
+    refused("Labels_concept05_Train.txt: expected 10 values of 0 or 1", "nuswide", tmp_path)
+    path.write_text(keep)
+    path = path.with_name("Labels_concept00_Train.txt")
+    keep = path.read_text()
+    assert "1" in keep
+    want = fake.load("nuswide", tmp_path)[0]
+    path.write_text(keep.replace("\n", ".0\n"), encoding="utf-8-sig")  # as spreadsheets write it
+    assert (fake.load("nuswide", tmp_path)[0].truth == want.truth).all()
     path.write_text(keep)
     np.save(tmp_path / "formatted_train_labels.npy", np.zeros((3, 81)))
     refused("expected 10 images x 81", "nuswide", tmp_path, single_positive="largeloss")

@@ -156,6 +156,23 @@ def test_other_prompt_names_under_the_same_path_are_other_runs(world, tmp_path):
     assert len(folders) == 2
 
 
+def test_rows_are_chosen_by_name_or_by_a_part_of_names(world):
+    def rows(*words):
+        own = SimpleNamespace(table="1", study=None, rows=words, ratios=None)
+        return list(reproduce.rows_of(own, Config(data="coco"))[0])
+
+    assert rows("DualCoOp", "TRM-ML") == ["DualCoOp", "TRM-ML"]
+    assert rows("TaI") == ["TaI-DPT", "TaI-DPT+DualCoOp", "TaI-DPT+TRM-ML"]
+
+
+def test_missing_captions_are_told_before_anything_is_trained(world, tmp_path, capfd):
+    root = shutil.copytree(world / "scenes", tmp_path / "coco")
+    (root / "annotations" / "captions_train2014.json").unlink()
+    words = options(world, tmp_path / "out", data="coco", root=root, ratio=None)
+    one_line(reproduce.main, ["--table", 1, *words], capfd, "captions_train2014.json", "--rows")
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_a_mixed_score_leaves_out_rows_without_a_photo(world):
     own = SimpleNamespace(table="1", study=None, rows=None, ratios=None)
     base = Config(data="coco", score="mixed")
@@ -199,7 +216,7 @@ def test_a_diverged_row_is_told_and_the_others_go_on(call):
 
 
 def test_table_1_averages_scores_with_prompts_of_captions(call):
-    out, folder = call("--table", 1, "--ratios", 0.5, 0.9, "--rows", "DualCoOp", "TaI-DPT")
+    out, folder = call("--table", 1, "--ratios", 0.5, 0.9, "--rows", "DualCoOp", "TaI")
     found = measured(folder, "table-1")
     assert list(found) == ["DualCoOp", "TaI-DPT", "TaI-DPT+DualCoOp", "TaI-DPT+TRM-ML"]
     assert found["TaI-DPT"]["50 %"] == found["TaI-DPT"]["90 %"]  # captions know no ratio

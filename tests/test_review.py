@@ -4,11 +4,15 @@ import csv
 import io
 import json
 import time
+from pathlib import Path
 
 import pytest
 from browser import Browser, needs_browser
 from PIL import Image
 from small_world import command, one_line
+
+import data
+from config import Config
 
 from tools.review import main, write_page
 
@@ -112,6 +116,14 @@ def test_names_in_another_unicode_normal_form_are_merged(tmp_path, capfd):
     assert (tmp_path / "x.csv").read_text(encoding="utf-8") == "image,hünd\ngröße.jpg,1\n"
 
 
+def test_names_that_begin_with_a_quotation_mark_are_merged(tmp_path, capfd):
+    sheet = 'image,"""old"" dog"\n"""a"".jpg",\n'
+    (tmp_path / "x.csv").write_text(sheet)
+    file = answers(tmp_path, '"""a"".jpg","""old"" dog",1')
+    assert command(main, ["merge", tmp_path / "x.csv", file], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text() == sheet[:-1] + "1\n"
+
+
 def test_a_new_sheet_that_could_not_be_read_is_not_written(tmp_path, capfd):
     bad = lambda *words: one_line(main, ["new-sheet", tmp_path, "--categories", words[0]], capfd,
                                   *words[1:])
@@ -170,14 +182,17 @@ def test_a_merge_that_cannot_be_is_refused(tmp_path, capfd):
 
 def test_a_new_sheet_lists_the_images_and_is_not_written_twice(tmp_path, capfd):
     (tmp_path / "sub").mkdir()
-    for name in ("b.jpg", "-a.png", "sub/größe.webp"):
+    for name in (" c.png", "b.jpg", "-a.png", "sub/größe.webp"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     status, out, _ = command(main, ["new-sheet", tmp_path, "--categories", "dog, cat,Hünd"], capfd)
-    assert status == 0 and "3 images, 3 categories" in out[0] and "1 files are no images" in out[1]
+    assert status == 0 and "4 images, 3 categories" in out[0] and "1 files are no images" in out[1]
     raw = (tmp_path / "labels.csv").read_bytes()
-    rows = ("\ufeffimage,dog,cat,Hünd", "./-a.png,,,", "b.jpg,,,", "sub/größe.webp,,,", "")
+    rows = ("\ufeffimage,dog,cat,Hünd", "./ c.png,,,", "./-a.png,,,", "b.jpg,,,",
+            "sub/größe.webp,,,", "")
     assert raw.decode("utf-8") == "\n".join(rows)
+    found = data.complete(Config(data=str(tmp_path / "labels.csv")))["train"].paths
+    assert [Path(path).name for path in found] == [" c.png", "-a.png", "b.jpg", "größe.webp"]
     one_line(main, ["new-sheet", tmp_path, "--categories", "a"], capfd, "is there already")
 
 
@@ -244,6 +259,7 @@ def merged(tmp_path, capfd, sheet, *tasks, unlisted="absent"):
     ("/data/upload/12/0f3a9c21-e_1.jpg", "deep/e (1).jpg"),
     ("s3://bucket/photos/in/c.jpg", "in/c.jpg"),
     ("https://host/photos/c.jpg", "c.jpg"),
+    ("https://host/photos/c.jpg?signature=a/b.jpg", "c.jpg"),
     ("/data/local-files/?d=other/f.jpg", None),
     ("/data/upload/1/0f3a9c21-f.jpg", None),
 ])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_world import command, run, trained, world
+from small_world import command, one_line, run, trained, world
 
 import data
 import eval as evaluation
@@ -154,6 +154,28 @@ def test_an_empty_sheet_is_suggested_for_by_clip_alone(world, tmp_path, capfd):
     assert command(review.main, ["merge", sheet, tmp_path / "s.csv"], capfd)[0] == 0
     assert len(data.complete(Config(data=str(sheet)))["train"].labels.nonzero()[0]) == len(
         [row for row in rows if row["label"]])
+
+
+def test_without_a_run_a_sheet_is_read_as_its_options_say(world, tmp_path, capfd):
+    """What names --ignore, --minus-one and --activation as the remedy has to take them."""
+    photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
+    sheet = photos / "labels.csv"
+    rows = [f"{p.name},ann,{i % 3 - 1},," for i, p in enumerate(sorted(photos.iterdir()))]
+    sheet.write_text("\n".join(["image,who labels,sun,tree,car", *rows]))
+    weights = shutil.copy(world / "clip-quickgelu.safetensors", tmp_path / "x.safetensors")
+    words = ["--zero-shot", "--data", sheet, "--clip", weights, "--size", 64, "--suggest",
+             tmp_path / "s.csv"]
+    for option in (["--ignore", "who labels"], ["--minus-one", "absent"],
+                   ["--activation", "quickgelu"]):
+        one_line(evaluation.main, words, capfd, option[0])
+        words += option
+    assert command(evaluation.main, words, capfd)[0] == 0
+    assert {row["category"] for row in rows_of(tmp_path / "s.csv")} <= {"sun", "tree", "car"}
+    one_line(evaluation.main, ["run", "--minus-one", "absent"], capfd, "--minus-one belongs to")
+
+
+def test_the_list_is_a_csv(trained, tmp_path, capfd):
+    one_line(evaluation.main, [trained, "--suggest", tmp_path / "x.html"], capfd, "expects a .csv")
 
 
 @pytest.mark.parametrize("names",

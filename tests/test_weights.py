@@ -226,14 +226,15 @@ def test_hugging_face_configuration_is_obeyed(tmp_path):
     want = clip.build(state, fold=True, activation="gelu", text_heads=4, vision_heads=8)
     assert equal(model, features(want))
     assert (model.mean, model.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
-    names = {model.sha256, clip.load(tmp_path, activation="quickgelu").sha256}
+    refused(tmp_path, "computes with gelu", activation="quickgelu")
+    names = {model.sha256}
     (tmp_path / "preprocessor_config.json").unlink()
     names.add(clip.load(tmp_path).sha256)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": pixels}))
     assert clip.load(tmp_path).mean == (0.5, 0.4, 0.3)
     (tmp_path / "config.json").unlink()
     names.add(clip.load(tmp_path, activation="quickgelu").sha256)
-    assert len(names) == 4 and sha256(tmp_path / "model.safetensors") in names  # the file alone
+    assert len(names) == 3 and sha256(tmp_path / "model.safetensors") in names  # the file alone
 
 
 @pytest.mark.parametrize("change, says", [
@@ -333,6 +334,23 @@ def test_an_open_clip_configuration_that_this_clip_cannot_obey_is_refused(change
     refused(folder, says, str(folder))
     assert clip.load(oc_folder(tmp_path, small("vit"), vision_cfg=dict(attentional_pool=False,
                                                                        patch_dropout=0.5)))
+
+
+def test_an_attention_pool_of_open_clip_with_other_heads_is_refused(tmp_path):
+    folder = oc_folder(tmp_path, small("resnet"), "resnet", vision_cfg=dict(head_width=32))
+    refused(folder, "head_width 32, this CLIP has 64")
+
+
+def test_each_configuration_is_blamed_by_its_name(tmp_path):
+    hf_folder(tmp_path, pixels={})
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    refused(tmp_path, "preprocessor_config.json is no configuration")
+
+
+def test_an_activation_against_the_configuration_is_refused(tmp_path):
+    folder = oc_folder(tmp_path, small("vit"), quick_gelu=False)
+    refused(folder, "it computes with gelu: drop --activation quickgelu", activation="quickgelu")
+    assert clip.load(folder, activation="gelu").activation == "gelu"
 
 
 def test_a_configuration_that_is_none(tmp_path):

@@ -12,8 +12,9 @@ from paper import captions
 from support import UserError
 from support.checkpoint import read_checkpoint
 from tools.predictor import evaluation_loader
-from tools.zero_shot import FEW
 from trm import TRM, Prompts
+
+FEW = 5  # photos: the scale of fewer is noise, of one it is none (docs/readings.md)
 
 
 def load_data(cfg):

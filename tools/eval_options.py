@@ -1,7 +1,9 @@
 """The command line of eval.py. It needs no torch, so that --help is quick."""
-from config import PLACES
+from config import OF_SHEETS, PLACES, flag
 from support import UserError
 from support.cli import make_parser, words
+
+WITHOUT_RUN = ("size", "activation", *OF_SHEETS)  # what a run has settled
 
 
 def parse(argv, about):
@@ -16,8 +18,10 @@ def parse(argv, about):
     command("--categories", action="store_true", help="a line a category, labels that look wrong")
     add("--ensemble", nargs="+", metavar="RUN", help="average the probabilities with these runs")
     add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
-        "--clip and --size in the place of a run")
+        "--clip, --size and the like in the place of a run")
     add("--size", type=int, help="--zero-shot: side of the input in pixels")
+    for name in WITHOUT_RUN[1:]:
+        add(flag(name), help="--zero-shot: as train.py has it")
     add("--checkpoint", choices=("best", "last"), help="default: best, where there is a best.pt")
     add("--split", choices=("train", "val", "test"), help="default: test, or val without one")
     add("--top", type=int, default=5, help="--image: categories shown (default: 5)")
@@ -29,7 +33,7 @@ def parse(argv, about):
     add("--batch", type=int, default=32, help="--image: images at once (default: 32)")
     add("--workers", type=int, default=0, help="processes that decode (default: 0)")
     for name in sorted(PLACES):
-        add("--" + name.replace("_", "-"), help="where it lies now, if it moved since training")
+        add(flag(name), help="where it lies now, if it moved since training")
 
     args = parser.parse_args(words(argv))
     if args.ensemble and (args.image or args.suggest or args.compare):
@@ -41,8 +45,11 @@ def parse(argv, about):
     if min(args.top, args.batch) < 1 or min(args.workers, args.pictures or 0) < 0:
         raise UserError("--top and --batch count from 1, --workers and --pictures from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
-    if not cold and (args.zero_shot or args.size or not args.run):
-        raise UserError("expected a run, or --zero-shot with --data, --suggest and maybe --size")
-    args.places = {name: value for name in PLACES | {"size"}
-                   if (value := getattr(args, name)) is not None}
+    given = {name: value for name in (*PLACES, *WITHOUT_RUN)
+             if (value := getattr(args, name)) is not None}
+    if extra := not cold and [flag(name) for name in WITHOUT_RUN if name in given]:
+        raise UserError(f"{' '.join(extra)} belongs to --zero-shot, a run has its own: drop it")
+    if not cold and (args.zero_shot or not args.run):
+        raise UserError("expected a run, or --zero-shot with --data and --suggest")
+    args.places = given
     return args

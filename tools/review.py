@@ -66,7 +66,9 @@ def row_of(address, rows, uploads):
     """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path.
     /data/local-files/?d=photos/in/a.jpg, or any URL, ends in the image's name; an uploaded one is
     /data/upload/1/0f3a9c21-a.jpg. uploads: {name of an uploaded photo: [rows]}"""
-    path = normalize("NFC", urllib.parse.unquote(address.split("?d=")[-1]))
+    if "://" in address and "?d=" not in address:
+        address = address.split("?")[0]  # a signature
+    path = nfc(urllib.parse.unquote(address.split("?d=")[-1]))
     if upload := re.search(r"/data/upload/\d+/[0-9a-f]{8}-([^/]+)$", path):
         found = uploads.get(upload[1], [])
         if len(found) > 1:
@@ -128,8 +130,13 @@ def split_cells(text, delimiter):
     return rows[:-1]
 
 
+def nfc(name):
+    return normalize("NFC", name.strip())  # macOS writes an umlaut as two characters
+
+
 def plain(cell):
-    cell = normalize("NFC", cell.strip())  # macOS writes an umlaut as two characters
+    """What a cell holds that may stand in quotes."""
+    cell = nfc(cell)
     return cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell
 
 
@@ -156,7 +163,7 @@ def merge(sheet, answers, minus_one, unlisted):
     written |= {codes[word(w)]: w for w, _ in reversed(used.most_common()) if word(w) in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
-        row, c = image.get(plain(name)), column.get(plain(category))
+        row, c = image.get(nfc(name)), column.get(nfc(category))
         while row and c and len(row) <= c:  # cells that Excel left out at the end
             row.append(["", row[-1][1]])
             row[-2][1] = delimiter
@@ -202,7 +209,8 @@ def new_sheet(folder, categories):
                         "with = + - or @: give it another name")
     for path in images_in([folder]):
         name = Path(path).relative_to(folder).as_posix()
-        name = f"./{name}" if FORMULA.match(name) else name  # the same file, and no formula
+        if FORMULA.match(name) or name[0].isspace():  # a reader strips blanks
+            name = f"./{name}"  # the same file, and no formula
         try:
             Image.open(path).close()
             rows.append([name, *[""] * len(categories)])

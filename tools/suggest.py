@@ -13,6 +13,7 @@ import numpy as np
 import data
 from datasets import augment
 from datasets.csv_sheet import csv_text
+from support import UserError
 from support.checkpoint import write_atomically
 from tools.plots import fit
 from tools.predict import new
@@ -55,7 +56,9 @@ def jpeg(photo, side=256):
 def suggest(predictor, args):
     """Writes the list and its page. Rows kept out of a sheet for validation are included."""
     file = new(args.suggest, "--suggest")
-    page = new(file.with_name(file.name.removesuffix(".csv") + ".html"), "--suggest")
+    if file.suffix.lower() != ".csv":
+        raise UserError(f"--suggest expects a .csv to write, got {file}")
+    page = new(file.with_suffix(".html"), "--suggest")
     splits = predictor.splits()
     parts = [splits[name] for name in ("train", "val") if splits.get(name)]
     labels = np.concatenate([part.labels for part in parts])

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a drawing of a {}",
              "there is a {} in the scene")
-FEW = 5  # photos: the scale of fewer is noise, of one it is none
 SURE = 13.8  # a logit; beyond it (a probability of 1e-6) a run is not surer
 
 
