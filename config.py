@@ -158,7 +158,7 @@ def type_of(f):
 def checked(f, value):
     """The value of a field, an int as a float where one is asked for; UserError if it cannot be."""
     name, kind, rules = flag(f.name), type_of(f), f.metadata
-    if value is None and kind is not f.type:  # of a `... | None`
+    if value is None and f.default is None:
         return None
     if kind is float and type(value) is int:
         value = float(value)
@@ -218,7 +218,7 @@ def is_path(name, value):
     """Whether a setting names a file or folder; data, val and clip may hold something else."""
     if name in ("data", "val"):
         return value.lower().endswith((".csv", ".tsv"))
-    return name in PLACES and (name != "clip" or value not in CLIPS and os.path.exists(value))
+    return name in PLACES and (name != "clip" or (value not in CLIPS and os.path.exists(value)))
 
 
 def restored(settings, file, given):

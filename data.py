@@ -73,7 +73,9 @@ def hold_out_by_name(split, share, first):
     """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
     move leave the others where they are. Copies of one picture go where the first name goes.
     first: what `twins` gives for the split"""
-    name = dict(sorted(zip(first, split.listed), reverse=True))  # the first name stays
+    name = {}  # of each picture: the alphabetically first name of its copies
+    for i, listed in zip(first, split.listed):
+        name[i] = min(listed, name.get(i, listed))
     place = [int(hashlib.sha256(name[i].encode(errors="surrogateescape")).hexdigest()[:8], 16)
              for i in first]
     held = np.array(place) < share * 2**32
@@ -140,7 +142,9 @@ def splc_lists(cfg, parts):
         raise UserError(f"{lists[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
                         f"set, first {absent[0]}")
     train = parts["train"].subset([row[Path(name).name] for name in names])
-    for i, c in np.argwhere(observed & (train.labels != POSITIVE)):
+    denied = np.argwhere((observed == POSITIVE) & (train.labels != POSITIVE))
+    if len(denied):
+        i, c = denied[0]
         raise UserError(f"{lists[0]}:{i + 1}: {names[i]}'s annotation denies {train.names[c]!r}")
     return train, observed, parts["test"]
 
@@ -152,7 +156,8 @@ def load(cfg):
     all training images, before train_images cuts them. Where cfg.val is None a fifth is held out
     for sheets and "largeloss", scenes have their own split, the others none; val keeps all labels.
     """
-    if (cfg.single_positive is not None) + (cfg.mask is not None) + (cfg.ratio != 1) > 1:
+    given = [cfg.single_positive is not None, cfg.mask is not None, cfg.ratio != 1]
+    if given.count(True) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
         raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")

@@ -29,7 +29,6 @@ from config import Config, is_path, preset
 from support import UserError
 from support.cli import run_main
 from tools.categories import category_lines
-from tools.localise import localisation
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.report import warn_if_below
@@ -122,6 +121,28 @@ def best_thresholds(scores, truth, k):
     return thresholds
 
 
+def localisation(maps, grid, split_boxes, truth):
+    """How well maps (n, C, N) sit on the boxes of a split, over its present categories.
+
+    grid (h, w); split_boxes: n arrays (k, 5) of category, x0, y0, x1, y1 in 0..1, not all empty
+    pointing  (the pointing game) share of (image, category) whose highest cell is in a box, %
+    mass      share of the map's sum that lies in the boxes, %; a cell lies where its centre is
+    present, absent   mean peak of the map where the category is there, and where it is not
+    """
+    cy, cx = (np.indices(grid).reshape(2, -1) + 0.5) / np.array(grid)[:, None]  # (N,) each: centres
+    hits, mass = [], []
+    for of_image, boxes in zip(maps, split_boxes):
+        for c in np.unique(boxes[:, 0]).astype(int):
+            x0, y0, x1, y1 = boxes[boxes[:, 0] == c, 1:].T[..., None]  # (k, 1) each
+            inside = ((cx >= x0) & (cy >= y0) & (cx <= x1) & (cy <= y1)).any(0)  # (N,)
+            m = np.clip(of_image[c], 0, None)
+            hits.append(inside[of_image[c].argmax()])
+            mass.append(m[inside].sum() / max(m.sum(), 1e-12))
+    peak = maps.max(-1)  # (n, C)
+    return dict(pointing=100 * np.mean(hits), mass=100 * np.mean(mass),
+                present=peak[truth == 1].mean(), absent=peak[truth == -1].mean())
+
+
 # ---- in training
 
 def count_pseudo(pseudo, labels, truth):
@@ -143,29 +164,32 @@ def pseudo_numbers(count):
 
 @torch.no_grad()
 def evaluate(model, encoder, g_zero, train_split, loaders, score):
-    """Scores the splits of `loaders`, {name: loader} -> three dicts: {name: metrics of `score`, mAP
-    of every score}; the texts g_pos and g_neg (C, D); zero_shot_scale (3, C) or None, threshold
-    (C,), chosen on validation, for the mixed score also on training photos, and rests_on (C,), the
-    known positives behind each threshold."""
+    """Scores the splits of `loaders`, {name: loader} -> three dicts:
+
+    {name: metrics of `score`, and mAP of every score}
+    the texts g_pos and g_neg (C, D)
+    zero_shot_scale (3, C) or None; threshold (C,), chosen on validation, for the mixed score also
+    on training photos; rests_on (C,), the known positives behind each threshold
+    """
     g_pos, g_neg = model.prompts(encoder)
     positives = (train_split.labels == 1).sum(0)  # (C,)
     numbers, scale = {}, None
-    rated, labels = [np.zeros((0, len(g_pos)))], [np.zeros((0, len(g_pos)))]  # for the thresholds
+    rated = labels = np.zeros((0, len(g_pos)))  # for the thresholds
     for name, loader in loaders.items():
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         if scale is None and name != "test":
             scale = zero_shot_scale(scores, positives)
         scores = probabilities(scores, scale)
-        truth, chosen = loader.split.truth, scores.get(score, scores["region"])  # (n, C)
+        truth = loader.split.truth  # (n, C)
+        chosen = scores.get(score, scores["region"])  # (n, C)
         if name == "val" or (name == "train" and score == "mixed"):
-            rated.append(chosen)
-            labels.append(truth if name == "val" else loader.split.labels)
+            rated = np.concatenate([rated, chosen])
+            labels = np.concatenate([labels, truth if name == "val" else loader.split.labels])
         if name != "train":
             AP = ap_per_category(chosen, truth).tolist()
             numbers[name] = metrics(chosen, truth)
             numbers[name] |= {f"mAP_{kind}": metrics(p, truth)["mAP"] for kind, p in scores.items()}
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
-    rated, labels = np.concatenate(rated), np.concatenate(labels)
     threshold = best_thresholds(rated, labels, k=0.5 if score == "mixed" else 2)
     return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu()), dict(
         zero_shot_scale=scale, threshold=threshold.tolist(),
@@ -173,8 +197,8 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
 
 
 def note_best(state, numbers):
-    """Notes the best epoch so far, on validation, or on test if there is none -> whether to write
-    best.pt: never by test, whose choice is only told, as prior work tells it."""
+    """Notes the best epoch so far: by validation, or by test where there is no validation. Returns
+    whether best.pt is written: an epoch chosen on test is only told, as prior work does."""
     split = "val" if "val" in numbers else "test"
     C = len(state.memory.cursor)
     enough = max(1, ENOUGH * C) if split == "val" else 1
@@ -207,7 +231,8 @@ def compare(predictors, split):
                 tell(f"{predictor.run}, {name} score", scores)
         for name, of_split in maps.items():
             where = localisation(of_split, predictor.grid, split.boxes, split.truth)
-            print(f"{f'{predictor.run}, {name}':38s}         {where['pointing']:6.1f} %  "
+            label = f"{predictor.run}, {name}"
+            print(f"{label:38s}         {where['pointing']:6.1f} %  "
                   f"{where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")
 
 
@@ -228,7 +253,7 @@ def table(predictors, split, args):
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
     numbers |= {f"mAP_{name}": metrics(one, split.truth)["mAP"] for name, one in found[0].items()
-                if len(found) == 1 or name == "zero-shot"}
+                if len(found) == 1 or name == "zero-shot"}  # the same for all runs
     if args.json:
         return print(json.dumps(numbers))
     first = predictors[0]
@@ -264,7 +289,7 @@ def run(args):
     name = args.split or ("test" if splits["test"] else "val")
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
-    split = splits[name].measured() if name == "train" else splits[name]  # the others are
+    split = splits[name].measured() if name == "train" else splits[name]  # data.load did so
     if args.compare:
         return compare(predictors, split)
     table(predictors, split, args)

@@ -51,8 +51,8 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
     with torch.autocast(f.device.type, amp or torch.bfloat16, enabled=amp is not None):
         g_pos, g_neg = model.prompts(encoder)  # Sec. 3.1   (C, D)
         out = model(f, x, g_pos, g_neg)  # Eq. 1-5
-    # From here on: the whole batch, and all but f in float32.
-    out = Output(*(part if part is None else gather(part.float(), len(labels)) for part in out))
+    # From here on `out` holds the whole batch, in float32.
+    out = Output(*(None if part is None else gather(part.float(), len(labels)) for part in out))
 
     # Sec. 3.4: the prototypes of the batch enter the bank, in stage one too. In stage two the
     # similarities to the bank move the thresholds, then the unknown labels are estimated. In this
@@ -116,7 +116,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     bar = tqdm(loader.batches(state.epoch), f"epoch {state.epoch + 1}/{cfg.epochs}", steps,
                leave=False, disable=loader.rank > 0 or None)  # None: no bar without a terminal
     for i, (index, f, x) in enumerate(bar, 1):
-        if stop.asked:
+        if stop.asked:  # Python may lose the exception that a signal raised
             raise KeyboardInterrupt
         index = gather(index, min(cfg.batch, len(loader) - (i - 1) * cfg.batch))  # (B,)
         loss, terms, pseudo = training_step(model, memory, encoder, cfg, f, x, labels[index],

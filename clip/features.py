@@ -54,7 +54,7 @@ class FeatureLoader:
     batch: images over all processes;  workers: processes that decode
     views: 0 computes on the fly, V > 0 caches V augmented views;  amp: autocast's dtype or None
     rank of world: this process;  need_global: without it x may be None, its pool not computed
-    compiled: whether torch.compile prepares the encoder of f alone"""
+    compiled: whether encode_dense goes through torch.compile"""
 
     def __init__(self, images, clip, batch=128, workers=0, views=0, cache="generated/features",
                  device="cpu", amp=None, rank=0, world=1, need_global=True, compiled=False):

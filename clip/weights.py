@@ -100,8 +100,6 @@ def read(file):
             raise UserError("it is TorchScript, not one of OpenAI's, and loading it runs its code: "
                             "to trust it, torch.save(torch.jit.load(FILE).state_dict(), 'new.pt')")
         return torch.jit.load(file, map_location="cpu").state_dict()
-    if sum(part.file_size for part in parts) > file.stat().st_size:  # torch.save does not pack
-        raise ValueError("it would unpack to more than its size")
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -156,8 +154,11 @@ def configuration(folder, hugging_face, shape):
 def agree(given, strict, **expected):
     """Refuses a setting that is not as expected; if strict, also one that is not known here."""
     for key, value in given.items():
-        checked = key in expected or strict and value and key not in FREE
-        if checked and value not in (None, expected.get(key)):
+        if key in expected:
+            wrong = value not in (None, expected[key])
+        else:
+            wrong = strict and value and key not in FREE
+        if wrong:
             raise UserError(f"its configuration says {key} {json.dumps(value)[:80]}, this CLIP has "
                             f"{expected.get(key, 'no such setting')}: take other weights")
 
@@ -230,10 +231,8 @@ def build(state_dict, fold=False, activation="quickgelu", **heads):
     state = {name: t for name, t in state_dict.items()  # the encoders' weights alone
              if name not in skipped and not name.endswith("num_batches_tracked")}
     for name, t in state.items():
-        dense = (t.layout == torch.strided and t.is_floating_point()
-                 and 0 < t.numel() * t.element_size() <= t.untyped_storage().nbytes())
-        if not (dense and t.isfinite().all()):
-            raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected dense finite numbers")
+        if not (t.is_floating_point() and t.isfinite().all()):
+            raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected finite numbers")
     model = CLIP(**dimensions(state), activation=activation, **heads).eval()
     model.load_state_dict(state)
     return model.fold() if fold else model
@@ -267,7 +266,7 @@ def from_files(path, activation):
     named = re.search("quick_?gelu|openai", path.name, re.IGNORECASE)
     if activation and told not in (None, activation):
         raise UserError(f"it computes with {told}: drop --activation {activation}")
-    activation = activation or told or named and "quickgelu"
+    activation = activation or told or (named and "quickgelu")
     if not activation:
         raise UserError("it does not tell its activation: put its configuration beside it, or add "
                         "--activation quickgelu (OpenAI, open_clip's -quickgelu) or gelu (others)")

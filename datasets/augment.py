@@ -55,7 +55,7 @@ def turn_of(image):
 
 
 def upright(image):
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")
     if 0 in image.size:
         raise ValueError("it has no pixels")

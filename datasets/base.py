@@ -51,8 +51,8 @@ class Split:
         return self.subset(np.flatnonzero(~self.unused))
 
     def measured(self, source=None):
-        """The split as it is measured. Where `source`, its own labels or those of the split that it
-        was taken from, tells of nothing that is absent (ticks alone), the rest counts as absent."""
+        """The split as it is measured. If no label of `source` (default: this split) is NEGATIVE,
+        only what is present was told: then all the rest counts as absent."""
         if ((source or self).truth == NEGATIVE).any():
             return self
         return replace(self, truth=signed(self.truth == POSITIVE))
@@ -176,10 +176,11 @@ def twins(paths):
 def positive_list(path, classes, single=False):
     """A list 'name.jpg,idx idx' -> names, (N, classes) int8: the listed classes POSITIVE, the rest
     UNKNOWN. single: each line has exactly one idx (the lists of the SPLC setup)."""
-    names, listed = zip(*(line.rpartition(",")[::2] for line in read_lines(path)))
+    rows = [line.rpartition(",") for line in read_lines(path)]
+    names = [name for name, _, _ in rows]
     labels = np.full((len(names), classes), UNKNOWN, np.int8)
     wanted = "one idx" if single else "idx idx .."
-    for i, columns in enumerate(listed):
+    for i, (_, _, columns) in enumerate(rows):
         with refused(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}"):
             labels[i, int(columns) if single else [int(c) for c in columns.split()]] = POSITIVE
     return names, labels

@@ -60,7 +60,7 @@ def load(root, cfg):
     train = read(cfg.data, root, cfg)
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
-    if ticked and (train.labels == NEGATIVE).any():  # else a way to fill a sheet
+    if ticked and (train.labels == NEGATIVE).any():  # else it lists what is present
         note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all images have it")
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
@@ -93,10 +93,11 @@ def read_cells(path):
     """(header, [(line number, cells)]): empty rows and end columns go, short rows are filled."""
     mark, text, delimiter, _ = sheet_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    above = 1 if mark else 0  # Excel's line "sep=;"
     try:
-        rows = [(reader.line_num + bool(mark), [cell.strip() for cell in row]) for row in reader]
+        rows = [(reader.line_num + above, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num + bool(mark)}: not a CSV row ({error})") from None
+        raise UserError(f"{path}:{reader.line_num + above}: not a CSV row ({error})") from None
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
         raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
@@ -118,35 +119,35 @@ def read(path, root, cfg, names=()):
     ignored = {name.strip() for name in (cfg.ignore or "").split(",")} - {""}
     if (missing := ignored - set(header)) and not names:
         raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
-    problems, words = [], {}
+    problems, prompt_of = [], {}
     if body and body[0][1][0] == "#prompt":
-        words = dict(zip(header, body.pop(0)[1]))
+        prompt_of = dict(zip(header, body.pop(0)[1]))
     problems += [f"{path}:{line}: {len(row)} cells, but the header has {len(header)}"
                  for line, row in body if len(row) > len(header)]
 
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
     filled = {c: [word(row[c]) for _, row in body if row[c]] for c in columns}
     # a column of three or more filled cells without any label is no category
-    other = [c for c in columns if len(filled[c]) > 2 and not {*codes, "-1"} & {*filled[c]}]
-    listing = [header[c] for c in other if re.search("(?i)label|tags?$|categ|class", header[c])]
-    if listing and len(other) < len(columns):
-        raise UserError(f"{path}: the column {listing[0]!r} holds no labels, but may list them: "
-                        f"--ignore {listing[0]}, or the others (docs/data.md: lists, long)")
-    if len(other) == len(columns) == 1:
+    texts = [c for c in columns if len(filled[c]) > 2 and not {*codes, "-1"} & {*filled[c]}]
+    may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
+    if may_list and len(texts) < len(columns):
+        raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "
+                        f"--ignore {may_list[0]}, or the others (docs/data.md: lists, long)")
+    if len(texts) == len(columns) == 1:
         if cfg.unlisted is None:
-            raise UserError(f"{path}: its cells are lists ({filled[other[0]][0][:60]!r}): is what "
+            raise UserError(f"{path}: its cells are lists ({filled[texts[0]][0][:60]!r}): is what "
                             "they do not name absent or unknown? Say --unlisted absent or unknown")
-        cells, names = lists(path, body, other[0], names)
+        cells, names = lists(path, body, texts[0], names)
     else:
-        if other:
-            note(f"{path}: no categories, for no cell is a label: {[header[c] for c in other]}")
-        columns = [c for c in columns if c not in other]
+        if texts:
+            note(f"{path}: no categories, for no cell is a label: {[header[c] for c in texts]}")
+        columns = [c for c in columns if c not in texts]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
     labels = np.array(cells, np.int8).reshape(len(body), len(names))
     if cfg.unlisted == "absent" and not (labels == NEGATIVE).any():
         labels[labels == UNKNOWN] = NEGATIVE
-    prompts = [words.get(name) or name.replace("_", " ") for name in names]
+    prompts = [prompt_of.get(name) or name.replace("_", " ") for name in names]
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
                  for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
     if not (body and names):

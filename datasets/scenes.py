@@ -7,6 +7,7 @@ things that keep each other company, and unlabelled look-alikes (a tent is not a
 is to draw stands in scenes.ini. Every image has its own seed (seed, split, index): splits share no
 scene, workers change no byte. Labels, boxes and captions are about what is visible in the end.
 """
+import contextlib
 import glob
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -32,7 +34,7 @@ from support.cli import end_with_parent, make_parser, run_command, stop
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
 SPLITS = {"train": "train2014", "val": "tune2014", "test": "val2014"}  # the last as COCO
 VISIBLE = 0.4  # share of an object's pixels that must stay visible for it to be labelled
-MIN_AREA = 60  # and how many
+MIN_AREA = 60  # pixels that must stay visible at least
 RADIUS = (14, 46)  # half the extent of an object in pixels, whatever the size of the canvas
 OBJECTS = (1, 8)  # labelled objects of a scene, least and most
 CROWD = 0.9  # least distance of centres, in radii of the larger object: less is more occlusion
@@ -148,9 +150,11 @@ def captions(r, labelled, home):
             return f"{number} {KINDS[k].plural}"
         words = ["small" if radius < 20 else "big" if radius > 34 else "", colour]
         words = [w for w in words if w and r.random() < detail] + [NAMES[k]]
-        spots = ["at the top" if y < 0.35 else "at the bottom" if y > 0.65 else "",
-                 "on the left" if x < 0.35 else "on the right" if x > 0.65 else ""]
-        spots = ([s for s in spots if s] or ["in the middle"]) if r.random() < 0.7 * detail else []
+        row = "at the top" if y < 0.35 else "at the bottom" if y > 0.65 else ""
+        column = "on the left" if x < 0.35 else "on the right" if x > 0.65 else ""
+        spots = []
+        if r.random() < 0.7 * detail:
+            spots = [spot for spot in (row, column) if spot] or ["in the middle"]
         return " ".join(["an" if words[0][0] in "aeiou" else "a", *words, *spots])
 
     def tell(count, detail):
@@ -179,7 +183,7 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
     pool = ProcessPoolExecutor(min(workers or os.cpu_count(), 61), initializer=end_with_parent)
     try:
         drawn = pool.map(draw_one, range(count), chunksize=50)
-        for one in tqdm(drawn, f"drawing {split}", count, unit="image"):
+        for one in tqdm(drawn, f"drawing {split}", count, unit="image", disable=None):
             if stop.asked:  # in a fork, where Python loses the exception
                 raise KeyboardInterrupt
             yield one
@@ -198,20 +202,17 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
     root = Path(os.path.realpath(root))
     counts = dict(zip(SPLITS.values(), (train, val, test)))
     marker = json.dumps({"version": VERSION, "size": size, "seed": seed, **counts})
-    note = root / "scenes.json"
-    if note.is_file() and note.read_text(errors="replace") == marker:
+    marker_file = root / "scenes.json"
+    if marker_file.is_file() and marker_file.read_text(errors="replace") == marker:
         return
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds something else: "
                         "delete it or name another root")
     for left in root.parent.glob(f"{glob.escape(root.name)}.*.part"):
-        try:
-            os.kill(int(left.name.split(".")[-2]), 0)  # no signal: is there such a process?
-        except ProcessLookupError:  # it was killed while it drew
-            shutil.rmtree(left, ignore_errors=True)
-        except OSError:  # it is another user's
-            pass
-    part = root.with_name(f"{root.name}.{os.getpid()}.part")
+        with contextlib.suppress(OSError):  # another process may have renamed it just now
+            if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
+                shutil.rmtree(left)
+    part = root.with_name(f"{root.name}.{time.time_ns()}.part")
     try:
         (part / "annotations").mkdir(parents=True)
         for split, count in counts.items():
@@ -219,7 +220,7 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
             drawn = list(draw_all(split, count, size, OBJECTS, seed, workers, part / split))
             annotate(part / "annotations", split, drawn, size)
         (part / "scenes.json").write_text(marker)
-        if not note.exists():  # else another process was faster
+        if not marker_file.exists():  # else another process was faster
             part.rename(root)
     finally:
         shutil.rmtree(part, ignore_errors=True)

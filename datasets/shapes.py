@@ -35,12 +35,15 @@ def outline(shape, n):
     if shape == "line":  # width, then points: one quadrangle a stretch
         points, polygons = list(zip(n[1::2], n[2::2])), []
         for (u, v), (s, t) in zip(points, points[1:]):
-            du, dv = (n[0] / 2 / math.hypot(s - u, t - v) * d for d in (v - t, s - u))
+            half = n[0] / 2 / math.hypot(s - u, t - v)
+            du, dv = half * (v - t), half * (s - u)
             polygons.append([(u + du, v + dv), (s + du, t + dv), (s - du, t - dv),
                              (u - du, v - dv)])
         return polygons
     if shape == "oval":  # centre, radius or two radii, tilt
-        x, y, rx, ry, tilt = (*n, *(n[2], 0)[len(n) - 3:])
+        x, y, rx = n[:3]
+        ry = n[3] if len(n) > 3 else rx
+        tilt = n[4] if len(n) > 4 else 0
         c, s = math.cos(tilt), math.sin(tilt)
         return [[(x + rx * u * c - ry * v * s, y + rx * u * s + ry * v * c) for u, v in CIRCLE]]
     if shape == "dome":  # centre of the flat side, two radii

@@ -40,39 +40,40 @@ from trm import TRM, Prompts
 # Of each table: "rows" {row: [settings of runs whose scores are averaged]}, columns ("ratios" of
 # known labels, or "setups"), and the "paper" {data set: {row: mAPs of the "printed" columns}}
 TABLES = read_json(Path(__file__).with_name("tables.json"))
-# Where the paper is silent, alike. A study shows validation: settings are chosen on it.
+# Our own studies, in the same form. They report validation, because settings are chosen on it.
 STUDIES = {name: dict(rows=rows, ratios=[0.1], printed=[], paper={"coco": {}})
            for name, rows in read_json(Path(__file__).with_name("studies.json")).items()}
 AVERAGE = "Avg."
 
 
-def rows_of(own, base):
+def rows_of(args, base):
     """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}, and
     the data set that these are of."""
-    asked = STUDIES[own.study] if own.study else TABLES[own.table]
+    asked = STUDIES[args.study] if args.study else TABLES[args.table]
     known = asked["paper"]  # where the data set is not in it, another's numbers are shown
     data = next(name for name in (base.data, "coco", *known) if name in known)
-    texts = base.captions or base.data in ("scenes", "coco")
+    captions_work = base.captions or base.data in ("scenes", "coco")
     if base.score == "mixed" and base.data != "scenes" and not base.val:
-        texts = False  # their score cannot be scaled without a photo
-    every = asked["rows"]
-    rows = {row: runs for row, runs in every.items() if texts or "TaI-DPT" not in row}
-    if own.rows:  # a row's whole name, or a part of the names of several
-        rows = {row: runs for row, runs in rows.items() if row in own.rows
-                or any(part in row for part in own.rows if part not in every)}
+        captions_work = False  # the mixed score is scaled on photos, and there are none
+    rows = {row: runs for row, runs in asked["rows"].items()
+            if captions_work or "TaI-DPT" not in row}
+    if args.rows:  # whole names of rows, or words that several names hold
+        words_of_names = [text for text in args.rows if text not in asked["rows"]]
+        rows = {row: runs for row, runs in rows.items()
+                if row in args.rows or any(text in row for text in words_of_names)}
     if not rows:
-        raise UserError(f"no row of this table holds {' or '.join(own.rows)} (those of TaI-DPT "
+        raise UserError(f"no row of this table holds {' or '.join(args.rows)} (those of TaI-DPT "
                         "need --captions, except on coco and scenes, and --val for --score mixed)")
     paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
              if row in rows}
-    if own.table == "2":
+    if args.table == "2":
         setups = dict(asked["setups"])
         if data != base.data:
             del setups["SPLC setup"]  # which published lists define
         return rows, setups, paper, data
-    if own.table == "3" and base.single_positive:  # which the paper leaves out
+    if args.table == "3" and base.single_positive:  # which the paper leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}, data
-    ratios = own.ratios or asked.get(f"ratios of {base.data}", asked["ratios"])
+    ratios = args.ratios or asked.get(f"ratios of {base.data}", asked["ratios"])
     return rows, {f"{100 * ratio:.0f} %": dict(ratio=ratio) for ratio in ratios}, paper, data
 
 
@@ -115,7 +116,7 @@ def plot(measured, paper, titles, file):
         for row, cells in measured.items():
             points = {float(name[:-2]): list(cell.values()) for name, cell in cells.items()
                       if name != AVERAGE and cell}
-            error = [np.std(values, ddof=len(values) > 1) for values in points.values()]
+            error = [np.std(values, ddof=min(1, len(values) - 1)) for values in points.values()]
             left.errorbar(list(points), [np.mean(values) for values in points.values()], error,
                           marker=".", capsize=2, label=row, color=colours[row])
         for row, cells in paper.items():
@@ -135,25 +136,25 @@ def settings_of(runs, seeds, split):
 
 # ---- what is reproduced: own options, Config of all rows, file without its ending -> Markdown
 
-def mAP_table(own, base, file):
+def mAP_table(args, base, file):
     """A line a row, under it the paper's numbers where there are any."""
-    rows, columns, paper, data = rows_of(own, base)
-    if own.table == "2":  # whose setups have lists of their own
+    rows, columns, paper, data = rows_of(args, base)
+    if args.table == "2":  # whose setups have lists of their own
         base = dataclasses.replace(base, **next(iter(columns.values())))
-    runs, seeds = Runs(base, own.out, own.jobs), range(base.seed, base.seed + own.seeds)
+    runs, seeds = Runs(base, args.out, args.jobs), range(base.seed, base.seed + args.seeds)
     _, val_split, test_split = runs.splits
     if any("TaI-DPT" in row for row in rows) and not captions.file_of(base).is_file():
         raise UserError(f"{captions.file_of(base)}, from which TaI-DPT learns, is missing: put it "
                         "there, give --captions, or choose other --rows")
-    split = "val" if own.study and val_split else "test"
+    split = "val" if args.study and val_split else "test"
     measured = measure(runs, rows, columns, seeds, split)
     write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
-    if own.table == "1":
+    if args.table == "1":
         titles = f"measured here, {base.data}", f"the paper, {data}"
         plot(measured, paper, titles, file.with_suffix(".png"))
     names = list(next(iter(measured.values())))
     lines = []
-    if own.table in ("1", "3"):
+    if args.table in ("1", "3"):
         loader = evaluation_loader(base, test_split, runs.encoder, best_device())
         g = zero_shot_text(runs.encoder, test_split.prompts)
         for name, score in zero_shot(g, loader.batches(0, shuffle=False)).items():
@@ -166,7 +167,7 @@ def mAP_table(own, base, file):
                    if name != AVERAGE or set(known) <= {AVERAGE, *names}}
         if printed.keys() & set(names):
             lines.append([f"*the paper, {data}*", *(printed.get(name, "") for name in names)])
-    about = "" if own.study else TABLES[own.table]["about"] + "\n\n"
+    about = "" if args.study else TABLES[args.table]["about"] + "\n\n"
     return settings_of(runs, seeds, split) + about + markdown(names, lines)
 
 
@@ -196,12 +197,12 @@ def table_5(*_):
                               "folded", "paper"], rows)
 
 
-def figure_4(own, base, file):
+def figure_4(args, base, file):
     """DualCoOp's row above TRM-ML's for each image; prints how their maps sit on the boxes."""
-    runs, file = Runs(base, own.out, own.jobs), file.with_suffix(".png")
+    runs, file = Runs(base, args.out, args.jobs), file.with_suffix(".png")
     split = runs.splits[2]
-    images = images_in(own.image) if own.image else split.paths[:4]
-    ratio = dict(ratio=(own.ratios or [0.1])[0])
+    images = images_in(args.image) if args.image else split.paths[:4]
+    ratio = dict(ratio=(args.ratios or [0.1])[0])
     methods = {"DualCoOp": ratio | dict(matching="dualcoop"), "TRM-ML": ratio}
     runs.train([(settings, base.seed) for settings in methods.values()])
     predictors = {name: runs.predictor(runs.config(settings, base.seed).out)
@@ -233,11 +234,11 @@ def parse(argv):
     add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")
     add("--image", nargs="+", metavar="PATH", help="of --figure 4 (default: test images)")
     add("--out", default="runs/tables", help="folder (default: runs/tables)")
-    own, rest = parser.parse_known_args(argv)  # the rest is train.py's
-    if min(own.seeds, own.jobs) < 1:
-        raise UserError(f"--seeds and --jobs start at 1, got {own.seeds} and {own.jobs}")
-    if own.ratios and len({round(100 * ratio) for ratio in own.ratios}) < len(own.ratios):
-        raise UserError(f"--ratios must differ by 1 %, got {' '.join(map(str, own.ratios))}")
+    args, rest = parser.parse_known_args(argv)  # the rest is train.py's
+    if min(args.seeds, args.jobs) < 1:
+        raise UserError(f"--seeds and --jobs start at 1, got {args.seeds} and {args.jobs}")
+    if args.ratios and len({round(100 * ratio) for ratio in args.ratios}) < len(args.ratios):
+        raise UserError(f"--ratios must differ by 1 %, got {' '.join(map(str, args.ratios))}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
     if wrong := names & rows_differ:
@@ -245,19 +246,19 @@ def parse(argv):
     base, _ = parse_config(rest)
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
-    if own.table == "2" and base.data != "scenes" and "--clip" not in names:
+    if args.table == "2" and base.data != "scenes" and "--clip" not in names:
         base.clip = "RN50"  # "All models adopt ResNet50"
-    return own, base
+    return args, base
 
 
 def reproduce(argv):
-    own, base = parse(argv)
+    args, base = parse(argv)
     start = time.perf_counter()
-    kind = "table" if own.table else "figure" if own.figure else "study"
-    file = Path(own.out, f"{kind}-{getattr(own, kind)}-{Path(base.data).stem}")
+    kind = "table" if args.table else "figure" if args.figure else "study"
+    file = Path(args.out, f"{kind}-{getattr(args, kind)}-{Path(base.data).stem}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    work = figure_4 if own.figure else table_5 if own.table == "5" else mAP_table
-    text = f"`python -m paper.reproduce {shlex.join(argv)}`: {work(own, base, file)}"
+    work = figure_4 if args.figure else table_5 if args.table == "5" else mAP_table
+    text = f"`python -m paper.reproduce {shlex.join(argv)}`: {work(args, base, file)}"
     write_atomically(file.with_suffix(".md"), text + "\n")
     print(f"\n{text}\n\nwrote {file}.md, {time.perf_counter() - start:.0f} s")
 

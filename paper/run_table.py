@@ -52,7 +52,7 @@ class Runs:
         settings = dict(settings)
         if "carl_from" in settings:
             settings["carl_from"] = self.config(settings["carl_from"], seed).out
-        if settings.get("images") == "captions":  # five an image: as many steps in a fifth
+        if settings.get("images") == "captions":  # five an image: a fifth gives as many steps
             settings["epochs"] = max(1, self.base.epochs // 5)
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
         result = {name: value for name, value in dataclasses.asdict(cfg).items()

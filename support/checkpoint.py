@@ -93,7 +93,7 @@ class State:
             getattr(self, name).load_state_dict(saved[name])
         self.epoch, self.best = saved["epoch"], saved["best"]
         self.history = json.loads(saved["history"])
-        self.scaled = {name: saved[name] for name in SCALED}
+        self.scaled = {name: saved[name] for name in SCALED}  # `save` adds them for inference
 
 
 # ---- the folder
@@ -140,7 +140,7 @@ def changed(about, splits):
 def begin(run, cfg, clip_sha256, splits, resume=False):
     """Locks the folder, writes config.json; on resume CLIP and data must be the same -> lock."""
     run.mkdir(parents=True, exist_ok=True)
-    # a singleton: what a notebook has stopped keeps its frame, and this lock, but may go on there
+    # a singleton: a stopped notebook cell keeps this lock, and the next one must get it again
     lock = FileLock(run / ".lock", is_singleton=True)
     with refused(f"{run} cannot be locked: another process is writing it, or its disk knows no "
                  "locks; wait, or choose another --out"):

@@ -43,7 +43,7 @@ def words(argv):
     """The command line without its program. An empty word (--out "$OUT" without OUT) is refused."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     for before, word in zip(["the command", *argv], argv):
-        if word == "" or word.startswith("--") and word.endswith("="):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
             raise UserError(f"{word or before} expects a value, got an empty one")
     home = os.path.expanduser("~").replace("\\", "/")  # the shell leaves it in --out=~/runs
     return [re.sub("^(--[a-z-]+=)?~/", rf"\1{home}/", word) for word in argv]
@@ -51,7 +51,7 @@ def words(argv):
 
 def stop(*_):
     """Ctrl-C and SIGTERM. Python loses an exception raised in a fork: `asked` remembers it."""
-    if os.getpid() != stop.process:  # a worker that is stopped before it has begun
+    if os.getpid() != stop.process:  # a forked worker that has not set its own handler yet
         os._exit(1)
     stop.asked = True
     if hasattr(signal, "SIGCHLD"):  # torch would raise for each worker that the same signal ends
@@ -104,7 +104,7 @@ def run_main(work, stopped="stopped"):
         line = explain(stop.cause or error)
         if line is None:
             raise stop.cause or error
-        sys.unraisablehook = str  # prints nothing: a half-built loader complains when it goes
+        sys.unraisablehook = str  # prints nothing: half-built loaders raise in their destructors
     finally:
         threading.excepthook = hook
         stop.asked = False  # a notebook that was stopped trains again

@@ -38,7 +38,7 @@ def barrier():
 def gather(x, B):
     """Equal shares x (b, ...) of all ranks -> the batch's B rows in order. Gradients reach this
     rank's rows, times W: each rank has the loss of the whole batch, and the mean is taken."""
-    if x is None or not dist.is_initialized():
+    if not dist.is_initialized():
         return x
     W = dist.get_world_size()
     parts = [torch.empty_like(x) for _ in range(W)]

@@ -83,9 +83,10 @@ def test_validation_chooses_the_epoch_and_of_equal_ones_the_first():
 
 def test_the_mean_score_lies_between_the_two_that_it_is_of():
     one, three = torch.tensor([[1.0]]), torch.tensor([[3.0]])
-    scores = scores_of(Output(one, three), None, None, None)
-    assert scores == {"region": 1, "query": 3, "mean": 2}
-    assert scores_of(Output(one), None, None, None) == {"region": 1}  # a baseline
+    features = torch.ones(1, 2, 4), torch.ones(1, 4), torch.full((1, 4), 0.5)  # f, x, g: cosines 1
+    scores = scores_of(Output(one, three), *features)
+    assert scores == {"region": 1, "query": 3, "mean": 2, "zero-shot": 2}
+    assert scores_of(Output(one), *features) == {"region": 1, "zero-shot": 2}  # a baseline
 
 
 def test_the_map_of_the_method_is_the_mask_and_that_of_a_baseline_its_similarity():

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 
 from eval import (ap_per_category, average_precision, best_threshold, best_thresholds,
                   metrics)
-from tools.localise import localisation
+from eval import localisation
 
 
 def case(seed, n=60, C=7, ties=True, unknown=0.3):

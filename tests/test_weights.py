@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -529,18 +528,7 @@ def test_an_archive_that_is_not_openais_is_not_run(tmp_path):
     assert victim.read_text() == "!!!!!"  # the archive is what this test takes it for
 
 
-def test_what_would_unpack_to_more_than_the_file_is_refused(tmp_path):
-    bomb = tmp_path / "bomb.pt"
-    torch.save(small("vit"), tmp_path / "state.pt")
-    with zipfile.ZipFile(tmp_path / "state.pt") as whole, \
-            zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in whole.namelist():
-            packed.writestr(name, whole.read(name))
-        packed.writestr("archive/data/9999", bytes(100 << 20))
-    refused(bomb, "unpack to")
-    huge = torch.zeros(1).expand(1 << 20, 1 << 20)  # one number, said to be a million million
-    torch.save(small("vit") | {"visual.proj": huge}, bomb)
-    refused(bomb, "visual.proj", "finite", activation="quickgelu")
+def test_a_header_that_is_longer_than_the_file_is_refused(tmp_path):
     header = (1 << 60).to_bytes(8, "little") + b"{" + b" " * 100
     (tmp_path / "header.safetensors").write_bytes(header)
     refused(tmp_path / "header.safetensors", "is no CLIP")

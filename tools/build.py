@@ -55,16 +55,17 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
     they bring zero-shot to the scale of the run where validation has few, and help to choose the
     thresholds of the mixed score."""
     train_split, val_split, test_split = splits
-    few = None
+    sample = None
     scaled = val_split and len(val_split.paths) >= FEW
     if cfg.images == "photos" and (not scaled or cfg.score == "mixed"):
         n = len(train_split.paths)
-        few = train_split.subset(range(0, n, -(-n // 1000)))  # evenly spaced: a sheet may be sorted
+        # evenly spaced, for a sheet may be sorted
+        sample = train_split.subset(range(0, n, -(-n // 1000)))
         if cfg.assume_negative:
-            few.labels = np.where(few.labels == 0, -1, few.labels)
-    named = {"val": val_split, "train": few, "test": test_split}
+            sample.labels = np.where(sample.labels == 0, -1, sample.labels)
+    named = {"val": val_split, "train": sample, "test": test_split}
     if not scaled:
-        named = {"train": few} | named  # the first one gives the scale
+        named = {"train": sample} | named  # the first one gives the scale
     return {name: evaluation_loader(cfg, split, encoder, device, rank, world)
             for name, split in named.items() if split}
 

@@ -28,7 +28,8 @@ def check(cfg, decode=True):
             present, absent, unknown = ((column == code).sum()
                                         for code in (POSITIVE, NEGATIVE, UNKNOWN))
             print(f"{category[:31]:32}{present:9}{absent:9}{unknown:9}")
-            never += [] if present else [repr(category)]
+            if not present:
+                never.append(repr(category))
         if never and name == "train":
             yield (f"train: {len(never)} categories are in no image, first {', '.join(never[:5])}: "
                    "none to learn")

@@ -47,7 +47,8 @@ def parse(argv, about):
     cold = args.zero_shot and args.suggest and args.data and not args.run
     given = {name: value for name in (*PLACES, *WITHOUT_RUN)
              if (value := getattr(args, name)) is not None}
-    if extra := not cold and [flag(name) for name in WITHOUT_RUN if name in given]:
+    extra = [flag(name) for name in WITHOUT_RUN if name in given]
+    if extra and not cold:
         raise UserError(f"{' '.join(extra)} belongs to --zero-shot, a run has its own: drop it")
     if not cold and (args.zero_shot or not args.run):
         raise UserError("expected a run, or --zero-shot with --data and --suggest")

@@ -45,9 +45,10 @@ def region_tiles(predictor, path, p, maps, top, truth=None):
         present = p[c] >= predictor.threshold[c]
         verdict = f"present: {p[c]:.2f} >=" if present else f"absent: {p[c]:.2f} <"
         verdict += f" {predictor.threshold[c]:.2f}"
-        if truth is not None:
-            right = {1: "right", -1: "wrong", 0: "truth unknown"}
-            verdict += f", {right[truth[c] if present else -truth[c]]}"
+        if truth is not None and truth[c] == 0:
+            verdict += ", truth unknown"
+        elif truth is not None:
+            verdict += ", right" if (truth[c] == 1) == present else ", wrong"
         peak = maps[c].max()
         area = np.mean(maps[c] > peak / 2)
         flat = ", flat" if area > 0.8 or peak < 0.05 else ""

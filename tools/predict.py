@@ -72,8 +72,9 @@ def predict(predictor, paths, args):
                  known=OSError):
         if pictures:
             folder.mkdir(parents=True, exist_ok=True)
-    for file in pictures if args.out else ():
-        new(file, "--out")
+    if args.out:
+        for file in pictures:
+            new(file, "--out")
     if not args.json:
         tqdm.write("probabilities; * = present, by the category's threshold")
     unreadable, rows = [], []
@@ -88,10 +89,11 @@ def predict(predictor, paths, args):
         if args.json:
             tqdm.write(json.dumps(row | {"scores": top, "picture": picture}))
         else:
-            marks = (f"{name}{'*' * (name in row['present'])} {value:.2f}"
+            marks = (f"{name}{'*' if name in row['present'] else ''} {value:.2f}"
                      for name, value in top.items())
-            more = len(set(row["present"]) - set(top))
-            tqdm.write(f"{row['image']}: {'  '.join(marks)}{f'  +{more} present' * (more > 0)}")
+            others = len(set(row["present"]) - set(top))
+            more = f"  +{others} present" if others else ""
+            tqdm.write(f"{row['image']}: {'  '.join(marks)}{more}")
     if args.csv:
         write_atomically(Path(args.csv), csv_text(["image", *predictor.names], rows))
     if unreadable:

@@ -52,8 +52,9 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
             if name not in scores:
                 scores[name] = part.new_empty(n, part.shape[1])
             scores[name][rows] = gather(part, rows.stop - rows.start)
-        for name, part in maps(out, model).items() if maps else ():
-            kept[name].append(part.half().cpu())  # many: half the memory
+        if maps:
+            for name, part in maps(out, model).items():
+                kept[name].append(part.half().cpu())  # many: half the memory
     return ({name: whole.float().cpu() for name, whole in scores.items()},
             {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
 
@@ -139,11 +140,11 @@ class Predictor:
         for index, f, x in loader.batches(0, shuffle=False):
             p, out = self.score_batch(f, x)
             maps = region_map(out, self.cfg.matching).float().cpu().numpy()
-            for i, *of_image in zip(index.tolist(), p.float().cpu().numpy(), maps):
-                if i < 0:
+            for i, scores, regions in zip(index.tolist(), p.float().cpu().numpy(), maps):
+                if i < 0:  # data.Images could not decode it
                     unreadable.append(images[-1 - i])
                 else:
-                    yield i, *of_image
+                    yield i, scores, regions
 
     def splits(self):
         """{"train", "val", "test"}: data.Split or None, as the run was trained on."""

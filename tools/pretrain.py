@@ -31,7 +31,7 @@ from tools.zero_shot import zero_shot, zero_shot_text
 DIMENSIONS = dict(embed_dim=128, resolution=128, layers=(1, 1, 1, 1), vision_width=16, patch=None,
                   context_length=77, vocab_size=512 + 4000 + 2, text_width=128, text_layers=2)
 CAPTION_TEMPLATES = ("a photo of a {}.", "a picture of a {}", "a {}", "an image of a {}.",
-                     "a drawing of a {}.")  # as the captions begin
+                     "a drawing of a {}.")  # captions begin so, too
 
 
 def draw(split, count, size, objects, seed=0):
@@ -97,7 +97,7 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
         model.train()
         losses = []
         order = torch.randperm(canvases)[:canvases // batch * batch].split(batch)
-        for rows in (bar := tqdm(order, desc=f"epoch {epoch}/{epochs}")):
+        for rows in (bar := tqdm(order, desc=f"epoch {epoch}/{epochs}", disable=None)):
             own = [captions[row] for row in rows]  # five an image
             texts = [five[k] for five, k in zip(own, torch.randint(5, (batch, 1)))]
             same = torch.tensor([[text in five for text in texts] for five in own])  # (B, B)

@@ -167,9 +167,8 @@ def merge(sheet, answers, minus_one, unlisted):
         while row and c and len(row) <= c:  # cells that Excel left out at the end
             row.append(["", row[-1][1]])
             row[-2][1] = delimiter
-        cell = plain(row[c][0]) if row and c else "-"  # which is no label
-        said = codes.get(word(cell))
-        if said is None:
+        said = codes.get(word(plain(row[c][0]))) if row and c else None
+        if said is None:  # no such image or category, or the cell is no label
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
             row[c][0] = written[code]
@@ -177,6 +176,7 @@ def merge(sheet, answers, minus_one, unlisted):
         elif said == code:
             same += 1
         else:
+            cell = plain(row[c][0])
             conflicts.append(f"{name}, {category}: sheet {cell}, answer {written[code]}")
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{file}: none of its {len(answers)} answers has a cell in {sheet} "
@@ -230,7 +230,9 @@ def export(suggestions, tasks, folder):
     file = new(tasks, "TASKS")
     chosen, categories = collections.defaultdict(list), set()
     for image, category, code in read_answers(suggestions):
-        chosen[image] += [category] if code == POSITIVE else []
+        names = chosen[image]  # an image without a positive gets a task, too
+        if code == POSITIVE:
+            names.append(category)
         categories.add(category)
     tasks = []
     for image, names in chosen.items():

@@ -35,11 +35,11 @@ def zero_shot(g, batches):
 
 def scores_of(out, f, x, g):
     """trm.Output of a batch -> {score: (B, C)}: logits, of which the paper has "region" and a
-    baseline no other; with x also the "zero-shot" cosines."""
+    baseline no other, and the "zero-shot" cosines."""
     scores = {"region": out.logits_r}
     if out.logits_q is not None:
         scores |= {"query": out.logits_q, "mean": (out.logits_r + out.logits_q) / 2}
-    return scores if x is None else scores | {"zero-shot": zero_shot_score(f, x, g)}
+    return scores | {"zero-shot": zero_shot_score(f, x, g)}
 
 
 def probabilities(scores, scale):
