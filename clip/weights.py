@@ -231,7 +231,7 @@ def build(state_dict, fold=False, activation="quickgelu", **heads):
     state = {name: t for name, t in state_dict.items()  # the encoders' weights alone
              if name not in skipped and not name.endswith("num_batches_tracked")}
     for name, t in state.items():
-        if not (t.is_floating_point() and t.isfinite().all()):
+        if not (t.numel() and t.is_floating_point() and t.isfinite().all()):
             raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected finite numbers")
     model = CLIP(**dimensions(state), activation=activation, **heads).eval()
     model.load_state_dict(state)
