@@ -35,8 +35,8 @@ class Config:
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
     single_positive: str | None = option(None, "one positive an image", choices="largeloss|splc")
     assume_negative: float | None = option(
-        None, "weight of unknown labels as negatives; 0.3 where no label is known to be absent, as "
-        "with a single positive; else 0", 0, 1)
+        None, "weight of unknown labels as negatives; 0.3 where labels tell mostly what is "
+        "present, as a single positive or ticks do; else 0", 0, 1)
     mask: str | None = option(None, "file of the known cells, instead of drawing them")
     val: str | None = option(None, "validation CSV, or a share of the training rows such as 0.2")
     test: str | None = option(None, "test CSV of a sheet")
@@ -202,7 +202,9 @@ def parse(argv, about=""):
         how = dict(type=type_of(f), metavar=f.metadata["choices"] or None)
         if type_of(f) is bool:
             how = dict(action="store_true")
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        others = "".join(f"; {data}: {recipe[f.name]}" for data, recipe in PRESETS.items()
+                         if f.name in recipe)
+        text = f"{f.metadata['help']} (default: {f.default}{others})".replace("%", "%%")
         parser.add_argument(flag(f.name), help=text, **how)
     given = vars(parser.parse_args(words(argv)))
     run = given.pop("resume", None)

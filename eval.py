@@ -27,6 +27,7 @@ import torch
 
 from config import Config, is_path, preset
 from support import UserError
+from support.checkpoint import begun, changed
 from support.cli import run_main
 from tools.categories import category_lines
 from tools.predict import images_in, predict
@@ -258,10 +259,11 @@ def table(predictors, split, args):
         return print(json.dumps(numbers))
     first = predictors[0]
     score = first.cfg.score if first.cfg.score in found[0] else "region"  # a baseline's only one
+    of_run = split.name.endswith("/val") and not changed(begun(first.run), [split])
     who = f"{score} score, epoch {first.epoch}" if len(found) == 1 else f"mean of {len(found)} runs"
     print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
           f"{len(split.names) - numbers['left_out']} categories, {who}, CP to OF1 at the run's "
-          f"thresholds{', chosen on these labels' if split.name.endswith('/val') else ''}:")
+          f"thresholds{', chosen on these labels' if of_run else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))
     warn_if_below(split.name, numbers, first.cfg)
     if args.categories:
@@ -290,6 +292,10 @@ def run(args):
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
     split = splits[name].measured() if name == "train" else splits[name]  # data.load did so
+    for other in predictors[1:]:
+        if changed(begun(other.run), [split]):
+            print(f"note: {other.run} was trained with another {split.name}: it may have learned "
+                  "from these images", file=sys.stderr)
     if args.compare:
         return compare(predictors, split)
     table(predictors, split, args)

@@ -121,6 +121,7 @@ def train_one_epoch(state, encoder, loader, cfg):
         index = gather(index, min(cfg.batch, len(loader) - (i - 1) * cfg.batch))  # (B,)
         loss, terms, pseudo = training_step(model, memory, encoder, cfg, f, x, labels[index],
                                             stage_two, amp)
+        lr = state.scheduler.get_last_lr()[0]  # of this step
         norm = update(state, loss, cfg)
         if pseudo is not None:
             pseudo_count += count_pseudo(pseudo, labels[index], truth[index])
@@ -133,8 +134,8 @@ def train_one_epoch(state, encoder, loader, cfg):
             bar.set_postfix(loss=f"{float(sums['L']) / i:.3f}")
     seconds = time.perf_counter() - start
     means = {name: round(float(value) / steps, 6) for name, value in sums.items()}
-    return dict(epoch=state.epoch + 1, stage=2 if stage_two else 1,
-                lr=state.scheduler.get_last_lr()[0], **means, **pseudo_numbers(pseudo_count),
+    return dict(epoch=state.epoch + 1, stage=2 if stage_two else 1, lr=lr, **means,
+                **pseudo_numbers(pseudo_count),
                 images_per_second=round(len(loader) / seconds, 1), seconds=round(seconds, 2))
 
 

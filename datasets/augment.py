@@ -35,6 +35,7 @@ def read(source):
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):
+        source.load()  # which turns a TIFF
         return upright(source)
     if isinstance(source, bytes):
         source = io.BytesIO(source)

@@ -51,11 +51,11 @@ class Split:
         return self.subset(np.flatnonzero(~self.unused))
 
     def measured(self, source=None):
-        """The split as it is measured. If no label of `source` (default: this split) is NEGATIVE,
-        only what is present was told: then all the rest counts as absent."""
-        if ((source or self).truth == NEGATIVE).any():
+        """The split as it is measured. Where the labels of `source` (default: this split) tell
+        mostly what is present, what they do not tell counts as absent."""
+        if not tells_presence((source or self).truth):
             return self
-        return replace(self, truth=signed(self.truth == POSITIVE))
+        return replace(self, truth=np.where(self.truth == UNKNOWN, NEGATIVE, self.truth))
 
     @property
     def info(self):
@@ -68,6 +68,12 @@ class Split:
         return dict(images=len(files), positives=count[POSITIVE], negatives=count[NEGATIVE],
                     unknowns=count[UNKNOWN], sha256=hashlib.sha256(content).hexdigest(), **mask,
                     dropped={why: n for why, n in self.dropped.items() if n})
+
+
+def tells_presence(labels):
+    """Whether labels (N, C) tell mostly what is present, as ticks do: of what is absent they tell
+    half as much at most. Cells that are known at random hold more (docs/readings.md)."""
+    return 2 * (labels == NEGATIVE).sum() <= (labels == POSITIVE).sum()
 
 
 def signed(present):

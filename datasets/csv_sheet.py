@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, twins
+from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text, tells_presence,
+                           twins)
 from support import UserError
 
 WORDS = {POSITIVE: ("1", "true", "yes", "y", "present", "x"),
@@ -60,7 +61,7 @@ def load(root, cfg):
     train = read(cfg.data, root, cfg)
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
-    if ticked and (train.labels == NEGATIVE).any():  # else it lists what is present
+    if ticked and not tells_presence(train.labels):
         note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all images have it")
     parts = {"train": train}
     for part, path in (("val", cfg.val), ("test", cfg.test)):
@@ -114,7 +115,7 @@ def read(path, root, cfg, names=()):
     sheet's folder). names: of the training sheet, where this is another; lists need not use all.
     UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
-    codes = MEANING[cfg.minus_one]
+    codes, first = MEANING[cfg.minus_one], not names
     header, body = read_cells(path)
     ignored = {name.strip() for name in (cfg.ignore or "").split(",")} - {""}
     if (missing := ignored - set(header)) and not names:
@@ -126,7 +127,8 @@ def read(path, root, cfg, names=()):
                  for line, row in body if len(row) > len(header)]
 
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
-    filled = {c: [word(row[c]) for _, row in body if row[c]] for c in columns}
+    filled = {c: [word(row[c]) for _, row in body if CODES.get(word(row[c])) != UNKNOWN]
+              for c in columns}
     # a column of three or more filled cells without any label is no category
     texts = [c for c in columns if len(filled[c]) > 2 and not {*codes, "-1"} & {*filled[c]}]
     may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
@@ -145,7 +147,7 @@ def read(path, root, cfg, names=()):
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
     labels = np.array(cells, np.int8).reshape(len(body), len(names))
-    if cfg.unlisted == "absent" and not (labels == NEGATIVE).any():
+    if cfg.unlisted == "absent" and (first or not (labels == NEGATIVE).any()):
         labels[labels == UNKNOWN] = NEGATIVE
     prompts = [prompt_of.get(name) or name.replace("_", " ") for name in names]
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
@@ -196,7 +198,7 @@ def image_files(path, root, body, problems):
 def lists(path, body, column, names):
     """One column of lists, such as `dog|cat` -> cells (N rows of C codes), names, these among them.
     """
-    cells = [row[column] for _, row in body]
+    cells = ["" if CODES.get(word(row[column])) == UNKNOWN else row[column] for _, row in body]
     if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
         raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
     separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")

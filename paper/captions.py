@@ -64,6 +64,8 @@ def mentioned(texts, phrases):
 
 
 def file_of(cfg):
+    if not (cfg.captions or cfg.root or cfg.data == "scenes"):
+        raise UserError(f"--images captions needs --captions FILE: {cfg.data} brings none")
     return Path(cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json"))
 
 

@@ -153,6 +153,8 @@ def mAP_table(args, base, file):
         titles = f"measured here, {base.data}", f"the paper, {data}"
         plot(measured, paper, titles, file.with_suffix(".png"))
     names = list(next(iter(measured.values())))
+    every = [f"{100 * ratio:.0f} %" for ratio in TABLES[args.table or "1"].get("ratios", [])]
+    same_mean = {*every} <= {*names}  # else the paper's mean is of other columns
     lines = []
     if args.table in ("1", "3"):
         loader = evaluation_loader(base, test_split, runs.encoder, best_device())
@@ -163,10 +165,12 @@ def mAP_table(args, base, file):
     for row, cells in measured.items():
         lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
         known = paper.get(row, {})
-        printed = {name: str(mAP) for name, mAP in known.items()  # a mean only of the same columns
-                   if name != AVERAGE or set(known) <= {AVERAGE, *names}}
+        mean_alone = known.keys() == {AVERAGE}  # all that Tables 3 and 6 print
+        printed = {name: str(mAP) for name, mAP in known.items()
+                   if name != AVERAGE or same_mean or mean_alone}
+        of = "" if same_mean or not mean_alone else f", of {every[0][:-2]}-{every[-1]}"
         if printed.keys() & set(names):
-            lines.append([f"*the paper, {data}*", *(printed.get(name, "") for name in names)])
+            lines.append([f"*the paper, {data}{of}*", *(printed.get(name, "") for name in names)])
     about = "" if args.study else TABLES[args.table]["about"] + "\n\n"
     return settings_of(runs, seeds, split) + about + markdown(names, lines)
 
@@ -244,6 +248,12 @@ def parse(argv):
     if wrong := names & rows_differ:
         raise UserError(f"drop it: rows set {' '.join(wrong)}, and a stopped table just goes on")
     base, _ = parse_config(rest)
+    if base.single_positive and args.table != "3":
+        raise UserError("--single-positive is for --table 3; Table 2 has its setups: drop it")
+    useless = {"ratios": args.table in ("2", "5") or base.single_positive,
+               "rows": args.table == "5" or args.figure, "image": not args.figure}
+    if wrong := [f"--{name}" for name in useless if useless[name] and getattr(args, name)]:
+        raise UserError(f"{' '.join(wrong)} would change nothing here: drop it")
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
     if args.table == "2" and base.data != "scenes" and "--clip" not in names:

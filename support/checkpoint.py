@@ -62,8 +62,9 @@ def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt -> dict, its tensors on `device`. Runs no code from the file."""
     import torch
     if not file.is_file():
-        raise UserError(f"expected a run folder with {file.name}, found none in {file.parent} "
-                        "(with little validation there is no best.pt: use last)")
+        hint = " (with little validation there is none: use last)"
+        raise UserError(f"expected a run folder with {file.name}, found none in {file.parent}"
+                        f"{hint if file.name == 'best.pt' else ''}")
     content = file.read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise UserError(f"{file} is damaged, or no checkpoint: restore it, or train again")

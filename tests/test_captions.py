@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_world import command, one_line, options, run, world
+from small_world import command, one_line, options, run, sheet, world
 
 import eval as evaluation
 from paper import captions
@@ -312,6 +312,13 @@ def test_processes_get_features_of_the_same_shape(world):
     shapes = {f.shape[1] for r in (0, 1)
               for _, f, _ in feed(world, texts, batch=2, rank=r, world=2)[0].batches(0)}
     assert len(shapes) == 1
+
+
+def test_a_sheet_brings_no_captions(sheet, tmp_path, world, capfd):
+    """Those of the drawn scenes are not taken in their place."""
+    words = options(world, tmp_path / "out", data=sheet[1], root=None, images="captions",
+                    ratio=None, val=0.2)
+    one_line(train.main, words, capfd, "needs --captions FILE")
 
 
 def test_a_mixed_score_without_a_photo_is_refused_before_the_training(world, tmp_path, capfd):

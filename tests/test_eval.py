@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_world import command, one_line, run, trained, weights, world
+from small_world import command, one_line, run, sheet, trained, weights, world
 
 import clip
 from clip.features import FeatureLoader
@@ -377,6 +377,27 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
     )
 
 
+def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, world, capfd):
+    folder, file = sheet
+    other = folder.with_name("other")
+    run(world, other, data=file, root=None, ratio=None, epochs=1, val=0)
+    _, out, err = command(evaluation.main, [folder, "--compare", other], capfd)
+    assert err == [f"note: {other} was trained with another labels/val: it may have learned from "
+                   "these images"]
+    _, out, err = command(evaluation.main, [folder, "--split", "val"], capfd)
+    assert err == [] and "chosen on these labels" in out[0]
+    file.write_text(file.read_text().replace(",1,", ",0,"))
+    _, out, err = command(evaluation.main, [folder, "--split", "val"], capfd)
+    assert "other names, labels or images" in err[0] and "chosen on these labels" not in out[0]
+
+
+def test_the_processes_that_decode_can_be_chosen_for_a_run(trained, monkeypatch, capfd):
+    asked = []
+    monkeypatch.setattr(evaluation, "table", lambda predictors, *_: asked.append(predictors[0].cfg))
+    assert evaluation.main([str(trained), "--workers", "3"]) == 0
+    assert asked[0].workers == 3
+
+
 def test_a_run_on_another_clip_than_the_first_one_loads_its_own(trained):
     shared = SimpleNamespace(sha256="of other weights")
     own = Predictor(trained).clip.sha256
@@ -632,8 +653,9 @@ def test_what_is_left_out_of_a_folder_is_told_and_heic_names_its_package(trained
                                                                          capfd):
     for name in ("._grey.jpg", "Thumbs.db", "phone.heic"):
         (photos / name).write_bytes(b"?")
+    (photos / "linked").symlink_to(tmp_path)
     _, _, err = command(evaluation.main, [trained, "--image", photos, "--pictures", "0"], capfd)
-    assert err[0].startswith("left out, since hidden or no photos: 2 in ")
+    assert err[0].startswith("left out, since hidden, no photos or links to folders: 3 in ")
     if not find_spec("pillow_heif"):
         assert any("phone.heic (" in line and "pip install pillow-heif" in line for line in err)
 

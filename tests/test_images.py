@@ -130,6 +130,9 @@ def test_formats_with_a_documented_treatment(tmp_path):
     exif[274] = 6  # the camera was held upright
     turned = read(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
     assert turned.shape == (40, 20, 3)
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.tif", exif=exif)  # Pillow turns it itself
+    with Image.open(tmp_path / "x.tif") as opened:
+        assert augment.read(opened).size == augment.read(tmp_path / "x.tif").size == (20, 40)
     tiny = data.Split("x/train", [str(tmp_path / "x.jpg")], ["a"], np.zeros((1, 1), np.int8))
     Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
     assert data.Images(tiny, 32, "taidpt")[0][0].shape == (3, 32, 32)

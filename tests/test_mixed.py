@@ -267,6 +267,21 @@ def test_a_sheet_that_tells_only_what_is_present(world, tmp_path, sheet, capfd, 
     assert np.allclose(predictor.threshold, best_thresholds(p, labels, k=0.5), atol=1e-4)
 
 
+def test_a_few_zeros_make_no_half_filled_sheet_of_ticks(world, tmp_path, sheet, capfd):
+    """They turned the assumption off, and a run said yes to all: validation 97 mAP, test 53."""
+    file = only_ticks(sheet)
+    header, *rows = file.read_text().splitlines()
+    for zeros, said in ((1, True), (2, True), (len(rows), False)):
+        some = [row.split(",")[0] + ",0,0,0" for row in rows[:zeros]] + rows[zeros:]
+        some[-1] = some[-1].split(",")[0] + ",1,1,1"
+        file.write_text("\n".join([header, *some]))
+        out = tmp_path / f"run{zeros}"
+        run(world, out, data=file, root=None, ratio=None, epochs=1, val=0.25)
+        assert ("count as absent, with weight 0.3" in capfd.readouterr().out) == said
+        split = Predictor(out, "last").splits()["val"]
+        assert ((split.labels == 0) & (split.truth == -1)).any() == said
+
+
 def test_ticks_alone_are_measured_so_whatever_other_sheets_tell(sheet):
     _, file = sheet
     tested = file.with_name("test.csv")

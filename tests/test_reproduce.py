@@ -90,7 +90,7 @@ def test_table_3_is_the_ladder_and_is_not_trained_twice(call):
     ]
     assert list(found["TRM-ML"]) == ["51 %", "52 %", "Avg."]
     text = (folder / "table-3-scenes.md").read_text()
-    assert "| *the paper, coco* |  |  | 84.4 |" in text
+    assert "| *the paper, coco, of 10-90 %* |  |  | 84.4 |" in text
     assert all(line in out for line in text.splitlines())
     whole = next(
         run
@@ -311,9 +311,21 @@ def test_every_study_is_made_of_settings_that_exist():
             assert Config(**settings) and not others
 
 
+def test_the_papers_mean_says_which_columns_it_is_of(call):
+    for ratios, of in (((0.3, 0.5), ", of 10-50 %"), ((0.1, 0.2, 0.3, 0.4, 0.5), "")):
+        out, _ = call("--table", 6, "--rows", "text and visual", "--ratios", *ratios, epochs=1)
+        line = f"| *the paper, voc2007{of}* |{'  |' * len(ratios)} 94.76 |"
+        assert line in out
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["--table", 2, "--ratios", 0.1], ["--ratios would change nothing"]),
+        (["--table", 3, "--ratios", 0.1, "--single-positive", "largeloss"], ["--ratios"]),
+        (["--table", 5, "--rows", "TRM-ML"], ["--rows would change nothing"]),
+        (["--table", 3, "--image", "x.jpg"], ["--image would change nothing"]),
+        (["--table", 1, "--single-positive", "largeloss"], ["is for --table 3"]),
         ([], ["--table"]),
         (["--table", 1, "--figure", 4], ["not allowed with"]),
         (["--table", 7], ["choice", "7"]),

@@ -3,13 +3,14 @@ import base64
 import csv
 import io
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 from browser import Browser, needs_browser
 from PIL import Image
-from small_world import command, one_line
+from small_world import command, one_line, posix
 
 import data
 from config import Config
@@ -186,7 +187,7 @@ def test_a_new_sheet_lists_the_images_and_is_not_written_twice(tmp_path, capfd):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     status, out, _ = command(main, ["new-sheet", tmp_path, "--categories", "dog, cat,Hünd"], capfd)
-    assert status == 0 and "4 images, 3 categories" in out[0] and "1 files are no images" in out[1]
+    assert status == 0 and "4 images, 3 categories" in out[0] and "1 files were left out" in out[1]
     raw = (tmp_path / "labels.csv").read_bytes()
     rows = ("\ufeffimage,dog,cat,Hünd", "./ c.png,,,", "./-a.png,,,", "b.jpg,,,",
             "sub/größe.webp,,,", "")
@@ -194,6 +195,15 @@ def test_a_new_sheet_lists_the_images_and_is_not_written_twice(tmp_path, capfd):
     found = data.complete(Config(data=str(tmp_path / "labels.csv")))["train"].paths
     assert [Path(path).name for path in found] == [" c.png", "-a.png", "b.jpg", "größe.webp"]
     one_line(main, ["new-sheet", tmp_path, "--categories", "a"], capfd, "is there already")
+
+
+@posix
+def test_a_new_sheet_leaves_out_names_that_it_cannot_hold(tmp_path, capfd):
+    for name in (b"a.jpg", b"b\\c.jpg", b"d\xe9.jpg", b"e.jpg "):
+        Image.new("RGB", (8, 8)).save(open(os.path.join(os.fsencode(tmp_path), name), "wb"), "PNG")
+    status, out, _ = command(main, ["new-sheet", tmp_path, "--categories", "dog"], capfd)
+    assert status == 0 and "1 images" in out[0] and "3 files were left out" in out[1]
+    assert len(data.complete(Config(data=str(tmp_path / "labels.csv")))["train"].paths) == 1
 
 
 def test_label_studio_gets_tasks_and_its_answers_come_back(tmp_path, capfd):

@@ -200,6 +200,22 @@ def test_columns_of_a_second_sheet_come_in_the_order_of_the_first(folder):
     assert val.labels.tolist() == val.truth.tolist() == [[-1, 0, 1]]
 
 
+def test_what_is_not_listed_is_absent_also_where_a_zero_was_written(folder):
+    """A merge writes 0s into a sheet of ticks; a second sheet may be filled whole."""
+    fake.write(folder / "a.csv", HEAD + "0.jpg,1,\n1.jpg,0,1\n")
+    fake.write(folder / "b.csv", HEAD + "2.jpg,1,\n3.jpg,0,1\n")
+    train, val, _ = fake.load(folder / "a.csv", val=folder / "b.csv", unlisted="absent")
+    assert train.labels.tolist() == [[1, -1], [-1, 1]]
+    assert val.labels.tolist() == [[1, 0], [-1, 1]]
+
+
+def test_lists_with_words_for_nothing(folder, capsys):
+    sheet = sheet_of_lists(folder, ["dog|cat", "dog", "none", "cat"])
+    train = fake.load(sheet, val=0.0, unlisted="absent")[0]
+    assert train.names == ["cat", "dog"]
+    assert train.labels.tolist() == [[1, 1], [-1, 1], [-1, -1], [1, -1]]
+
+
 def test_a_second_sheet_of_lists_need_not_name_every_category(folder):
     for i in range(6):
         fake.photo(folder / f"t{i}.jpg", 20 + i)
@@ -285,7 +301,7 @@ def test_a_locale_that_cannot_write_a_file_name_is_one_line(tmp_path, capsys):
 
 def test_a_category_of_ticks_alone_among_others_is_told(folder, capsys):
     """Of all categories it is a way to fill a sheet; of one among others it is an oversight."""
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,1\n1.jpg,,0\n")
+    fake.write(folder / "s.csv", HEAD + "0.jpg,1,1\n1.jpg,,0\n2.jpg,,0\n")
     cfg = Config(data=str(folder / "s.csv"))
     assert not [*check.check(cfg)]
     assert "no 0 for ['dog']: " in capsys.readouterr().err

@@ -156,6 +156,42 @@ def test_an_empty_sheet_is_suggested_for_by_clip_alone(world, tmp_path, capfd):
         [row for row in rows if row["label"]])
 
 
+def test_photos_of_a_validation_sheet_are_not_suggested_for(world, trained, tmp_path):
+    """Their names may be the training sheet's: the answers would go into its cells."""
+    for part in ("train", "val"):
+        shutil.copytree(world / "scenes" / f"{part}2014", tmp_path / part)
+        rows = [f"{name}," for name in sorted(os.listdir(tmp_path / part))]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["image,sun", *rows]))
+    model = Predictor(trained)
+    model.cfg = Config(data=str(tmp_path / "train.csv"), root=str(tmp_path / "train"), size=64)
+    model.names, model.threshold = ["sun"], np.zeros(1)
+    splits = data.complete(model.cfg)
+    model.cfg.root = str(tmp_path / "val")
+    val = data.complete(Config(data=str(tmp_path / "val.csv"), root=model.cfg.root))["train"]
+    model.splits = lambda: {"train": splits["train"], "val": val}
+    model.probabilities = lambda split: np.full((len(split.paths), 1), 0.5)
+    model.cfg.val = str(tmp_path / "val.csv")
+    suggest(model, SimpleNamespace(suggest=tmp_path / "s.csv", pictures=0))
+    assert {row["image"] for row in rows_of(tmp_path / "s.csv")} == set(splits["train"].listed)
+
+
+def test_only_a_sheet_with_a_column_a_category_is_told_to_take_answers(trained, tmp_path, capfd):
+    _, out, _ = command(evaluation.main, [trained, "--suggest", tmp_path / "s.csv"], capfd)
+    assert "tools.review merge" not in out[-1]
+    photos = sorted((trained.parent / "scenes" / "val2014").iterdir())
+    for name, head, cell in (("lists", "tags", "sun"), ("columns", "sun", "1")):
+        rows = [f"{photo},{cell}" for photo in photos]
+        (tmp_path / "x.csv").write_text("\n".join([f"image,{head}", *rows]))
+        model = Predictor(trained)
+        model.cfg = Config(data=str(tmp_path / "x.csv"), root="/", size=64, unlisted="unknown")
+        model.names, model.threshold = ["sun"], np.zeros(1)
+        model.probabilities = lambda split: np.full((len(split.paths), 1), 0.5)
+        model.splits = lambda: {"train": data.complete(model.cfg)["train"]}
+        suggest(model, SimpleNamespace(suggest=tmp_path / f"{name}.csv", pictures=0))
+        last = capfd.readouterr().out.splitlines()[-1]
+        assert ("tools.review merge" in last) == (name == "columns")
+
+
 def test_without_a_run_a_sheet_is_read_as_its_options_say(world, tmp_path, capfd):
     """What names --ignore, --minus-one and --activation as the remedy has to take them."""
     photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")

@@ -61,6 +61,14 @@ def test_from_scratch_the_loss_falls_and_every_term_is_finite(world, tmp_path):
     )
 
 
+def test_the_rate_that_is_told_is_that_of_the_last_step(world, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(train, "update", lambda state, *rest, update=train.update: (
+        used.append(state.optimizer.param_groups[0]["lr"]), update(state, *rest))[1])
+    history = run(world, tmp_path / "run")
+    assert [line["lr"] for line in history] == used[2::3]  # three steps an epoch
+
+
 def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_epoch(
         world, whole, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")

@@ -8,6 +8,7 @@ import torch
 import data
 import kernels
 from clip.features import FeatureLoader, autocast_dtype
+from datasets.base import tells_presence
 from paper import captions
 from support import UserError
 from support.checkpoint import read_checkpoint
@@ -32,7 +33,7 @@ def settled(cfg, run, split, encoder):
     """The Config with what only data and weights tell, and what a run needs after it was moved or
     its weights were renamed."""
     found = dict(out=str(run.absolute()), activation=encoder.activation)
-    if cfg.assume_negative is None and not (split.labels == data.NEGATIVE).any():
+    if cfg.assume_negative is None and tells_presence(split.labels):
         found["assume_negative"] = 0.3
     return dataclasses.replace(cfg, **found)
 

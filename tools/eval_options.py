@@ -31,7 +31,7 @@ def parse(argv, about):
     add("--strict", action="store_true", help="--image: fail where a photo cannot be read")
     add("--json", action="store_true", help="print JSON")
     add("--batch", type=int, default=32, help="--image: images at once (default: 32)")
-    add("--workers", type=int, default=0, help="processes that decode (default: 0)")
+    add("--workers", type=int, help="processes that decode (default: the run's; --image: 0)")
     for name in sorted(PLACES):
         add(flag(name), help="where it lies now, if it moved since training")
 
@@ -42,10 +42,10 @@ def parse(argv, about):
         raise UserError("--categories and --compare print lines for people: drop --json")
     if not args.image and (args.csv or args.out or args.strict):
         raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
-    if min(args.top, args.batch) < 1 or min(args.workers, args.pictures or 0) < 0:
+    if min(args.top, args.batch) < 1 or min(args.workers or 0, args.pictures or 0) < 0:
         raise UserError("--top and --batch count from 1, --workers and --pictures from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
-    given = {name: value for name in (*PLACES, *WITHOUT_RUN)
+    given = {name: value for name in (*PLACES, *WITHOUT_RUN, "workers")
              if (value := getattr(args, name)) is not None}
     extra = [flag(name) for name in WITHOUT_RUN if name in given]
     if extra and not cold:

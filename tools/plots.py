@@ -99,7 +99,7 @@ def curves(history, file, weights, best):
             if points and weight:
                 left.plot(*zip(*points), ".-", label=name if weight == 1 else f"{weight:g} {name}")
         for split, style in (("val", ".:"), ("test", ".-")):
-            for k, score in enumerate(("region", "query", "mixed", "zero-shot")):
+            for k, score in enumerate(("region", "query", "mixed", "zero-shot", "mean")):
                 points = [(line["epoch"], line[split][f"mAP_{score}"]) for line in history
                           if f"mAP_{score}" in line.get(split, {})]
                 if score == "zero-shot":  # which training does not change

@@ -23,12 +23,12 @@ def images_in(paths):
     found = []
     for path in paths:
         if os.path.isdir(path):
-            below = {p for p in Path(path).rglob("*") if not p.is_dir()}
-            hidden = {p for p in below if any(part.lower().startswith(NO_PHOTOS)
-                                              for part in p.relative_to(path).parts)}
+            below = {p for p in Path(path).rglob("*") if p.is_symlink() or not p.is_dir()}
+            hidden = {p for p in below if p.is_dir() or any(part.lower().startswith(NO_PHOTOS)
+                                                            for part in p.relative_to(path).parts)}
             if hidden:
-                print(f"left out, since hidden or no photos: {len(hidden)} in {path}, first "
-                      f"{min(hidden)}", file=sys.stderr)
+                print(f"left out, since hidden, no photos or links to folders: {len(hidden)} in "
+                      f"{path}, first {min(hidden)}", file=sys.stderr)
             files = sorted(below - hidden)
         else:
             literal = path.replace("[", "[[]")  # photos[1]/*.jpg may mean a folder of that name
@@ -78,7 +78,7 @@ def predict(predictor, paths, args):
     if not args.json:
         tqdm.write("probabilities; * = present, by the category's threshold")
     unreadable, rows = [], []
-    scored = predictor.iterate(paths, args.batch, args.workers, unreadable)
+    scored = predictor.iterate(paths, args.batch, args.workers or 0, unreadable)
     for i, p, maps in tqdm(scored, total=len(paths), unit="image", leave=False, disable=None):
         row = predictor.row(paths[i], p)
         top = dict(list(row["scores"].items())[:args.top])

@@ -155,8 +155,8 @@ class Predictor:
                             f" ({differ or 'in another order'}): put the data back, or train anew")
         photos = parts if self.cfg.images == "photos" else parts[1:]  # it learned from captions
         for name in changed(begun(self.run), photos):
-            print(f"note: {name} is not what {self.run} was trained with: names, labels or images "
-                  "have changed", file=sys.stderr)
+            print(f"note: {name} is not what {self.run} was trained with: it has other names, "
+                  "labels or images", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))
 
     def loader(self, split):

@@ -212,9 +212,12 @@ def new_sheet(folder, categories):
         if FORMULA.match(name) or name[0].isspace():  # a reader strips blanks
             name = f"./{name}"  # the same file, and no formula
         try:
+            if "\\" in name or name != name.rstrip():
+                raise ValueError("a reader would take it for another name")
+            name.encode()  # raises where it is not UTF-8
             Image.open(path).close()
             rows.append([name, *[""] * len(categories)])
-        except Exception:  # whatever a decoder raises
+        except Exception:  # whatever a decoder raises, too
             skipped.append(path)
     if not (rows and categories):
         raise UserError(f"expected images in {folder} and names in --categories; got {len(rows)} "
@@ -222,7 +225,8 @@ def new_sheet(folder, categories):
     write_atomically(file, csv_text(["image", *categories], rows))
     print(f"{file}: {len(rows)} images, {len(categories)} categories, every cell empty")
     if skipped:
-        print(f"{len(skipped)} files are no images and were left out, first {skipped[0]}")
+        print(f"{len(skipped)} files were left out, first {skipped[0]}: they are no images, or a "
+              "sheet cannot hold their names: rename them")
 
 
 def export(suggestions, tasks, folder):

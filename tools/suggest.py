@@ -12,7 +12,7 @@ import numpy as np
 
 import data
 from datasets import augment
-from datasets.csv_sheet import csv_text
+from datasets.csv_sheet import csv_text, is_sheet, read_cells
 from support import UserError
 from support.checkpoint import write_atomically
 from tools.plots import fit
@@ -60,7 +60,9 @@ def suggest(predictor, args):
         raise UserError(f"--suggest expects a .csv to write, got {file}")
     page = new(file.with_suffix(".html"), "--suggest")
     splits = predictor.splits()
-    parts = [splits[name] for name in ("train", "val") if splits.get(name)]
+    parts = [splits["train"]]
+    if splits.get("val") and not is_sheet(predictor.cfg.val):  # a sheet of its own has own labels
+        parts.append(splits["val"])
     labels = np.concatenate([part.labels for part in parts])
     print(f"scoring {len(labels):,} images", flush=True)
     p = np.concatenate([predictor.probabilities(part) for part in parts])  # (n, C)
@@ -93,6 +95,10 @@ def suggest(predictor, args):
     write_page(page, Path(predictor.cfg.data).name, cells, photos, predictor.grid)
 
     counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
+    then, sheet, weight = "", predictor.cfg.data, predictor.cfg.assume_negative
+    if is_sheet(sheet) and set(predictor.names) <= set(read_cells(sheet)[0]):  # not one of lists
+        then = ", then python -m tools.review merge SHEET ANSWERS, and train again"
+        if weight:  # the answers may hold so many 0s that it is no default any more
+            then += f" with --assume-negative {weight}"
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
-          f"{len(shown)} of them to look at in {page}, then python -m tools.review merge SHEET "
-          "ANSWERS, and train again")
+          f"{len(shown)} of them to look at in {page}{then}")
