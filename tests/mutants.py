@@ -23,7 +23,8 @@ TESTS = {  # the tests that should notice, the quick ones first
     "clip/model.py": ["tests/test_clip.py"], "clip/tokenizer.py": ["tests/test_clip.py"],
     "config.py": [*METHOD, "tests/test_run_folder.py"],
     "support/checkpoint.py": ["tests/test_run_folder.py"],
-    "datasets/augment.py": ["tests/test_augment.py"],
+    "datasets/augment.py": ["tests/test_augment.py", "tests/test_images.py"],
+    "datasets/base.py": ["tests/test_mixed.py", "tests/test_data.py"],
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
     "paper/captions.py": ["tests/test_captions.py"],
     "tools/build.py": ["tests/test_mixed.py", "tests/test_train.py"],
@@ -287,6 +288,20 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("eval.py", 'k=0.5 if score == "mixed" else 2', "k=2"),
     ("eval.py", 'name == "val" or (name == "train" and score == "mixed")', 'name == "val"'),
     ("config.py", "option(5e-4,", "option(1e-3,"),
+    ("datasets/base.py", "2 * (labels == NEGATIVE)", "(labels == NEGATIVE)"),
+    ("datasets/base.py", "truth=np.where(self.truth == UNKNOWN, NEGATIVE, self.truth)",
+     "truth=self.truth"),
+    ("datasets/csv_sheet.py", "(first or not (labels == NEGATIVE).any())", "first"),
+    ("datasets/csv_sheet.py", "(first or not (labels == NEGATIVE).any())",
+     "not (labels == NEGATIVE).any()"),
+    ("tools/suggest.py", "and not is_sheet(predictor.cfg.val)", ""),
+    ("eval.py", "for other in predictors[1:]", "for other in predictors[:0]"),
+    ("eval.py", 'and not changed(begun(first.run), [split])', ""),
+    ("datasets/augment.py", "        source.load()  # which turns a TIFF\n", ""),
+    ("train.py", "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"
+     "        norm = update(state, loss, cfg)\n",
+     "        norm = update(state, loss, cfg)\n"
+     "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"),
 )
 
 

@@ -3,10 +3,10 @@ who ticks what is there and writes few 0s, and sheets that were filled at random
 
     python tests/study_ticks.py --seeds 0 1 2
 
-150 drawn photos; mAP on 500 scenes that are never shown, in %. "ticks" knows 70 % of what is
+150 drawn photos; mAP on 500 validation scenes, in %. "ticks" knows 70 % of what is
 present, and as many absent cells as the number behind it says, as a share of the ticks; "random"
-knows 30 % of all cells; "common" too, of four categories that are each six of the drawn ones:
-more than half of the cells are present. JSON lines: assumed, positives, negatives, mAPs.
+knows 30 % of all cells; "common" too, of four categories that are each six of the drawn ones,
+present in about half of the photos. JSON lines: assumed, positives, negatives, mAPs.
 """
 import argparse
 import json
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=40)
     args = parser.parse_args()
     for seed in args.seeds:
-        photos, _, unseen = data.load(Config(data="scenes", seed=seed))
+        photos, unseen, _ = data.load(Config(data="scenes", seed=seed))
         photos = photos.subset(np.arange(150 * seed, 150 * (seed + 1)))
         unseen = unseen.subset(np.arange(500))
         with tempfile.TemporaryDirectory() as folder:

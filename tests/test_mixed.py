@@ -16,6 +16,7 @@ import eval as evaluation
 import oracles
 import train
 from config import Config
+from datasets.base import tells_presence
 from eval import best_thresholds, metrics
 from paper.run_table import history
 from support import UserError
@@ -265,6 +266,13 @@ def test_a_sheet_that_tells_only_what_is_present(world, tmp_path, sheet, capfd, 
     labels = np.concatenate([val_split.labels, train_split.labels])
     labels = np.where(labels == 1, 1, -1)
     assert np.allclose(predictor.threshold, best_thresholds(p, labels, k=0.5), atol=1e-4)
+
+
+@pytest.mark.parametrize("absent, mostly", ((0, True), (2, True), (3, False)))
+def test_labels_tell_presence_up_to_half_as_many_absent_as_present(absent, mostly):
+    labels = np.array([[1, 1, 1, 1], [0, 0, 0, 0]], np.int8)
+    labels[1, :absent] = -1
+    assert tells_presence(labels) == mostly
 
 
 def test_a_few_zeros_make_no_half_filled_sheet_of_ticks(world, tmp_path, sheet, capfd):
