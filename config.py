@@ -35,15 +35,15 @@ class Config:
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
     single_positive: str | None = option(None, "one positive an image", choices="largeloss|splc")
     assume_negative: float | None = option(
-        None, "weight of unknown labels as negatives; 0.3 where labels tell mostly what is "
-        "present, as a single positive or ticks do; else 0", 0, 1)
+        None, "weight of unknown labels as negatives; by default 0.3 where at most half as many "
+        "labels are absent as present (a single positive, ticks), else 0", 0, 1)
     mask: str | None = option(None, "file of the known cells, instead of drawing them")
     val: str | None = option(None, "validation CSV, or a share of the training rows such as 0.2")
     test: str | None = option(None, "test CSV of a sheet")
     ignore: str | None = option(None, "columns of a sheet that are no category: a,b")
     minus_one: str | None = option(None, "what -1 means in a sheet (absent: 0 is unknown)",
                                    choices="absent|unknown")
-    unlisted: str | None = option(None, "the rest of a sheet that tells only what is present",
+    unlisted: str | None = option(None, "what a sheet's empty cells mean, or what its lists lack",
                                   choices="absent|unknown")
     names: str | None = option(None, "file of prompt names, one category a line")
     prompt_names: str = option("peers", "category words in the prompts: the peers', or the data "
@@ -89,7 +89,7 @@ class Config:
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
     # ---- optimisation
     epochs: int = option(40, "epochs", 1)
-    batch: int = option(128, "images a step, over all GPUs", 1)
+    batch: int = option(128, "images a step, over all GPUs; a sheet: a row in eight, 16 to 128", 1)
     lr: float = option(5e-4, "peak of OneCycleLR", above=0)
     weight_decay: float = option(0.01, "of AdamW")
     clip_grad: float = option(1.0, "largest norm of the gradient", above=0)

@@ -254,7 +254,7 @@ def table(predictors, split, args):
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
     numbers |= {f"mAP_{name}": metrics(one, split.truth)["mAP"] for name, one in found[0].items()
-                if len(found) == 1 or name == "zero-shot"}  # the same for all runs
+                if len(found) == 1 or name == "zero-shot"}  # the first run's
     if args.json:
         return print(json.dumps(numbers))
     first = predictors[0]
@@ -291,11 +291,13 @@ def run(args):
     name = args.split or ("test" if splits["test"] else "val")
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
-    split = splits[name].measured() if name == "train" else splits[name]  # data.load did so
+    split = splits[name]
     for other in predictors[1:]:
-        if changed(begun(other.run), [split]):
-            print(f"note: {other.run} was trained with another {split.name}: it may have learned "
-                  "from these images", file=sys.stderr)
+        if name != "train" and changed(begun(other.run), [split]):
+            print(f"note: {split.name} is not what {other.run} was trained with: it may have "
+                  "learned from these images", file=sys.stderr)
+    if name == "train":
+        split = split.measured()  # data.load has done it for val and test
     if args.compare:
         return compare(predictors, split)
     table(predictors, split, args)

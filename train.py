@@ -155,7 +155,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     splits = splits or load_data(cfg)
     train_split = splits[0]
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)
-    cfg = settled(cfg, run, train_split, encoder)
+    cfg = settled(cfg, run, train_split, encoder, resume)
     g_zero = zero_shot_text(encoder, train_split.prompts)  # (C, D) what CLIP knows without training
 
     torch.manual_seed(cfg.seed)

@@ -52,7 +52,7 @@ class Split:
 
     def measured(self, source=None):
         """The split as it is measured. Where the labels of `source` (default: this split) tell
-        mostly what is present, what they do not tell counts as absent."""
+        mostly what is present, its unknown cells count as absent."""
         if not tells_presence((source or self).truth):
             return self
         return replace(self, truth=np.where(self.truth == UNKNOWN, NEGATIVE, self.truth))
@@ -71,9 +71,10 @@ class Split:
 
 
 def tells_presence(labels):
-    """Whether labels (N, C) tell mostly what is present, as ticks do: of what is absent they tell
-    half as much at most. Cells that are known at random hold more (docs/readings.md)."""
-    return 2 * (labels == NEGATIVE).sum() <= (labels == POSITIVE).sum()
+    """Whether labels (N, C) tell mostly what is present, as ticks do, and leave the rest unknown:
+    at most half as many are absent as present (docs/readings.md)."""
+    few_absent = 2 * (labels == NEGATIVE).sum() <= (labels == POSITIVE).sum()
+    return few_absent and (labels == UNKNOWN).any()
 
 
 def signed(present):
@@ -182,11 +183,10 @@ def twins(paths):
 def positive_list(path, classes, single=False):
     """A list 'name.jpg,idx idx' -> names, (N, classes) int8: the listed classes POSITIVE, the rest
     UNKNOWN. single: each line has exactly one idx (the lists of the SPLC setup)."""
-    rows = [line.rpartition(",") for line in read_lines(path)]
-    names = [name for name, _, _ in rows]
+    names, _, listed = zip(*(line.rpartition(",") for line in read_lines(path)))
     labels = np.full((len(names), classes), UNKNOWN, np.int8)
     wanted = "one idx" if single else "idx idx .."
-    for i, (_, _, columns) in enumerate(rows):
+    for i, columns in enumerate(listed):
         with refused(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}"):
             labels[i, int(columns) if single else [int(c) for c in columns.split()]] = POSITIVE
     return names, labels

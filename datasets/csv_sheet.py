@@ -5,9 +5,9 @@
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
 Other forms: the WORDS below; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no
-category (--ignore, or found); one column of lists such as `dog|cat`. Where only what is present is
-told, --unlisted says what the rest is. What could mean two things is refused with the option that
-settles it; `python data.py SHEET.csv` prints every problem.
+category (--ignore, or found); one column of lists such as `dog|cat`. --unlisted says what is meant
+by an empty cell, or by a category that a list lacks. What could mean two things is refused with the
+option that settles it; `python data.py SHEET.csv` prints every problem.
 """
 import csv
 import io
@@ -118,7 +118,7 @@ def read(path, root, cfg, names=()):
     codes, first = MEANING[cfg.minus_one], not names
     header, body = read_cells(path)
     ignored = {name.strip() for name in (cfg.ignore or "").split(",")} - {""}
-    if (missing := ignored - set(header)) and not names:
+    if (missing := ignored - set(header)) and first:
         raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
     problems, prompt_of = [], {}
     if body and body[0][1][0] == "#prompt":
@@ -142,7 +142,8 @@ def read(path, root, cfg, names=()):
         cells, names = lists(path, body, texts[0], names)
     else:
         if texts:
-            note(f"{path}: no categories, for no cell is a label: {[header[c] for c in texts]}")
+            note(f"{path}: no categories, since none of their cells is a label: "
+                 f"{[header[c] for c in texts]}")
         columns = [c for c in columns if c not in texts]
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)

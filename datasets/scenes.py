@@ -7,8 +7,6 @@ things that keep each other company, and unlabelled look-alikes (a tent is not a
 is to draw stands in scenes.ini. Every image has its own seed (seed, split, index): splits share no
 scene, workers change no byte. Labels, boxes and captions are about what is visible in the end.
 """
-import contextlib
-import glob
 import json
 import math
 import multiprocessing
@@ -16,13 +14,13 @@ import os
 import random
 import shutil
 import sys
-import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -198,7 +196,8 @@ def draw_all(split, count, size, objects=OBJECTS, seed=0, workers=None, folder=N
 def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None):
     """Draws train2014 (`train` images), tune2014 (`val`), val2014 (`test`); size: 64 to 512 pixels.
     A root that holds these very scenes is left as it is, one that holds anything else is refused.
-    All is written beside it, links followed, and renamed at the end: it is complete or absent."""
+    All is written beside it, links followed, and renamed at the end: it is complete or absent. A
+    hidden lock stays there: of two processes one draws, the other waits."""
     root = Path(os.path.realpath(root))
     counts = dict(zip(SPLITS.values(), (train, val, test)))
     marker = json.dumps({"version": VERSION, "size": size, "seed": seed, **counts})
@@ -208,22 +207,22 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
     if os.path.lexists(root) and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} should hold scenes drawn with {marker}, but holds something else: "
                         "delete it or name another root")
-    for left in root.parent.glob(f"{glob.escape(root.name)}.*.part"):
-        with contextlib.suppress(OSError):  # another process may have renamed it just now
-            if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
-                shutil.rmtree(left)
-    part = root.with_name(f"{root.name}.{time.time_ns()}.part")
-    try:
-        (part / "annotations").mkdir(parents=True)
-        for split, count in counts.items():
-            (part / split).mkdir()
-            drawn = list(draw_all(split, count, size, OBJECTS, seed, workers, part / split))
-            annotate(part / "annotations", split, drawn, size)
-        (part / "scenes.json").write_text(marker)
-        if not marker_file.exists():  # else another process was faster
+    part = root.with_name(f"{root.name}.part")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if marker_file.is_file():  # another process has drawn them meanwhile
+            return
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        try:
+            (part / "annotations").mkdir(parents=True)
+            for split, count in counts.items():
+                (part / split).mkdir()
+                drawn = list(draw_all(split, count, size, OBJECTS, seed, workers, part / split))
+                annotate(part / "annotations", split, drawn, size)
+            (part / "scenes.json").write_text(marker)
             part.rename(root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def annotate(folder, split, drawn, size):

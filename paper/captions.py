@@ -65,7 +65,8 @@ def mentioned(texts, phrases):
 
 def file_of(cfg):
     if not (cfg.captions or cfg.root or cfg.data == "scenes"):
-        raise UserError(f"--images captions needs --captions FILE: {cfg.data} brings none")
+        raise UserError("--images captions needs --captions FILE, or --root with "
+                        "annotations/captions_train2014.json")
     return Path(cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json"))
 
 

@@ -57,7 +57,7 @@ def rows_of(args, base):
         captions_work = False  # the mixed score is scaled on photos, and there are none
     rows = {row: runs for row, runs in asked["rows"].items()
             if captions_work or "TaI-DPT" not in row}
-    if args.rows:  # whole names of rows, or words that several names hold
+    if args.rows:  # a text that is no row's name chooses all rows that hold it
         words_of_names = [text for text in args.rows if text not in asked["rows"]]
         rows = {row: runs for row, runs in rows.items()
                 if row in args.rows or any(text in row for text in words_of_names)}
@@ -153,8 +153,8 @@ def mAP_table(args, base, file):
         titles = f"measured here, {base.data}", f"the paper, {data}"
         plot(measured, paper, titles, file.with_suffix(".png"))
     names = list(next(iter(measured.values())))
-    every = [f"{100 * ratio:.0f} %" for ratio in TABLES[args.table or "1"].get("ratios", [])]
-    same_mean = {*every} <= {*names}  # else the paper's mean is of other columns
+    every = [f"{100 * ratio:.0f} %" for ratio in TABLES.get(args.table, {}).get("ratios", [])]
+    same_mean = {*every, AVERAGE} == {*names}  # else the paper's mean is of other columns
     lines = []
     if args.table in ("1", "3"):
         loader = evaluation_loader(base, test_split, runs.encoder, best_device())
@@ -234,7 +234,7 @@ def parse(argv):
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="runs a row, from --seed on (default: 3)")
     add("--ratios", type=float, nargs="+", help="known shares (the paper's, or fewer on scenes)")
-    add("--rows", nargs="+", metavar="TEXT", help="only rows of such names, or parts of names")
+    add("--rows", nargs="+", metavar="TEXT", help="rows of these names, or with such words")
     add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")
     add("--image", nargs="+", metavar="PATH", help="of --figure 4 (default: test images)")
     add("--out", default="runs/tables", help="folder (default: runs/tables)")
@@ -250,7 +250,8 @@ def parse(argv):
     base, _ = parse_config(rest)
     if base.single_positive and args.table != "3":
         raise UserError("--single-positive is for --table 3; Table 2 has its setups: drop it")
-    useless = {"ratios": args.table in ("2", "5") or base.single_positive,
+    of_figure = args.figure and len(args.ratios or ()) > 1
+    useless = {"ratios": args.table in ("2", "5") or base.single_positive or of_figure,
                "rows": args.table == "5" or args.figure, "image": not args.figure}
     if wrong := [f"--{name}" for name in useless if useless[name] and getattr(args, name)]:
         raise UserError(f"{' '.join(wrong)} would change nothing here: drop it")

@@ -62,9 +62,8 @@ def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt -> dict, its tensors on `device`. Runs no code from the file."""
     import torch
     if not file.is_file():
-        hint = " (with little validation there is none: use last)"
-        raise UserError(f"expected a run folder with {file.name}, found none in {file.parent}"
-                        f"{hint if file.name == 'best.pt' else ''}")
+        raise UserError(f"expected a run folder with {file.name}, found none in {file.parent} "
+                        "(only a run with enough validation has a best.pt: --checkpoint last)")
     content = file.read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise UserError(f"{file} is damaged, or no checkpoint: restore it, or train again")

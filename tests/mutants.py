@@ -280,7 +280,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("clip/tokenizer.py", "len(ids) > context_length", "len(ids) >= context_length"),
     ("train.py", "round(cfg.stage_one * cfg.epochs)", "int(cfg.stage_one * cfg.epochs)"),
     ("config.py", 'self.matching == "carl" and part not in', "part not in"),
-    ("tools/build.py", "is None and tells_presence(split.labels)", "is None"),
+    ("tools/build.py", "not resume and tells_presence(told)", "not resume"),
     ("train.py", '"zero-shot")[0]', '"region")[0]'),
     ("kernels/dispatch.py", "forward_ad._current_level >= 0", "False"),
     ("eval.py", "scores[best:best + 2].mean()", "scores[best]"),

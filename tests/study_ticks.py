@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def sheet(file, split, known):
 def common(split):
     """Four categories, each the union of six: present where any of them is."""
     labels = split.labels.reshape(len(split.labels), 4, 6).max(2)
-    return data.replace(split, labels=labels, truth=labels, names=split.names[::6], prompts=None)
+    return replace(split, labels=labels, truth=labels, names=split.names[::6], prompts=None)
 
 
 def layouts(split, rng):
@@ -54,7 +55,8 @@ def layouts(split, rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=40)
     args = parser.parse_args()

@@ -382,8 +382,11 @@ def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, wo
     other = folder.with_name("other")
     run(world, other, data=file, root=None, ratio=None, epochs=1, val=0)
     _, out, err = command(evaluation.main, [folder, "--compare", other], capfd)
-    assert err == [f"note: {other} was trained with another labels/val: it may have learned from "
-                   "these images"]
+    assert err == [f"note: labels/val is not what {other} was trained with: it may have learned "
+                   "from these images"]
+    for split in ("train", "val"):
+        assert command(evaluation.main, [folder, "--compare", folder, "--split", split],
+                       capfd)[2] == []
     _, out, err = command(evaluation.main, [folder, "--split", "val"], capfd)
     assert err == [] and "chosen on these labels" in out[0]
     file.write_text(file.read_text().replace(",1,", ",0,"))
@@ -392,10 +395,11 @@ def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, wo
 
 
 def test_the_processes_that_decode_can_be_chosen_for_a_run(trained, monkeypatch, capfd):
-    asked = []
-    monkeypatch.setattr(evaluation, "table", lambda predictors, *_: asked.append(predictors[0].cfg))
-    assert evaluation.main([str(trained), "--workers", "3"]) == 0
-    assert asked[0].workers == 3
+    asked, begun = [], FeatureLoader.__init__
+    monkeypatch.setattr(FeatureLoader, "__init__", lambda self, *given, **how: (
+        begun(self, *given, **how), asked.append(self.workers))[0])
+    assert evaluation.main([str(trained), "--workers", "1"]) == 0
+    assert asked == [1]
 
 
 def test_a_run_on_another_clip_than_the_first_one_loads_its_own(trained):
@@ -655,7 +659,7 @@ def test_what_is_left_out_of_a_folder_is_told_and_heic_names_its_package(trained
         (photos / name).write_bytes(b"?")
     (photos / "linked").symlink_to(tmp_path)
     _, _, err = command(evaluation.main, [trained, "--image", photos, "--pictures", "0"], capfd)
-    assert err[0].startswith("left out, since hidden, no photos or links to folders: 3 in ")
+    assert err[0].startswith("left out (hidden, no photos, links to folders): 3 in ")
     if not find_spec("pillow_heif"):
         assert any("phone.heic (" in line and "pip install pillow-heif" in line for line in err)
 

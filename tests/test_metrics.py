@@ -8,8 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from eval import (ap_per_category, average_precision, best_threshold, best_thresholds,
-                  metrics)
-from eval import localisation
+                  localisation, metrics)
 
 
 def case(seed, n=60, C=7, ties=True, unknown=0.3):

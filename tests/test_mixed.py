@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from small_world import command, options, run, sheet, world
 
+import clip
 import data
 import eval as evaluation
 import oracles
@@ -273,6 +274,25 @@ def test_labels_tell_presence_up_to_half_as_many_absent_as_present(absent, mostl
     labels = np.array([[1, 1, 1, 1], [0, 0, 0, 0]], np.int8)
     labels[1, :absent] = -1
     assert tells_presence(labels) == mostly
+
+
+def test_a_mask_makes_no_sheet_of_ticks(world, tmp_path, sheet, capfd):
+    """Of a complete sheet some cells are hidden: what is present may well be known more often."""
+    file = sheet[1]
+    header, *rows = file.read_text().splitlines()
+    full = [",".join([row.split(",")[0], "1", "1", "01"[i % 2]]) for i, row in enumerate(rows)]
+    file.write_text("\n".join([header, *full]))
+    run(world, tmp_path / "masked", data=file, root=None, ratio=0.6, epochs=1, val=0.25)
+    assert "count as absent" not in capfd.readouterr().out
+
+
+def test_a_run_that_was_begun_without_the_assumption_goes_on_so(world, tmp_path, sheet):
+    cfg, _ = train.parse(options(world, tmp_path / "run", data=only_ticks(sheet), root=None,
+                                 ratio=None))
+    splits = data.load(cfg)
+    weight = [build.settled(cfg, tmp_path, splits[0], clip.load(cfg.clip), resume).assume_negative
+              for resume in (None, tmp_path)]
+    assert weight == [0.3, None]
 
 
 def test_a_few_zeros_make_no_half_filled_sheet_of_ticks(world, tmp_path, sheet, capfd):

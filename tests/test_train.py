@@ -86,6 +86,7 @@ def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_
     assert last == pytest.approx(drawn["L"][-1], abs=1e-4)  # what is drawn sums to the total
     first = next(line["epoch"] for line in history if line["stage"] == 2)
     assert first == 2  # a third of four epochs is one
+    assert drawn["val mean"] == tuple(line["val"]["mAP_mean"] for line in history)
     assert drawn["stage two"] == first - 0.5 and drawn["best epoch 2"] == 2
     assert Image.open(tmp_path / "curves.png").size[0] > 500
     drawn.clear()

@@ -29,11 +29,12 @@ def load_data(cfg):
     return captions.load(cfg, splits[0]), *splits[1:]
 
 
-def settled(cfg, run, split, encoder):
+def settled(cfg, run, split, encoder, resume=False):
     """The Config with what only data and weights tell, and what a run needs after it was moved or
     its weights were renamed."""
     found = dict(out=str(run.absolute()), activation=encoder.activation)
-    if cfg.assume_negative is None and tells_presence(split.labels):
+    told = split.labels if cfg.single_positive else split.truth  # not what a mask has hidden
+    if cfg.assume_negative is None and not resume and tells_presence(told):
         found["assume_negative"] = 0.3
     return dataclasses.replace(cfg, **found)
 

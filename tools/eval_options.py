@@ -45,12 +45,11 @@ def parse(argv, about):
     if min(args.top, args.batch) < 1 or min(args.workers or 0, args.pictures or 0) < 0:
         raise UserError("--top and --batch count from 1, --workers and --pictures from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
-    given = {name: value for name in (*PLACES, *WITHOUT_RUN, "workers")
-             if (value := getattr(args, name)) is not None}
-    extra = [flag(name) for name in WITHOUT_RUN if name in given]
+    args.places = {name: value for name in (*PLACES, *WITHOUT_RUN, "workers")
+                   if (value := getattr(args, name)) is not None}
+    extra = [flag(name) for name in WITHOUT_RUN if name in args.places]
     if extra and not cold:
         raise UserError(f"{' '.join(extra)} belongs to --zero-shot, a run has its own: drop it")
     if not cold and (args.zero_shot or not args.run):
         raise UserError("expected a run, or --zero-shot with --data and --suggest")
-    args.places = given
     return args

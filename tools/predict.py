@@ -27,8 +27,8 @@ def images_in(paths):
             hidden = {p for p in below if p.is_dir() or any(part.lower().startswith(NO_PHOTOS)
                                                             for part in p.relative_to(path).parts)}
             if hidden:
-                print(f"left out, since hidden, no photos or links to folders: {len(hidden)} in "
-                      f"{path}, first {min(hidden)}", file=sys.stderr)
+                print(f"left out (hidden, no photos, links to folders): {len(hidden)} in {path}, "
+                      f"first {min(hidden)}", file=sys.stderr)
             files = sorted(below - hidden)
         else:
             literal = path.replace("[", "[[]")  # photos[1]/*.jpg may mean a folder of that name

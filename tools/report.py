@@ -13,7 +13,8 @@ def of_start(run, cfg, split, trainable, zero):
     print(f"{run}: {data.describe(split)}; {len(split.names)} categories, {count:.2f} Mi "
           f"trainable; {kernels.chosen()}")
     if cfg.assume_negative:
-        print(f"unknown labels count as absent, with weight {cfg.assume_negative:g}")
+        print(f"unknown labels count as absent, with weight {cfg.assume_negative:g} "
+              "(--assume-negative 0: not at all)")
     told = [f"{name} mAP {zero[name]['mAP']:.2f}" for name in ("val", "test") if name in zero]
     if told:
         print(f"epoch   0/{cfg.epochs} CLIP without training  {'  '.join(told)}")

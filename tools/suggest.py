@@ -61,7 +61,7 @@ def suggest(predictor, args):
     page = new(file.with_suffix(".html"), "--suggest")
     splits = predictor.splits()
     parts = [splits["train"]]
-    if splits.get("val") and not is_sheet(predictor.cfg.val):  # a sheet of its own has own labels
+    if splits.get("val") and not is_sheet(predictor.cfg.val):  # answers go into the first sheet
         parts.append(splits["val"])
     labels = np.concatenate([part.labels for part in parts])
     print(f"scoring {len(labels):,} images", flush=True)
