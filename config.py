@@ -204,8 +204,9 @@ def parse(argv, about=""):
             how = dict(action="store_true")
         others = "".join(f"; {data}: {recipe[f.name]}" for data, recipe in PRESETS.items()
                          if f.name in recipe)
-        text = f"{f.metadata['help']} (default: {f.default}{others})".replace("%", "%%")
-        parser.add_argument(flag(f.name), help=text, **how)
+        default = "" if f.default in (None, "") else f" (default: {f.default}{others})"
+        parser.add_argument(flag(f.name), help=(f.metadata["help"] + default).replace("%", "%%"),
+                            **how)
     given = vars(parser.parse_args(words(argv)))
     run = given.pop("resume", None)
     if run is None:

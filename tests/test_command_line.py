@@ -99,7 +99,7 @@ def test_without_a_validation_that_can_judge_the_last_epoch_is_taken(
         evaluation.main,
         [tmp_path / "r", "--suggest", tmp_path / "s.csv", "--checkpoint", "best"],
         capfd,
-        "use last",
+        "--checkpoint last",
     )
 
 
