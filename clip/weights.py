@@ -231,8 +231,9 @@ def build(state_dict, fold=False, activation="quickgelu", **heads):
     state = {name: t for name, t in state_dict.items()  # the encoders' weights alone
              if name not in skipped and not name.endswith("num_batches_tracked")}
     for name, t in state.items():
-        if not (t.numel() and t.is_floating_point() and t.isfinite().all()):
-            raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected finite numbers")
+        dense = t.numel() and t.layout == torch.strided and t.is_floating_point()
+        if not (dense and t.isfinite().all()):
+            raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}, expected dense finite numbers")
     model = CLIP(**dimensions(state), activation=activation, **heads).eval()
     model.load_state_dict(state)
     return model.fold() if fold else model
