@@ -259,11 +259,11 @@ def table(predictors, split, args):
         return print(json.dumps(numbers))
     first = predictors[0]
     score = first.cfg.score if first.cfg.score in found[0] else "region"  # a baseline's only one
-    of_run = split.name.endswith("/val") and not changed(begun(first.run), [split])
+    chosen_here = split.name.endswith("/val") and not changed(begun(first.run), [split])
     who = f"{score} score, epoch {first.epoch}" if len(found) == 1 else f"mean of {len(found)} runs"
     print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
           f"{len(split.names) - numbers['left_out']} categories, {who}, CP to OF1 at the run's "
-          f"thresholds{', chosen on these labels' if of_run else ''}:")
+          f"thresholds{', chosen on these labels' if chosen_here else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))
     warn_if_below(split.name, numbers, first.cfg)
     if args.categories:
@@ -292,12 +292,11 @@ def run(args):
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
     split = splits[name]
-    for other in predictors[1:]:
-        if name != "train" and changed(begun(other.run), [split]):
-            print(f"note: {split.name} is not what {other.run} was trained with: it may have "
-                  "learned from these images", file=sys.stderr)
     if name == "train":
         split = split.measured()  # data.load has done it for val and test
+    elif strange := [one.run for one in predictors[1:] if changed(begun(one.run), [split])]:
+        print(f"note: {split.name} is not what {', '.join(map(str, strange))} was trained with: it "
+              "may have learned from these images", file=sys.stderr)
     if args.compare:
         return compare(predictors, split)
     table(predictors, split, args)

@@ -103,7 +103,7 @@ class FeatureLoader:
 
         with ThreadPoolExecutor(1) as pool:
             jobs = (pool.submit(ready, part) for part in parts)
-            for job, _ in pairwise(chain(jobs, [None])):  # a pair: the next job begins first
+            for job, _ in pairwise(chain(jobs, [None])):  # the next one is submitted first
                 yield job.result()
 
     def load(self, epoch, parts):

@@ -35,14 +35,12 @@ def read(source):
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):
-        source.load()  # which turns a TIFF
         return upright(source)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     elif not hasattr(source, "read") and not os.path.isfile(source):  # a pipe would block forever
         raise ValueError("not a regular file" if os.path.exists(source) else "no such file")
     with Image.open(source) as image:
-        image.load()
         return upright(image)
 
 
@@ -56,6 +54,7 @@ def turn_of(image):
 
 
 def upright(image):
+    image.load()  # Pillow turns a TIFF here, and its mark goes
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")
     if 0 in image.size:

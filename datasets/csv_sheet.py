@@ -115,7 +115,8 @@ def read(path, root, cfg, names=()):
     sheet's folder). names: of the training sheet, where this is another; lists need not use all.
     UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
-    codes, first = MEANING[cfg.minus_one], not names
+    first = not names  # the training sheet
+    codes = MEANING[cfg.minus_one]
     header, body = read_cells(path)
     ignored = {name.strip() for name in (cfg.ignore or "").split(",")} - {""}
     if (missing := ignored - set(header)) and first:
@@ -197,8 +198,7 @@ def image_files(path, root, body, problems):
 
 
 def lists(path, body, column, names):
-    """One column of lists, such as `dog|cat` -> cells (N rows of C codes), names, these among them.
-    """
+    """One column of lists, such as `dog|cat` -> cells (N rows of C codes), and all names."""
     cells = ["" if CODES.get(word(row[column])) == UNKNOWN else row[column] for _, row in body]
     if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
         raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from datasets import coco
 from datasets.shapes import COLOURS, DISTRACTORS, IDS, INI, KINDS, NAMES, PAINT, sections, stamp
-from support import UserError
+from support import UserError, refused
 from support.cli import end_with_parent, make_parser, run_command, stop
 
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
@@ -209,7 +209,9 @@ def write(root, train=3000, val=1000, test=2000, size=256, seed=0, workers=None)
                         "delete it or name another root")
     part = root.with_name(f"{root.name}.part")
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}.lock")):
+    with refused(f"{root} cannot be locked, its disk knows no locks: name another root"):
+        locked = FileLock(root.with_name(f".{root.name}.lock")).acquire()
+    with locked:
         if marker_file.is_file():  # another process has drawn them meanwhile
             return
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed

@@ -64,6 +64,7 @@ def mentioned(texts, phrases):
 
 
 def file_of(cfg):
+    """The captions that a Config tells to learn from: a Path, there or not."""
     if not (cfg.captions or cfg.root or cfg.data == "scenes"):
         raise UserError("--images captions needs --captions FILE, or --root with "
                         "annotations/captions_train2014.json")

@@ -153,8 +153,6 @@ def mAP_table(args, base, file):
         titles = f"measured here, {base.data}", f"the paper, {data}"
         plot(measured, paper, titles, file.with_suffix(".png"))
     names = list(next(iter(measured.values())))
-    every = [f"{100 * ratio:.0f} %" for ratio in TABLES.get(args.table, {}).get("ratios", [])]
-    same_mean = {*every, AVERAGE} == {*names}  # else the paper's mean is of other columns
     lines = []
     if args.table in ("1", "3"):
         loader = evaluation_loader(base, test_split, runs.encoder, best_device())
@@ -165,10 +163,12 @@ def mAP_table(args, base, file):
     for row, cells in measured.items():
         lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
         known = paper.get(row, {})
-        mean_alone = known.keys() == {AVERAGE}  # all that Tables 3 and 6 print
-        printed = {name: str(mAP) for name, mAP in known.items()
-                   if name != AVERAGE or same_mean or mean_alone}
-        of = "" if same_mean or not mean_alone else f", of {every[0][:-2]}-{every[-1]}"
+        printed = {name: str(mAP) for name, mAP in known.items()  # a mean only of the same columns
+                   if name != AVERAGE or set(known) in ({AVERAGE}, set(names))}
+        of = ""
+        if set(known) == {AVERAGE}:  # Tables 3 and 6 print nothing else: it says what it is of
+            first, *_, last = TABLES[args.table]["ratios"]
+            of = f", of {100 * first:.0f}-{100 * last:.0f} %"
         if printed.keys() & set(names):
             lines.append([f"*the paper, {data}{of}*", *(printed.get(name, "") for name in names)])
     about = "" if args.study else TABLES[args.table]["about"] + "\n\n"

@@ -138,7 +138,7 @@ def choose(p, peak, verdicts, truth, area):
     present, absent, differ = truth == 1, truth == -1, verdicts[0] != verdicts[1]
     pseudo = np.where(differ, 0, verdicts[0])
     rules = (
-        # of the fewest categories, then the most probable
+        # of those the scene with the fewest categories, then the most probable
         ("easy", "present, large, and both prototypes say so",
          present & (pseudo == 1) & (area > 0.05), p - present.sum(1, keepdims=True)),
         ("small object", "present and recognised, with the smallest box",

@@ -295,9 +295,9 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("datasets/csv_sheet.py", "(first or not (labels == NEGATIVE).any())",
      "not (labels == NEGATIVE).any()"),
     ("tools/suggest.py", "and not is_sheet(predictor.cfg.val)", ""),
-    ("eval.py", "for other in predictors[1:]", "for other in predictors[:0]"),
+    ("eval.py", "for one in predictors[1:]", "for one in predictors[:0]"),
     ("eval.py", 'and not changed(begun(first.run), [split])', ""),
-    ("datasets/augment.py", "        source.load()  # which turns a TIFF\n", ""),
+    ("datasets/augment.py", "    image.load()  # Pillow turns a TIFF here, and its mark goes", ""),
     ("train.py", "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"
      "        norm = update(state, loss, cfg)\n",
      "        norm = update(state, loss, cfg)\n"

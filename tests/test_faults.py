@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from small_world import ROOT, command, one_line, options, run, start, world
 
 import data
 import eval as evaluation
+from datasets import scenes
 from support import checkpoint
 import train
 from support import UserError
@@ -285,6 +287,9 @@ def test_a_disk_that_cannot_lock_is_one_line(world, tmp_path, capfd, monkeypatch
 
     monkeypatch.setattr("support.checkpoint.FileLock", Lock)
     one_line(train.main, options(world, tmp_path / "run"), capfd, "cannot be locked")
+    lock = mock.Mock(**{"return_value.acquire.side_effect": error})
+    monkeypatch.setattr("datasets.scenes.FileLock", lock)
+    one_line(scenes.main, ["--root", tmp_path / "new"], capfd, "cannot be locked", "another root")
 
 
 @linux

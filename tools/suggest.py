@@ -95,10 +95,10 @@ def suggest(predictor, args):
     write_page(page, Path(predictor.cfg.data).name, cells, photos, predictor.grid)
 
     counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
-    then, sheet, weight = "", predictor.cfg.data, predictor.cfg.assume_negative
+    then, sheet = "", predictor.cfg.data
     if is_sheet(sheet) and set(predictor.names) <= set(read_cells(sheet)[0]):  # not one of lists
         then = ", then python -m tools.review merge SHEET ANSWERS, and train again"
-        if weight:  # the answers may hold so many 0s that it is no default any more
-            then += f" with --assume-negative {weight}"
+        if predictor.cfg.assume_negative:  # the answers' 0s may end it as a default
+            then += f" with --assume-negative {predictor.cfg.assume_negative}"
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
           f"{len(shown)} of them to look at in {page}{then}")
