@@ -20,7 +20,7 @@ demo: .venv/done
 	@echo "look at runs/demo/regions.png, then open docs/walkthrough.html: the paper beside the code"
 
 test: .venv/done
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
 
 walkthrough: .venv/done
 	$(PY) -m paper.walkthrough

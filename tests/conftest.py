@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before triton is imported
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# under pytest -n each process has one core
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 gpu = pytest.mark.skipif(not GPU, reason="GPU case: no CUDA device")
 

@@ -122,7 +122,9 @@ def test_only_the_gradients_that_are_asked_for(wanted, kernel, triton_path, laun
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [*SHAPES, (35, 2, 1, 130)], ids=str)  # more than a tile holds
+@pytest.mark.parametrize("shape", [  # the interpreter walks the categories, 1023 take a minute
+    *(shape for shape in SHAPES if shape[1] < 1000), (35, 2, 1, 130)  # more than a tile holds
+], ids=str)
 def test_match(shape, dtype, triton_path, launched):
     B, C, _, D = shape
     generator = torch.Generator().manual_seed(B + C + D)
