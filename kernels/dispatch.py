@@ -12,7 +12,7 @@ try:
     import triton
     import triton.language as tl
     jit = triton.jit
-except ImportError:  # macOS, Windows: everything runs on the torch references, and chosen() says so
+except ImportError:  # macOS, Windows: everything runs on the references, and chosen() says so
     triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda fn: fn
 operator = torch.library.custom_op  # triton_op would import Inductor, a second at every start
 _path = "auto"
@@ -26,27 +26,29 @@ def interpreted():
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use(path):
-    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton" -> the earlier choice."""
-    global _path
-    if path == "triton" and triton is None:
-        raise UserError("kernels: triton was asked for but is not installed; use auto")
-    if path == "triton" and not (torch.cuda.is_available() or interpreted()):
-        raise UserError("kernels: triton was asked for but there is no CUDA device; use auto")
-    earlier, _path = _path, path
-    return earlier
-
-
 def unfit():
     """Why the kernels cannot run on the current GPU, or ""."""
+    if triton is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
     if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than sm_80"  # tiles of half precision spill (compiled.csv)
     return "" if COMPILER else "Triton needs a C compiler: install gcc"
 
 
+def use(path):
+    """Choose "auto" (Triton for CUDA tensors), "reference" or "triton" -> the earlier choice."""
+    global _path
+    if path == "triton" and unfit() and not interpreted():
+        raise UserError(f"kernels: triton was asked for, but {unfit()}; use auto")
+    earlier, _path = _path, path
+    return earlier
+
+
 def runs_triton(x):
     """Whether an operation on tensor x launches a Triton kernel."""
-    if triton is None or _path == "reference" or x.dtype == torch.float64:
+    if _path == "reference" or x.dtype == torch.float64:
         return False  # the kernels sum in float32
     if forward_ad._current_level >= 0:  # torch.func.jvp: the kernels have no forward gradient
         return False
@@ -63,13 +65,6 @@ def in_kernel_layout(energy):
 
 def chosen():
     """One line: the path in use and why."""
-    if torch.cuda.is_available() and unfit() and _path != "reference":
-        return f"kernels: reference ({unfit()})"
     if _path != "auto":
-        where = ", in the interpreter" if _path == "triton" and interpreted() else ""
-        return f"kernels: {_path} (asked for{where})"
-    if triton is None:
-        return "kernels: reference (triton is not installed)"
-    if torch.cuda.is_available():
-        return "kernels: triton (CUDA device found)"
-    return "kernels: reference (no CUDA device)"
+        return f"kernels: {_path} (asked for)"
+    return f"kernels: reference ({unfit()})" if unfit() else "kernels: triton (CUDA device found)"

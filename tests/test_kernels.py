@@ -21,6 +21,7 @@ import kernels
 from kernels.match import match_reference
 from kernels.region_pool import grad_op, pool_op, region_pool_reference
 from kernels.topk_prototypes import topk_op
+from support import UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -392,7 +393,7 @@ def test_torch_compile_sees_whole_graphs(path, triton_path):
 
 
 def test_choice_of_path(triton_path):
-    assert kernels.chosen().startswith("kernels: triton (asked for")
+    assert kernels.chosen() == "kernels: triton (asked for)"
     assert kernels.use("reference") == "triton"
     assert kernels.chosen() == "kernels: reference (asked for)"
     assert not kernels.runs_triton(torch.zeros(1, device=triton_path))
@@ -416,6 +417,10 @@ def test_what_is_told_is_what_runs_on_a_gpu(monkeypatch, capability, compiler, p
     assert kernels.runs_triton(first) == path.startswith("triton")
     assert not kernels.runs_triton(second)  # Predictor(run, device="cuda:1"): an illegal address
     assert kernels.chosen().startswith(f"kernels: {path}")
+    if path.startswith("reference"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(UserError, match="asked for, but .*; use auto"):
+            kernels.use("triton")
 
 
 def test_the_fixture_restores_the_choice():
@@ -451,7 +456,7 @@ def test_without_triton_or_gpu_the_reference_runs_and_one_line_says_so(blocked, 
     # torch's CUDA builds miss it aloud
     said = [line for line in run.stderr.splitlines() if "triton not found" not in line]
     assert first == f"kernels: reference ({reason})" and value == "12.0" and not said, run.stderr
-    assert error.startswith("kernels: triton was asked for but")
+    assert error.startswith("kernels: triton was asked for, but")
 
 
 def test_wrong_shapes_are_named():
