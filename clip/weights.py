@@ -88,10 +88,8 @@ def read(file):
     """What a weights file holds. Its kind is told from its bytes, not from its name."""
     with open(file, "rb") as handle:
         head = handle.read(40)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file.name} is Git LFS's pointer to the weights: run git lfs pull")
-    if head.isascii() and b"\0" not in head:  # the page of a server
-        raise ValueError(f"it is text ({head.decode()!r}): download it again")
+    if head.isascii() and b"\0" not in head:  # the page of a server, or a pointer
+        raise ValueError(f"it is text ({head.decode()!r}): download it again, or git lfs pull")
     if head[8:9] == b"{":
         return load_file(file)
     parts = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []

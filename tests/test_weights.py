@@ -451,8 +451,8 @@ def test_damaged_and_foreign_files(tmp_path):
     refused(tmp_path / "page.pt", "is no CLIP")
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"
                                                 "oid sha256:4d7a\nsize 605157884\n")
-    refused(tmp_path / "model.safetensors", "Git LFS", "git lfs pull")
-    refused(tmp_path, "Git LFS")
+    refused(tmp_path / "model.safetensors", "git-lfs.github.com", "git lfs pull")
+    refused(tmp_path, "git lfs pull")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "it holds none of", "pytorch_model.bin")
     for name in ("RN18", tmp_path / "absent.pt"):
