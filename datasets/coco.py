@@ -39,13 +39,10 @@ def split(root, folder, keep_unannotated=False, by_id=False):
             labels[r, c] = POSITIVE
             if all(sizes[r]) and note.get("bbox") and not note.get("iscrowd"):
                 (x, y, w, h), (width, height) = note["bbox"], map(float, sizes[r])
-                box = x / width, y / height, (x + w) / width, (y + h) / height
-                if not (-0.5 <= min(box) and max(box) <= 1.5 and w >= 0 and h >= 0):
-                    raise ValueError  # nonsense; some real ones leave the image by a little
-                boxes[r].append((c, *box))
+                boxes[r].append((c, x / width, y / height, (x + w) / width, (y + h) / height))
     except (KeyError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{path}: an annotation needs a listed image_id and category_id, and a "
-                        f"bbox, if any, within the image; got {str(note)[:120]}") from None
+                        f"bbox, if any, of four numbers; got {str(note)[:120]}") from None
 
     unused = ~(labels == POSITIVE).any(1) & (not keep_unannotated)
     found = Split(f"coco/{folder}", require_files(files, [photos, photos.parent], path), names,

@@ -26,12 +26,8 @@ def change(record, key, value):
 
 BOXES = {
     "box of three": [1, 2, 3],
-    "box of nothing": [1, 2, float("nan"), 4],
+    "box of a word": [1, 2, "wide", 4],
     "box of 401 digits": [10**400, 1, 1, 1],
-    "box beyond all images": [1e300, 1, 1, 1],
-    "box of negative size": [8, 6, -4, 5],
-    "box far beyond the image": [8, 6, 1000, 5],
-    "box far left of the image": [-800, 6, 820, 5],
 }
 
 
