@@ -11,7 +11,7 @@ import numpy as np
 
 from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, read_lines, require_files,
                            require_unique)
-from support import UserError, refused
+from support import refused
 
 FOLDERS = ("", "VG", "annotations")
 
@@ -51,14 +51,12 @@ def match_names(root, objects):
     groups = [line.split(",") for line in read_lines(aliases)] if aliases.exists() else []
     alias = {word: words[0] for words in groups for word in words}
     seen = defaultdict(list)  # name: the rows of its images
-    with refused(f"{objects}: not Visual Genome's objects.json", known=(LookupError, TypeError)):
+    with refused(f"{objects}: not Visual Genome's objects.json"):
         for image in read_json(objects):
             names = {name.strip().lower() for thing in image["objects"] for name in thing["names"]}
             for name in {alias.get(name, name) for name in names}:
                 if (i := row.get(f"{image['image_id']}.jpg")) is not None:
                     seen[name].append(i)
-    if not seen:
-        raise UserError(f"{objects}: none of its images with objects is in the lists of {root}")
     words = sorted(seen, key=lambda name: (-len(seen[name]), name))[:3000]
     both = np.stack([positive[seen[name]].sum(0) for name in words])  # (words, 200)
     count = np.array([len(seen[name]) for name in words])[:, None]
