@@ -142,10 +142,8 @@ def splc_lists(cfg, parts):
         raise UserError(f"{lists[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
                         f"set, first {absent[0]}")
     train = parts["train"].subset([row[Path(name).name] for name in names])
-    denied = np.argwhere((observed == POSITIVE) & (train.labels != POSITIVE))
-    if len(denied):
-        i, c = denied[0]
-        raise UserError(f"{lists[0]}:{i + 1}: {names[i]}'s annotation denies {train.names[c]!r}")
+    if ((observed == POSITIVE) & (train.labels != POSITIVE)).any():
+        raise UserError(f"{lists[0]}: the annotations deny labels of it: is it the published list?")
     return train, observed, parts["test"]
 
 

@@ -429,7 +429,7 @@ def test_splc_list_against_the_annotations(tmp_path):
     first, _, rest = path.read_text().partition("\n")
     path.write_text(first.split(",")[0] + ",79\n" + rest)
     refused(
-        "coco_train_singlelabel.txt:1: .* annotation denies",
+        "coco_train_singlelabel.txt: the annotations deny",
         "coco",
         tmp_path,
         single_positive="splc",
