@@ -23,13 +23,10 @@ def check(cfg, decode=True):
         split = split.used()
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")
-        never = []
-        for category, column in zip(split.names, split.labels.T):
-            present, absent, unknown = ((column == code).sum()
-                                        for code in (POSITIVE, NEGATIVE, UNKNOWN))
+        counts = [(split.labels == code).sum(0) for code in (POSITIVE, NEGATIVE, UNKNOWN)]  # (C,)
+        for category, present, absent, unknown in zip(split.names, *counts):
             print(f"{category[:31]:32}{present:9}{absent:9}{unknown:9}")
-            if not present:
-                never.append(repr(category))
+        never = [repr(category) for category, n in zip(split.names, counts[0]) if not n]
         if never and name == "train":
             yield (f"train: {len(never)} categories are in no image, first {', '.join(never[:5])}: "
                    "none to learn")
