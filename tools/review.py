@@ -9,7 +9,6 @@
 A merge fills empty cells only: all else stays byte for byte, and a copy of the sheet is kept. Where
 an answer contradicts the sheet, the sheet keeps its label and the conflict is printed.
 """
-import collections
 import hashlib
 import itertools
 import json
@@ -155,12 +154,8 @@ def merge(sheet, answers, minus_one, unlisted):
         answers = read_answers(file)
     answers = [answer for answer in answers if answer[2] != UNKNOWN]
 
-    # 1 and 0 are written as this sheet mostly writes them
     codes = MEANING[minus_one]
-    used = collections.Counter(plain(cell).lower() for row in body for cell, _ in row[1:]
-                               if delimiter not in cell)
     written = {POSITIVE: "1", NEGATIVE: "-1" if minus_one == "absent" else "0"}
-    written |= {codes[word(w)]: w for w, _ in reversed(used.most_common()) if word(w) in codes}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
         row, c = image.get(nfc(name)), column.get(nfc(category))
