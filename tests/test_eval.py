@@ -455,7 +455,7 @@ def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd
     bad(trained, "--image", tmp_path / "empty", words=["found no file"])
     bad(trained, "--image", photos, "--top", 0, words=["--top"])
     (tmp_path / "file").write_text("")
-    bad(trained, "--image", photos, "--out", tmp_path / "file" / "x", words=["--pictures 0"])
+    bad(trained, "--image", photos, "--out", tmp_path / "file" / "x", words=["Not a directory"])
     nowhere = [trained, "--image", photos, "--out", tmp_path / "file" / "x", "--pictures", 0]
     assert command(evaluation.main, nowhere, capfd)[0] == 0  # no picture needs no folder
     bad(trained, "--image", photos, "--batch", 0, words=["--batch"])

@@ -151,7 +151,7 @@ def test_a_run_folder_that_became_read_only_is_refused_for_writing_and_read(
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     photos = [disk / "run", "--image", world / "scenes" / "val2014"]
     one_line(train.main, ["--resume", disk / "run"], capfd, "Read-only file system", disk)
-    one_line(evaluation.main, photos, capfd, "Read-only file system", "--pictures 0")
+    one_line(evaluation.main, photos, capfd, "Read-only file system", "check path")
     status, out, err = command(evaluation.main, [*photos, "--pictures", 0], capfd)
     assert status == 0 and len(out) == 13 and not err
     assert command(evaluation.main, [*photos, "--out", tmp_path / "pictures"], capfd)[0] == 0

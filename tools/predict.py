@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from datasets import augment
 from datasets.csv_sheet import csv_text
-from support import UserError, refused
+from support import UserError
 from support.checkpoint import write_atomically
 from tools.plots import region_tiles, save_grid
 
@@ -68,10 +68,8 @@ def predict(predictor, paths, args):
     pictures = [folder / name for name in picture_names(paths)[:args.pictures]]
     if args.csv:
         new(args.csv, "--csv")
-    with refused(f"{folder} cannot be made: give another --out, or --pictures 0 to draw none",
-                 known=OSError):
-        if pictures:
-            folder.mkdir(parents=True, exist_ok=True)
+    if pictures:
+        folder.mkdir(parents=True, exist_ok=True)
     if args.out:
         for file in pictures:
             new(file, "--out")
