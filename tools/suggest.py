@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 from datasets import augment
@@ -30,12 +31,9 @@ def choose_cells(p, labels, threshold, most=10_000):
     uncertain  nearest to the threshold on the scale of logits; half as many as pass, at least 10
     absent     the least probable, as many as pass
     """
-    def logit(x):
-        x = np.clip(x, 1e-6, 1 - 1e-6)
-        return np.log(x / (1 - x))
-
     unknown = np.flatnonzero(labels == data.UNKNOWN)  # of the n * C cells, row after row
-    margin = (logit(p) - logit(threshold)).ravel()[unknown]
+    of_scores, of_threshold = (torch.as_tensor(x).logit(eps=1e-6) for x in (p, threshold))
+    margin = (of_scores - of_threshold).numpy().ravel()[unknown]
     order = np.argsort(-p.ravel()[unknown], kind="stable")
     passes = margin[order] >= 0
     nearest = np.argsort(np.abs(margin), kind="stable")[:max(10, passes.sum() // 2)]
