@@ -49,14 +49,12 @@ def export(run, file, clip=None):
     batch = {"images": {0: torch.export.Dim("batch", max=1024)}}
     program = torch.export.export(module, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch)
 
-    def save(buffer):
-        if file.suffix == ".pt2":
-            return torch.export.save(program, buffer)
+    if file.suffix == ".pt2":
+        save_atomically(lambda buffer: torch.export.save(program, buffer), file)
+    else:
         onnx = torch.onnx.export(program, input_names=["images"], verbose=False,
                                  output_names=["probabilities", "energies"])
-        buffer.write(onnx.model_proto.SerializeToString())
-
-    save_atomically(save, file)
+        write_atomically(file, onnx.model_proto.SerializeToString())
     about = dict(categories=predictor.names, thresholds=predictor.threshold.tolist(), size=size,
                  mean=encoder.mean, std=encoder.std, grid=predictor.grid)
     write_atomically(Path(f"{file}.json"), json.dumps(about))
