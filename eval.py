@@ -180,7 +180,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         if scale is None and name != "test":
             scale = zero_shot_scale(scores, positives)
-        scores = probabilities(scores, scale)
+        scores = {kind: p.numpy() for kind, p in probabilities(scores, scale).items()}
         truth = loader.split.truth  # (n, C)
         chosen = scores.get(score, scores["region"])  # (n, C)
         if name == "val" or (name == "train" and score == "mixed"):

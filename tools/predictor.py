@@ -21,7 +21,7 @@ from support.checkpoint import begun, changed, read_checkpoint, writable
 from support.cli import best_device
 from support.distributed import gather
 from tools import inspection
-from tools.zero_shot import mixed, probabilities, scores_of, zero_shot, zero_shot_text
+from tools.zero_shot import probabilities, scores_of, zero_shot, zero_shot_text
 from trm import TRM, Output
 
 
@@ -96,16 +96,14 @@ class Predictor:
     def score_batch(self, f, x):
         """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
-        scores = scores_of(out, f, x, self.g_zero)
-        if self.cfg.score == "mixed":
-            scores["mixed"] = mixed(scores, self.scale.to(f.device))
-        return self.chosen(scores).sigmoid(), out
+        scores = probabilities(scores_of(out, f, x, self.g_zero), self.scale)
+        return self.chosen(scores), out
 
     def all_scores(self, split, maps=None):
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
         scores, kept = score_split(self.model, self.g_pos, self.g_neg, self.loader(split),
                                    self.g_zero, maps)
-        return probabilities(scores, self.scale), kept
+        return {name: p.numpy() for name, p in probabilities(scores, self.scale).items()}, kept
 
     def chosen(self, scores):
         """Of {score: ...} the run's own."""

@@ -43,10 +43,10 @@ def scores_of(out, f, x, g):
 
 
 def probabilities(scores, scale):
-    """Logits of a split as probabilities, numpy; mixed too where there is a scale; cosines stay."""
+    """Logits as probabilities; mixed too where there is a scale; the zero-shot cosines stay."""
     if scale is not None:
         scores = scores | {"mixed": mixed(scores, scale)}
-    return {name: (score if name == "zero-shot" else score.sigmoid()).numpy()
+    return {name: score if name == "zero-shot" else score.sigmoid()
             for name, score in scores.items()}
 
 
@@ -69,6 +69,6 @@ def zero_shot_scale(scores, positives):
 def mixed(scores, scale):
     """The weighted mean of the run's logit and the zero-shot score on its scale: a logit (n, C).
     scores: as `scores_of` gives them, scale (3, C)"""
-    slope, offset, weight = scale
+    slope, offset, weight = scale.to(scores["zero-shot"].device)
     logit = scores.get("mean", scores["region"]).clamp(-SURE, SURE)
     return (1 - weight) * logit + weight * (slope * scores["zero-shot"] + offset)
