@@ -261,9 +261,8 @@ def table(predictors, split, args):
     score = first.cfg.score if first.cfg.score in found[0] else "region"  # a baseline's only one
     chosen_here = split.name.endswith("/val") and not changed(begun(first.run), [split])
     who = f"{score} score, epoch {first.epoch}" if len(found) == 1 else f"mean of {len(found)} runs"
-    print(f"{split.name}, {len(split.paths)} images, {numbers['positives']} positives of "
-          f"{len(split.names) - numbers['left_out']} categories, {who}, CP to OF1 at the run's "
-          f"thresholds{', chosen on these labels' if chosen_here else ''}:")
+    print(f"{split.name}, {len(split.paths)} images, {who}, CP to OF1 at the run's thresholds"
+          f"{', chosen on these labels' if chosen_here else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))
     warn_if_below(split.name, numbers, first.cfg)
     if args.categories:

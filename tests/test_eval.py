@@ -440,7 +440,7 @@ def test_a_sheet_without_a_test_split_is_scored_on_its_validation_rows(trained, 
     sheet.write_text("\n".join(["image,dog,cat", *lines]) + "\n")
     run(world, tmp_path / "run", data=sheet, root=None, ratio=None, val=0.4, epochs=1)
     status, out, _ = command(evaluation.main, [tmp_path / "run"], capfd)
-    assert status == 0 and "/val, " in out[-2] and "positives of" in out[-2]
+    assert status == 0 and "/val, " in out[-2] and "positives " in out[-1]
 
 
 # ---- refusals
