@@ -13,15 +13,8 @@ import sys
 import threading
 import time
 from concurrent.futures import BrokenExecutor
-from importlib.util import find_spec
 
 from support import UserError
-
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-for name in ("clip", "datasets", "kernels"):  # other packages have these names, too
-    if not os.path.realpath(str(find_spec(name).origin)).startswith(os.path.join(ROOT, name)):
-        raise ImportError(f"another package called {name!r} is found before the project's: write "
-                          f"`from trm_ml import Predictor`, or first sys.path.insert(0, {ROOT!r})")
 
 
 def make_parser(prog, about, **more):
