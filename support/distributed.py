@@ -13,14 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from support import UserError
-
 
 def start():
     """Joins the processes that torchrun started, if it did -> (rank, number of processes)."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise UserError("WORLD_SIZE is set without the rest: start with torchrun, or unset it")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

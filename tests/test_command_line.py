@@ -103,19 +103,6 @@ def test_without_a_validation_that_can_judge_the_last_epoch_is_taken(
     )
 
 
-@pytest.mark.parametrize(
-    "name, value", [("WORLD_SIZE", "2"), ("WORLD_SIZE", "two"), ("LOCAL_RANK", "abc")]
-)
-def test_torchruns_variables_without_torchrun(world, tmp_path, capfd, monkeypatch, name, value):
-    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(name, value)
-    if name == "LOCAL_RANK":  # it means nothing to a single process
-        assert command(train.main, options(world, tmp_path / "run", epochs=1), capfd)[0] == 0
-    else:
-        one_line(train.main, options(world, tmp_path / "run"), capfd, "torchrun", "WORLD_SIZE")
-
-
 def test_rows_that_forget_the_header_or_the_image(tmp_path):
     for name in "abc":
         Image.new("RGB", (40, 30)).save(tmp_path / f"{name}.png")
