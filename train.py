@@ -8,16 +8,10 @@
 support/checkpoint.py says what a run folder holds. B images of a batch, C categories, N locations,
 D dims. Labels: 1 present, -1 absent, 0 unknown.
 """
-import sys
-
-from config import parse
-
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    parse(None, __doc__)  # prints the help and exits, before torch takes a second to load
-
 import dataclasses
 import json
 import math
+import sys
 import time
 
 import torch
@@ -27,6 +21,7 @@ import clip
 import kernels
 import losses
 from clip.features import autocast_dtype
+from config import parse
 from eval import count_pseudo, evaluate, note_best, pseudo_numbers
 from memory import MemoryBank
 from support import UserError, distributed
