@@ -53,8 +53,6 @@ def test_an_empty_value_is_refused(main, arguments, capfd):
         (reproduce.main, ["--table", 3, "--ratio=0.3"], ["--ratio", "drop it"]),
         (reproduce.main, ["--table", 3, "--without", "kd"], ["--without"]),
         (reproduce.main, ["--table", 3, "--seeds", 0], ["--seeds"]),
-        (reproduce.main, ["--table", 3, "--ratios", 0.501, 0.504], ["--ratios", "0.501 0.504"]),
-        (reproduce.main, ["--table", 3, "--ratios", 0.5, 0.5], ["--ratios"]),
         (reproduce.main, ["--table", 3, "--resume=x"], ["--resume"]),
     ],
 )
