@@ -6,10 +6,13 @@
     python -m tools.review export out.csv tasks.json                 the same for Label Studio
     python -m tools.review merge photos/labels.csv export.json       its answers, JSON as it exports
 
-A merge fills empty cells only: all else stays byte for byte, and a copy of the sheet is kept. Where
-an answer contradicts the sheet, the sheet keeps its label and the conflict is printed.
+A merge fills empty cells only; delimiter, encoding and line ends stay, and a copy of the sheet is
+kept. Where an answer contradicts the sheet, the sheet keeps its label and the conflict is printed.
 """
+import collections
+import csv
 import hashlib
+import io
 import itertools
 import json
 import posixpath
@@ -118,36 +121,19 @@ def read_label_studio(path, names, rows, unlisted):
     return answers
 
 
-def split_cells(text, delimiter):
-    """text -> rows of [cell as it stands, what follows it]; joined they are the text again."""
-    end = re.escape(delimiter)
-    rows = [[]]
-    for cell, after in re.findall(rf'("(?:[^"]|"")*"|[^{end}\r\n]*)({end}|\r\n|\n|\r|\Z)', text):
-        rows[-1].append([cell, after])
-        if after != delimiter:
-            rows.append([])
-    return rows[:-1]
-
-
 def nfc(name):
     return normalize("NFC", name.strip())  # macOS writes an umlaut as two characters
-
-
-def plain(cell):
-    """What a cell holds that may stand in quotes."""
-    cell = nfc(cell)
-    return cell[1:-1].replace('""', '"').strip() if cell[:1] == '"' else cell
 
 
 def merge(sheet, answers, minus_one, unlisted):
     """Fills empty cells of the sheet with the answers."""
     sheet, file = Path(sheet), answers
     read_cells(sheet)  # refuses what is no sheet
-    skipped, text, delimiter, encoding = sheet_text(sheet)
-    rows = split_cells(text, delimiter)
-    header, *body = (row for row in rows if any(plain(cell) for cell, _ in row))
-    column = {plain(cell): c for c, (cell, _) in enumerate(header) if c}
-    image = {plain(row[0][0]): row for row in body if plain(row[0][0]) != "#prompt"}
+    mark, text, delimiter, encoding = sheet_text(sheet)
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    header, *body = (row for row in rows if any(map(str.strip, row)))
+    column = {nfc(cell): c for c, cell in enumerate(header) if c}
+    image = {nfc(row[0]): row for row in body if nfc(row[0]) != "#prompt"}
     if file.lower().endswith(".json"):
         answers = read_label_studio(file, column, image, unlisted)
     else:
@@ -159,20 +145,18 @@ def merge(sheet, answers, minus_one, unlisted):
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
         row, c = image.get(nfc(name)), column.get(nfc(category))
-        while row and c and len(row) <= c:  # cells that Excel left out at the end
-            row.append(["", row[-1][1]])
-            row[-2][1] = delimiter
-        said = codes.get(word(plain(row[c][0]))) if row and c else None
+        if row and c:
+            row += [""] * (len(header) - len(row))  # cells that Excel left out at the end
+        said = codes.get(word(row[c].strip())) if row and c else None
         if said is None:  # no such image or category, or the cell is no label
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
-            row[c][0] = written[code]
+            row[c] = written[code]
             filled += 1
         elif said == code:
             same += 1
         else:
-            cell = plain(row[c][0])
-            conflicts.append(f"{name}, {category}: sheet {cell}, answer {written[code]}")
+            conflicts.append(f"{name}, {category}: sheet {row[c]}, answer {written[code]}")
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{file}: none of its {len(answers)} answers has a cell in {sheet} "
                         f"(first {strangers[0]}): is it the answers' sheet? A sheet with "
@@ -181,8 +165,10 @@ def merge(sheet, answers, minus_one, unlisted):
         backups = (sheet.with_name(f"{sheet.name}.{k}.bak") for k in itertools.count(1))
         kept = next(file for file in backups if not file.exists())
         write_atomically(kept, sheet.read_bytes())
-        text = skipped + "".join(cell + end for row in rows for cell, end in row)
-        write_atomically(sheet, text.encode(encoding))
+        merged = io.StringIO()
+        line_end = "\r\n" if "\r\n" in text else "\n"
+        csv.writer(merged, delimiter=delimiter, lineterminator=line_end).writerows(rows)
+        write_atomically(sheet, (mark + merged.getvalue()).encode(encoding))
         print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
     print(f"{len(answers)} answers: {filled} new, {same} were there, {len(conflicts)} conflicts, "
           f"{len(strangers)} without a cell")
@@ -199,9 +185,6 @@ def new_sheet(folder, categories):
     rows, skipped = [], []
     categories = [name.strip() for name in categories.split(",") if name.strip()]
     require_unique([name.lower() for name in categories], "--categories")
-    if computed := [name for name in categories if FORMULA.match(name)]:
-        raise UserError(f"--categories: a spreadsheet computes {computed[0]!r}, as all that starts "
-                        "with = + - or @: give it another name")
     for path in images_in([folder]):
         name = Path(path).relative_to(folder).as_posix()
         if FORMULA.match(name) or name[0].isspace():  # a reader strips blanks
