@@ -12,14 +12,8 @@ A probability, the sigmoid of Eq. 5's logit, ranks images but is no frequency: t
 and the few labels leave it uncalibrated. "Present" is what passes a category's threshold.
 n images, C categories, N = h*w locations. Labels: 1 present, -1 absent, 0 unknown.
 """
-import sys
-
-from tools.eval_options import parse
-
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    parse(None, __doc__)  # prints the help and exits, before torch takes a second to load
-
 import json
+import sys
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -30,6 +24,7 @@ from support import UserError
 from support.checkpoint import begun, changed
 from support.cli import run_main
 from tools.categories import category_lines
+from tools.eval_options import parse
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.report import warn_if_below

@@ -276,8 +276,6 @@ def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ([scenes.main, "--rot", "x"], "--root"),
-        ([scenes.main, "--root", "README.md"], "README.md"),
         ([review.main, "merge"], "sheet, answers"),
         ([check.main], "data"),
         ([check.main, "coco", "--rot", "x"], "--root"),
@@ -295,15 +293,9 @@ def test_a_wrong_call_of_a_side_command_is_one_line(words, told, capfd, monkeypa
 @pytest.mark.parametrize("note", (b"{", b"\xff\xfe"))
 def test_scenes_beside_a_broken_note_are_left_alone(tmp_path, note):
     (tmp_path / "scenes.json").write_bytes(note)
-    done = subprocess.run(
-        [sys.executable, "-m", "datasets.scenes", "--root", tmp_path], cwd=ROOT,
-        capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 2
-        and len(done.stderr.splitlines()) == 1
-        and (tmp_path / "scenes.json").read_bytes() == note
-    )
+    with pytest.raises(UserError, match="should hold scenes"):
+        scenes.write(tmp_path)
+    assert (tmp_path / "scenes.json").read_bytes() == note
 
 
 def test_zero_is_a_value_of_table_2(tmp_path):

@@ -361,6 +361,7 @@ def test_a_pool_that_loses_its_thread_is_not_waited_for(tmp_path):
     code = """if True:
         import sys, threading
         from datasets import scenes
+        from support.cli import run_main
         real = threading.Thread.start
 
         def fail(thread):
@@ -369,8 +370,8 @@ def test_a_pool_that_loses_its_thread_is_not_waited_for(tmp_path):
             real(thread)
 
         threading.Thread.start = fail
-        sys.exit(scenes.main())"""
-    process = start("-c", code, "--root", tmp_path / "s")
+        sys.exit(run_main(lambda: scenes.write(sys.argv[1])))"""
+    process = start("-c", code, tmp_path / "s")
     try:
         _, err = process.communicate(timeout=60)
     finally:

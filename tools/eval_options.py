@@ -1,4 +1,4 @@
-"""The command line of eval.py. It needs no torch, so that --help is quick."""
+"""The command line of eval.py."""
 from config import OF_SHEETS, PLACES, flag
 from support import UserError
 from support.cli import make_parser, words
