@@ -1,6 +1,6 @@
 """Draws the embedded data set from a seed: scenes of 24 everyday things, in COCO's own layout.
 
-    python data.py scenes         3,000 train2014, 1,000 tune2014, 2,000 val2014 of 256 px
+    python -m datasets.scenes     3,000 train2014, 1,000 tune2014, 2,000 val2014 of 256 px
 
 What makes them hard enough to matter: small things, rotation, occlusion, textured backgrounds,
 things that keep each other company, and unlabelled look-alikes (a tent is not a house). What there
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import sys
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from datasets import coco
 from datasets.shapes import COLOURS, DISTRACTORS, IDS, INI, KINDS, NAMES, PAINT, sections, stamp
 from support import UserError, refused
-from support.cli import end_with_parent, stop
+from support.cli import end_with_parent, make_parser, run_command, stop
 
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
 SPLITS = {"train": "train2014", "val": "tune2014", "test": "val2014"}  # the last as COCO
@@ -241,3 +242,13 @@ def annotate(folder, split, drawn, size):
         if what == "instances":
             content["categories"] = [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
         (folder / f"{what}_{split}.json").write_text(json.dumps(content))
+
+
+def main(argv=None):
+    parser = make_parser("datasets.scenes", __doc__)
+    parser.add_argument("--root", default="generated/scenes", help="folder to make (or empty)")
+    return run_command(write, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

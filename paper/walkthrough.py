@@ -50,38 +50,33 @@ MARKUP = ((r"\$\$(.+?)\$\$", lambda found: convert(found[1], display="block")),
 OWN_BLOCK = re.compile('<(div|pre|math [^>]*"block")')
 LONGEST = 35  # lines of a function that is shown whole
 CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
-FILMED = 200  # validation scenes whose regions are kept after every epoch
 SEEN = ("text_pixel", "energy", "mask", "topk", "logits_r", "logits_q", "s", "truth", "losses")
 CROPS = 12  # prototypes shown of each category
 
 
-@torch.no_grad()
-def measure(model, memory, loader, g_pos, g_neg):
-    """Scenes in one pass -> probabilities (n, C), masks (n, C, N), similarities (n, 2, C)."""
-    model.eval()
-    found = []
-    for _, f, x in loader.batches(0, shuffle=False):
-        out = model(f, x, g_pos, g_neg)
-        s = memory.similarities(out.regions).transpose(0, 1)
-        found.append((out.logits_r.sigmoid(), out.energy.sigmoid(), s))
-    return [torch.cat(parts).cpu() for parts in zip(*found)]
-
-
 def train_filmed():
-    """A run on the demo's scenes, which also keeps film.npz of the first FILMED validation scenes
-    after each epoch: masks (T, n, C, N) uint8, s (T, n, 2, C) and thresholds (T, 2, 2, C)."""
+    """A run on the demo's scenes, which also keeps film.npz of the validation scenes after each
+    epoch: region probabilities p (T, n, C), masks (T, n, C, N) in percent, similarities s
+    (T, n, 2, C) and thresholds theta (T, 2, 2, C)."""
     cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN))
     encoder, splits = clip.load(cfg.clip), data.load(cfg)
-    loader = evaluation_loader(cfg, splits[1].subset(range(FILMED)), encoder, best_device())
+    loader = evaluation_loader(cfg, splits[1], encoder, best_device())
     film = []
 
+    @torch.no_grad()
     def on_epoch(state, line):
-        _, masks, s = measure(state.model, state.memory, loader, *state.model.prompts(encoder))
-        film.append(((255 * masks).byte(), s, state.memory.theta.cpu().clone()))
+        model, memory = state.model.eval(), state.memory
+        g_pos, g_neg = model.prompts(encoder)
+        found = []
+        for _, f, x in loader.batches(0, shuffle=False):
+            out = model(f, x, g_pos, g_neg)
+            s = memory.similarities(out.regions).transpose(0, 1)
+            found.append((out.logits_r.sigmoid(), (100 * out.energy.sigmoid()).byte(), s))
+        film.append([*map(torch.cat, zip(*found)), memory.theta.clone()])
 
     train(cfg, splits=splits, encoder=encoder, on_epoch=on_epoch)
-    masks, s, theta = (torch.stack(frames).numpy() for frames in zip(*film))
-    save_atomically(lambda buffer: np.savez_compressed(buffer, masks=masks, s=s, theta=theta),
+    p, masks, s, theta = (torch.stack(frames).cpu().numpy() for frames in zip(*film))
+    save_atomically(lambda buffer: np.savez_compressed(buffer, p=p, masks=masks, s=s, theta=theta),
                     RUN / "film.npz")
 
 
@@ -133,29 +128,26 @@ def article():
 # ---- tensors
 
 def choose(p, peak, verdicts, truth, area):
-    """Six of the first FILMED scenes by rule: [(title, rule, image, category)], no image twice.
-    Verdicts (2, n, C), else (n, C); area: share of the image that the category's boxes cover."""
+    """Six scenes by rule: [(rule, image, category)], no image twice. Verdicts (2, n, C), else
+    (n, C); peak: of the mask, area: share of the image that the category's boxes cover."""
     present, absent, differ = truth == 1, truth == -1, verdicts[0] != verdicts[1]
     pseudo = np.where(differ, 0, verdicts[0])
-    rules = (
-        # of those the scene with the fewest categories, then the most probable
-        ("easy", "present, large, and both prototypes say so",
+    rules = (  # of the eligible the one with the highest score
+        ("easy: present, large, little else is there, and both prototypes say so",
          present & (pseudo == 1) & (area > 0.05), p - present.sum(1, keepdims=True)),
-        ("small object", "present and recognised, with the smallest box",
-         present & (p > 0.5), -area),
-        ("look-alike", "absent, but the most probable of all absent categories", absent, p),
-        ("absent", "absent, and both prototypes say so; the flattest region",
-         absent & (pseudo == -1), -peak),
-        ("modalities disagree", "present; visual and text prototypes come to different verdicts",
+        ("small: present and recognised, with the smallest box", present & (p > 0.5), -area),
+        ("look-alike: absent, but the most probable of all absent categories", absent, p),
+        ("absent: both prototypes say so; the flattest region", absent & (pseudo == -1), -peak),
+        ("modalities disagree: present; visual and text prototypes come to different verdicts",
          present & differ, p),
-        ("wrong pseudo-label", "both prototypes agree, and both are wrong",
+        ("wrong pseudo-label: both prototypes agree, and both are wrong",
          (pseudo != 0) & (pseudo != truth), np.where(present, p, 1 - p)))
     chosen = []
-    for title, rule, eligible, score in rules:
-        score = np.where(eligible, score, -np.inf)[:FILMED]
-        score[[image for _, _, image, _ in chosen]] = -np.inf
+    for rule, eligible, score in rules:
+        score = np.where(eligible, score, -np.inf)
+        score[[image for _, image, _ in chosen]] = -np.inf
         image, category = np.unravel_index(score.argmax(), score.shape)
-        chosen.append((title, rule, int(image), int(category)))
+        chosen.append((rule, int(image), int(category)))
     return chosen
 
 
@@ -192,25 +184,23 @@ def each_loss(cfg, logits, labels):
 def contents():
     """All that the page draws; draws docs/idea.png beside."""
     predictor = Predictor(RUN, "last")
-    cfg, splits, film = predictor.cfg, predictor.splits(), np.load(RUN / "film.npz")
-    val = splits["val"]
-    memory = memory_of(predictor)
-    p, masks, s = measure(predictor.model, memory, predictor.loader(val), predictor.g_pos,
-                          predictor.g_neg)
-    s = s.transpose(0, 1)  # (2, n, C)
+    cfg, splits, film = predictor.cfg, predictor.splits(), dict(np.load(RUN / "film.npz"))
+    val, memory = splits["val"], memory_of(predictor)
+    s = torch.from_numpy(film["s"][-1]).transpose(0, 1)  # (2, n, C)
+    verdicts = memory.verdicts(s.to(predictor.device)).cpu().numpy()
     area = np.array([np.bincount(boxes[:, 0].astype(int), np.prod(boxes[:, 3:] - boxes[:, 1:3], 1),
                                  len(val.names)) for boxes in val.boxes])  # (n, C)
+    peak = film["masks"][-1].max(-1).astype(float)  # (n, C)
     scenes = []
-    chosen = choose(p.numpy(), masks.amax(-1).numpy(), memory.verdicts(s).numpy(), val.truth, area)
-    for title, rule, i, c in chosen:
+    for rule, i, c in choose(film["p"][-1], peak, verdicts, val.truth, area):
         seen = predictor.inspect(val.paths[i], val.truth[i])
         scenes.append({name: seen[name] for name in SEEN} | dict(
-            title=title, rule=rule, category=c, photo=jpeg(val.paths[i]), film=film["s"][:, i],
+            rule=rule, category=c, photo=jpeg(val.paths[i]), film=film["s"][:, i],
+            masks=film["masks"][:, i].tolist(),  # (T, C, N) in percent
             loss=each_loss(cfg, seen["logits_r"], seen["truth"]),
             p_r=seen["logits_r"].softmax(0), p_q=seen["logits_q"].softmax(0),
-            cosines=F.normalize(seen["regions"], dim=-1) @ predictor.g_pos.T,  # (C, C)
-            masks=(film["masks"][:, i] / 2.55).astype(int).tolist()))  # (T, C, N) in percent
-        if title == "easy":
+            cosines=F.normalize(seen["regions"], dim=-1) @ predictor.g_pos.T))  # (C, C)
+        if rule.startswith("easy"):
             idea(seen, augment.read(val.paths[i]), c, predictor)
     heads = predictor.model.heads  # of Eq. 13
     text = F.normalize(heads["text"](predictor.g_pos), dim=-1)

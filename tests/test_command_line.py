@@ -276,6 +276,8 @@ def test_a_photo_of_a_hundred_megapixels_is_a_photo(trained, tmp_path, capfd):
 @pytest.mark.parametrize(
     "words, told",
     [
+        ([scenes.main, "--rot", "x"], "--root"),
+        ([scenes.main, "--root", "README.md"], "README.md"),
         ([review.main, "merge"], "sheet, answers"),
         ([check.main], "data"),
         ([check.main, "coco", "--rot", "x"], "--root"),
@@ -291,10 +293,9 @@ def test_a_wrong_call_of_a_side_command_is_one_line(words, told, capfd, monkeypa
 
 
 @pytest.mark.parametrize("note", (b"{", b"\xff\xfe"))
-def test_scenes_beside_a_broken_note_are_left_alone(tmp_path, note):
+def test_scenes_beside_a_broken_note_are_left_alone(tmp_path, capfd, note):
     (tmp_path / "scenes.json").write_bytes(note)
-    with pytest.raises(UserError, match="should hold scenes"):
-        scenes.write(tmp_path)
+    one_line(scenes.main, ["--root", tmp_path], capfd, "should hold scenes")
     assert (tmp_path / "scenes.json").read_bytes() == note
 
 

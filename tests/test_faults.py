@@ -347,9 +347,9 @@ def test_a_worker_destroys_nothing_of_its_parents(tmp_path):
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(1, fork, initializer=end_with_parent) as pool:
             pool.submit(gc.collect).result()
+        assert not list(tmp_path.iterdir())
     finally:
         gc.enable()
-    assert not list(tmp_path.iterdir())
     gc.collect()
     assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
 
