@@ -136,7 +136,7 @@ class FeatureLoader:
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, self.amp is not None):
             if not need_global:
                 return self.encode_dense(images), None
-            x, f = self.clip.encode(images)
+            f, x = self.clip.encode(images)
         return f, x.float()
 
     def cached(self, folder, views):

@@ -7,7 +7,7 @@ C channels of the last map.
 
     model = clip.load("RN101")
     g = model.encode_text(model.tokenize(["a photo of a cat"]))      # (1, 512)
-    image, f = model.encode(torch.randn(1, 3, 448, 448))             # (1, 512), (1, 196, 512)
+    f, x = model.encode(torch.randn(1, 3, 448, 448))                 # (1, 196, 512), (1, 512)
 """
 import math
 from collections import OrderedDict
@@ -299,9 +299,9 @@ class CLIP(nn.Module):
         return self.visual.dense(self.visual.trunk(x))
 
     def encode(self, x):
-        """x (B, 3, H, W) -> global (B, D) and dense (B, N, D), from one pass of the trunk."""
+        """x (B, 3, H, W) -> dense (B, N, D) and global (B, D), from one pass of the trunk."""
         x = self.visual.trunk(x)
-        return self.visual.pool(x), self.visual.dense(x)
+        return self.visual.dense(x), self.visual.pool(x)
 
     @torch.no_grad()
     def fold(self):

@@ -198,7 +198,7 @@ def stages(folded):
 
     @torch.no_grad()
     def folded_with_pool(_, images):
-        return folded.encode(images.contiguous(memory_format=torch.channels_last))[1]
+        return folded.encode(images.contiguous(memory_format=torch.channels_last))[0]
 
     @torch.no_grad()
     def ours(_, images):

@@ -170,7 +170,7 @@ def test_equals_the_slow_transcription_and_the_recorded_logits(kind):
         close(model.encode_image(x).double(), image)
         close(model.encode_dense(x).double(), dense)
         close(model.encode_text(tokens).double(), text)
-        both = model.encode_image(x), model.encode_dense(x)
+        both = model.encode_dense(x), model.encode_image(x)
         assert all(torch.equal(a, b) for a, b in zip(model.encode(x), both))
         got = logits(model.state_dict(), model.encode_image(x), model.encode_text(tokens))
     torch.testing.assert_close(got, torch.tensor(LOGITS[kind]), atol=2e-4, rtol=0)
@@ -194,7 +194,7 @@ def test_any_size(kind):
     model = clip.build(small(kind), fold=True)
     for size in [(32, 32), (48, 48), (63, 95), (64, 31 + 2), (100, 260)]:
         h, w = model.grid(*size)
-        image, dense = model.encode(images(*size, n=1))
+        dense, image = model.encode(images(*size, n=1))
         assert image.shape == (1, 24) and dense.shape == (1, h * w, 24)
         assert image.isfinite().all() and dense.isfinite().all()
 

@@ -225,7 +225,7 @@ def test_attention_pool_is_skipped_unless_asked_for(made):
 def test_cores_share_the_images_of_a_batch_and_change_nothing(made, threads):
     loader = cached(made, views=0)
     images = torch.randn(11, 3, SIZE, SIZE)  # no multiple of a part
-    x, f = made.clip.encode(images)
+    f, x = made.clip.encode(images)
     torch.set_num_threads(threads)
     try:
         found, whole = loader.encode(images)

@@ -30,7 +30,7 @@ class Exported(nn.Module):
         self.predictor, self.clip, self.model = predictor, predictor.clip, predictor.model
 
     def forward(self, images):
-        x, f = self.clip.encode(images)
+        f, x = self.clip.encode(images)
         p, out = self.predictor.score_batch(f, x)
         return p, out.energy
 

@@ -70,7 +70,7 @@ def score(model, pictures, truth):
     """{"global": mAP, "dense": mAP} without further training, in percent."""
     g = zero_shot_text(model, scenes.NAMES, CAPTION_TEMPLATES)  # (C, D)
     features = (model.encode(normalised(part)) for part in pictures.split(100))
-    found = zero_shot(g, ((None, f, x) for x, f in features))
+    found = zero_shot(g, ((None, f, x) for f, x in features))
     return {how: metrics(cosines, truth)["mAP"] for how, cosines in found.items()}
 
 
