@@ -124,13 +124,18 @@ def complete(cfg):
     return parts
 
 
-def splc_lists(cfg, parts):
-    """SPLC's lists name the training images and their positive -> train, its labels, test."""
-    folder, lists = Path(cfg.lists or cfg.root), list(LISTS[cfg.data])
+def splc_files(cfg):
+    """The files of SPLC's published lists."""
+    folder, lists = Path(cfg.lists or cfg.root or ""), list(LISTS[cfg.data])
     if folder.is_file():
         folder, lists[0] = folder.parent, folder.name
-    lists = [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
-                  hint=": give its folder as --lists") for name in lists]
+    return [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
+                 hint=": give its folder as --lists") for name in lists]
+
+
+def splc_lists(cfg, parts):
+    """SPLC's lists name the training images and their positive -> train, its labels, test."""
+    lists = splc_files(cfg)
     if cfg.data == "nuswide":  # whose list is the truth: complete labels are not published
         names, observed = positive_list(lists[0], 81, single=True)
         train = nuswide.photos(cfg.root, names, observed, lists[0])

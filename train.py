@@ -79,7 +79,8 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
 
 
 def update(state, loss, cfg):
-    """One step of the optimizer and of its schedule -> norm of the gradient before clipping."""
+    """One step of the optimizer and of its schedule -> norm of the gradient before clipping, 0 of
+    a step that fp16's scaler leaves out."""
     parameters = state.optimizer.param_groups[0]["params"]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
@@ -89,7 +90,7 @@ def update(state, loss, cfg):
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.scheduler.step()
-    return norm
+    return norm.nan_to_num(0, 0)
 
 
 def train_one_epoch(state, encoder, loader, cfg):

@@ -10,6 +10,7 @@ categories that it names. TaI-DPT's two kinds of prompts do not meet before infe
 two runs here, whose scores are averaged (`eval.py RUN --ensemble RUN`). Unlike there, our dual
 prompts and Eq. 14 take the place of its ranking loss.
 """
+import os
 from itertools import chain
 from pathlib import Path
 
@@ -71,13 +72,16 @@ def file_of(cfg):
     return Path(cfg.captions or Path(cfg.root or SCENES, "annotations", "captions_train2014.json"))
 
 
-def load(cfg, split):
+def load(cfg, split, val=None):
     """COCO's captions_*.json -> data.Split for the categories of `split`; its `paths` are the
-    captions of the first cfg.train_images images, those that name a category."""
+    captions of the first cfg.train_images images that are not in the split val, those that name a
+    category."""
     file = file_of(cfg)
     raw = read_json(file)
+    held = {os.path.basename(path) for path in val.paths} if val else ()
     with refused(f"{file} expected as COCO's captions_train2014.json"):
-        wanted = {image["id"] for image in raw["images"][:cfg.train_images]}
+        images = [image["id"] for image in raw["images"] if image.get("file_name") not in held]
+        wanted = set(images[:cfg.train_images])
         texts = [str(row["caption"]) for row in raw["annotations"] if row["image_id"] in wanted]
     phrases = vocabulary(split.names)
     labels = np.full((len(texts), len(split.names)), NEGATIVE, np.int8)  # not named: absent

@@ -24,7 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 from config import parse as parse_config
+from data import LISTS, splc_files
 from datasets.base import read_json
+from datasets.csv_sheet import note
 from eval import compare, metrics
 from paper import captions
 from paper.run_table import Runs
@@ -68,10 +70,15 @@ def rows_of(args, base):
              if row in rows}
     if args.table == "2":
         setups = dict(asked["setups"])
-        if data != base.data:
-            del setups["SPLC setup"]  # which published lists define
+        try:
+            if base.data not in LISTS:
+                raise UserError(f"there are none for {base.data}")
+            splc_files(base)
+        except UserError as error:
+            note(f"the SPLC setup is left out, published lists define it: {error}")
+            del setups["SPLC setup"]
         return rows, setups, paper, data
-    if args.table == "3" and base.single_positive:  # which the paper leaves out
+    if base.single_positive:  # which Table 3 leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}, data
     ratios = args.ratios or asked.get(f"ratios of {base.data}", asked["ratios"])
     return rows, {f"{100 * ratio:g} %": dict(ratio=ratio) for ratio in ratios}, paper, data
@@ -242,12 +249,15 @@ def parse(argv):
     if min(args.seeds, args.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {args.seeds} and {args.jobs}")
     names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
-    rows_differ = {"--resume", "--ratio", "--matching", "--without", "--carl-from", "--images"}
+    rows_differ = {"--resume", "--ratio", "--mask", "--matching", "--without", "--carl-from",
+                   "--images"}
     if wrong := names & rows_differ:
         raise UserError(f"drop it: rows set {' '.join(wrong)}, and a stopped table just goes on")
     base, _ = parse_config(rest)
     if base.single_positive and args.table != "3":
         raise UserError("--single-positive is for --table 3; Table 2 has its setups: drop it")
+    if args.study == "assume-negative":
+        base.single_positive = "largeloss"
     of_figure = args.figure and len(args.ratios or ()) > 1
     useless = {"ratios": args.table in ("2", "5") or base.single_positive or of_figure,
                "rows": args.table == "5" or args.figure, "image": not args.figure}

@@ -1,6 +1,6 @@
 """Many runs of train.py: which are there already, training of the missing ones, their numbers.
 
-A run is known by its settings, CLIP's weights and the data: tables that share a run train it once,
+A run is known by its settings and the content of weights and data, wherever they lie: tables that share a run train it once,
 a finished one is only read, a stopped one goes on. --jobs N trains N at a time, in processes that
 share the feature cache and split the cores.
 """
@@ -22,8 +22,9 @@ import clip
 import data
 import train
 from clip.weights import sha256
-from config import MACHINE
+from config import MACHINE, is_path
 from eval import metrics
+from paper import captions
 from support import UserError
 from support.cli import best_device, end_with_parent
 from tools.build import load_data
@@ -43,8 +44,7 @@ class Runs:
         official = {} if base.data == "nuswide" else {"single_positive": None}
         whole = data.complete(dataclasses.replace(base, **official))
         self.data_sha256 = {name: split.info["sha256"] for name, split in whole.items()}
-        self.data_sha256 |= {name: sha256(file) for name in ("names", "captions", "lists", "mask")
-                             if (file := getattr(base, name)) and Path(file).is_file()}
+        self.sha256 = functools.cache(sha256)  # of a file; a table asks again and again
 
     def config(self, settings, seed):
         """Settings of a row -> its Config with a folder of its own. `carl_from` may hold the
@@ -55,9 +55,17 @@ class Runs:
         if settings.get("images") == "captions":  # five an image: a fifth gives as many steps
             settings["epochs"] = max(1, self.base.epochs // 5)
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
+        files = [cfg.names] if cfg.names else []  # what else is read counts by its content
+        if cfg.images == "captions":
+            files.append(captions.file_of(cfg))
+        if cfg.single_positive == "splc":
+            files += data.splc_files(cfg)
         result = {name: value for name, value in dataclasses.asdict(cfg).items()
-                  if name not in MACHINE | {"out", "score"}}
-        identity = json.dumps([self.encoder.sha256, self.data_sha256, result], sort_keys=True)
+                  if name not in MACHINE | {"out", "score"}
+                  and not (value and is_path(name, value))}
+        identity = json.dumps([self.encoder.sha256, self.data_sha256, result,
+                               [self.sha256(file) for file in files],
+                               os.path.basename(cfg.carl_from or "")], sort_keys=True)
         labels = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
         words = [Path(cfg.data).stem, labels, cfg.matching, cfg.without.replace(",", "-"),
                  f"seed{seed}", hashlib.sha256(identity.encode()).hexdigest()[:8]]

@@ -1,6 +1,7 @@
 """captions.py: which categories a caption names, and its features in place of an image's."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from paper import captions
 import clip
 import data
 import fake_datasets as fake
+from config import PRESETS, Config
 from datasets import coco
 from paper.captions import Captions, forms, mentioned, vocabulary
 from support import UserError
+from tools import build
 import train
 
 COCO = [
@@ -252,6 +255,18 @@ def test_captions_become_a_split(tmp_path):
             fake.captions(tmp_path / "bad.json", "cat", "dog")
     with pytest.raises(UserError, match="nowhere.json"):
         fake.captions(tmp_path / "nowhere.json", "cat")
+
+
+def test_captions_of_photos_that_were_held_out_are_not_learned_from(world):
+    cfg = Config(**PRESETS["scenes"], root=str(world / "scenes"), images="captions", val="0.5")
+    train_split, val_split, _ = data.load(cfg)
+    raw = json.loads((world / "scenes/annotations/captions_train2014.json").read_text())
+    name = {image["id"]: image["file_name"] for image in raw["images"]}
+    kept = {os.path.basename(path) for path in train_split.paths}
+    texts = [row["caption"] for row in raw["annotations"] if name[row["image_id"]] in kept]
+    split = build.load_data(cfg)[0]
+    assert len(val_split.paths) > 5 and 0 < len(split.paths) <= len(texts)
+    assert set(split.paths) <= set(texts)
 
 
 def feed(folder, texts, **more):

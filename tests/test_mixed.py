@@ -289,10 +289,12 @@ def test_a_mask_makes_no_sheet_of_ticks(world, tmp_path, sheet, capfd):
 def test_a_run_that_was_begun_without_the_assumption_goes_on_so(world, tmp_path, sheet):
     cfg, _ = train.parse(options(world, tmp_path / "run", data=only_ticks(sheet), root=None,
                                  ratio=None))
-    splits = data.load(cfg)
-    weight = [build.settled(cfg, tmp_path, splits[0], clip.load(cfg.clip), resume).assume_negative
-              for resume in (None, tmp_path)]
-    assert weight == [0.3, None]
+    split, encoder = data.load(cfg)[0], clip.load(cfg.clip)
+    assert build.settled(cfg, tmp_path, split, encoder).assume_negative == 0.3
+    for weight in (None, 0.3):  # a table goes on with the Config of its row, which says None
+        about = {"config": {"assume_negative": weight}, "clip_sha256": "", "data": {}}
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        assert build.settled(cfg, tmp_path, split, encoder, True).assume_negative == weight
 
 
 def test_a_few_zeros_make_no_half_filled_sheet_of_ticks(world, tmp_path, sheet, capfd):

@@ -232,11 +232,58 @@ def test_table_1_averages_scores_with_prompts_of_captions(call):
 
 
 def test_captions_are_five_an_image_and_take_a_fifth_of_the_epochs():
-    runs = SimpleNamespace(out=Path("out"), encoder=SimpleNamespace(sha256="a"), data_sha256={})
+    runs = SimpleNamespace(out=Path("out"), encoder=SimpleNamespace(sha256="a"), data_sha256={},
+                           sha256=str)
     for epochs, fifth in ((40, 8), (12, 2), (2, 1)):
         runs.base = Config(epochs=epochs)
         assert run_table.Runs.config(runs, dict(images="captions"), seed=0).epochs == fifth
         assert run_table.Runs.config(runs, {}, seed=0).epochs == epochs
+
+
+def test_a_run_is_known_by_what_it_reads_not_by_where_that_lies(tmp_path):
+    """Captions and lists that changed under their path gave the old numbers; data that moved, and
+    a table's folder that did, trained everything again."""
+    def folder(root, settings, out="out", **base):
+        runs = SimpleNamespace(out=Path(out), base=Config(root=str(root), **base),
+                               encoder=SimpleNamespace(sha256="a"), data_sha256={},
+                               sha256=lambda file: Path(file).read_text())
+        runs.config = lambda *pair: run_table.Runs.config(runs, *pair)
+        return Path(runs.config(settings, 0).out).name
+
+    for place, content in (("here", "1"), ("moved", "1"), ("changed", "2")):
+        (tmp_path / place / "annotations").mkdir(parents=True)
+        for name in ("annotations/captions_train2014.json", "voc_train.txt"):
+            (tmp_path / place / name).write_text(content)
+    for base, settings in (({}, dict(images="captions")),
+                           (dict(data="voc2012"), dict(single_positive="splc"))):
+        names = [folder(tmp_path / place, settings, **base)
+                 for place in ("here", "moved", "changed")]
+        assert names[0] == names[1] != names[2]
+    (tmp_path / "words.txt").write_text("a")
+    names = [folder(tmp_path, {}, names=str(tmp_path / "words.txt"))]
+    (tmp_path / "words.txt").write_text("b")
+    assert folder(tmp_path, {}, names=str(tmp_path / "words.txt")) not in names
+    table_4 = dict(carl_from=dict(ratio=1.0), ratio=0.1)
+    assert folder(tmp_path, table_4) == folder(tmp_path, table_4, out=tmp_path / "elsewhere")
+    assert folder(tmp_path, table_4) != folder(tmp_path, dict(ratio=0.1))
+    assert folder(tmp_path, {}, val="0.2") != folder(tmp_path, {}, val="0.3")
+
+
+def test_table_2_without_published_lists_has_its_other_setup(tmp_path, capfd):
+    args = SimpleNamespace(table="2", study=None, rows=None, ratios=None)
+    found = []
+    for lists in (False, True):
+        if lists:
+            (tmp_path / "coco_train_singlelabel.txt").write_text("a.jpg,0\n")
+        found.append(list(reproduce.rows_of(args, Config(data="coco", root=str(tmp_path)))[1]))
+    assert found == [["LargeLoss setup"], ["LargeLoss setup", "SPLC setup"]]
+    assert "coco_train_singlelabel.txt not found" in capfd.readouterr().err
+
+
+def test_a_study_of_single_positives_says_so(call):
+    _, folder = call("--study", "assume-negative", "--rows", "assume_negative 0.3")
+    assert list(measured(folder, "study-assume-negative")["assume_negative 0.3"]) == [
+        "single positive, largeloss"]
 
 
 def test_the_mean_of_the_columns_is_of_seeds_that_finished_in_all_of_them():
@@ -334,6 +381,8 @@ def test_the_papers_mean_says_which_columns_it_is_of(call):
         (["--table", 7], ["choice", "7"]),
         (["--table", 3, "--seeds", 0], ["start at 1"]),
         (["--table", 3, "--resume", "x"], ["--resume"]),
+        (["--table", 3, "--mask", "x.npy"], ["--mask"]),
+        (["--study", "assume-negative", "--ratios", 0.5], ["--ratios would change nothing"]),
         (["--table", 3, "--epoch", 3], ["--epochs"]),
         (["--study", "luck"], ["luck"]),
         (["--table", 3, "--rows", "nobody"], ["nobody"]),

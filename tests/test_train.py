@@ -453,3 +453,11 @@ def test_the_region_module_of_another_run_stays_as_it_is(world, trained, tmp_pat
                      for folder in (trained, tmp_path / "run"))
     kept = {name: torch.equal(before[name], after[name]) for name in after}
     assert all(same == name.startswith("carl.") for name, same in kept.items())
+
+
+def test_a_step_that_fp16_leaves_out_spoils_no_number(world, tmp_path):
+    """The scaler begins too high: the first gradients are infinite, and NaN is not JSON."""
+    run(world, tmp_path / "run", epochs=1, amp="fp16")
+    line, = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert found["gradient_norm"] >= 0

@@ -11,7 +11,7 @@ from clip.features import FeatureLoader, autocast_dtype
 from datasets.base import tells_presence
 from paper import captions
 from support import UserError
-from support.checkpoint import read_checkpoint
+from support.checkpoint import begun, read_checkpoint
 from tools.predictor import evaluation_loader
 from trm import TRM, Prompts
 
@@ -26,7 +26,7 @@ def load_data(cfg):
     if cfg.score == "mixed" and not splits[1]:
         raise UserError("--score mixed needs photos to be scaled on: hold some out with --val 0.2, "
                         "or choose another --score")
-    return captions.load(cfg, splits[0]), *splits[1:]
+    return captions.load(cfg, *splits[:2]), *splits[1:]
 
 
 def settled(cfg, run, split, encoder, resume=False):
@@ -34,7 +34,9 @@ def settled(cfg, run, split, encoder, resume=False):
     its weights were renamed."""
     found = dict(out=str(run.absolute()), activation=encoder.activation)
     told = split.labels if cfg.single_positive else split.truth  # not what a mask has hidden
-    if cfg.assume_negative is None and not resume and tells_presence(told):
+    if resume:  # what it was begun with, although the sheet may have got its first 0s since
+        found["assume_negative"] = begun(run)["config"]["assume_negative"]
+    elif cfg.assume_negative is None and tells_presence(told):
         found["assume_negative"] = 0.3
     return dataclasses.replace(cfg, **found)
 
