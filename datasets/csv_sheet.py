@@ -45,10 +45,10 @@ def note(text):
 def csv_text(header, rows):
     """A CSV that a spreadsheet opens with its umlauts (a mark says UTF-8) and without formulas."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)  # its line end is \r\n, so a name with \r or \n gets quotes
     for row in (header, *rows):
         writer.writerow([f"'{cell}" if FORMULA.match(str(cell)) else cell for cell in row])
-    return text.getvalue().encode("utf-8-sig", errors="surrogateescape")
+    return text.getvalue().replace("\r\n", "\n").encode("utf-8-sig", errors="surrogateescape")
 
 
 def is_sheet(data):
@@ -87,6 +87,7 @@ def sheet_text(path):
     text, encoding = read_text(path)
     pattern = '(?i)("?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$))?([^\r\n]*)'
     mark, delimiter, first = re.match(pattern, text).groups("")
+    first = re.sub('"[^"]*"', "", first)  # the comma of "red, small car" ends no cell
     return mark, text[len(mark):], delimiter or max(",;\t", key=first.count), encoding
 
 
@@ -105,7 +106,7 @@ def read_cells(path):
     width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
     (_, header), *body = [(line, row[:width]) for line, row in rows]
     body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
-    if all(word(cell) in CODES and not re.fullmatch("[a-zA-Z]", cell) for cell in header[1:]):
+    if not header[1:] or ("." in header[0] and all(word(cell) in CODES for cell in header[1:])):
         raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {header[:9]}")
     return header, body
 
@@ -130,8 +131,10 @@ def read(path, root, cfg, names=()):
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
     filled = {c: [word(row[c]) for _, row in body if CODES.get(word(row[c])) != UNKNOWN]
               for c in columns}
-    # a column of three or more filled cells without any label is no category
-    texts = [c for c in columns if len(filled[c]) > 2 and not {*codes, "-1"} & {*filled[c]}]
+    # a column of three or more filled cells without any label is no category; of a second sheet
+    # one without a label, if the first sheet has no such category
+    texts = [c for c in columns if not {*codes, "-1"} & {*filled[c]}
+             and (len(filled[c]) > 2 or not (first or header[c] in names))]
     may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
     if may_list and len(texts) < len(columns):
         raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "

@@ -1,8 +1,8 @@
 """Many runs of train.py: which are there already, training of the missing ones, their numbers.
 
-A run is known by its settings and the content of weights and data, wherever they lie: tables that share a run train it once,
-a finished one is only read, a stopped one goes on. --jobs N trains N at a time, in processes that
-share the feature cache and split the cores.
+A run is known by its settings and the content of weights and data, wherever they lie: tables that
+share a run train it once, a finished one is only read, a stopped one goes on. --jobs N trains N at
+a time, in processes that share the feature cache and split the cores.
 """
 import contextlib
 import dataclasses

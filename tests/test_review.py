@@ -249,6 +249,42 @@ def merged(tmp_path, capfd, sheet, *tasks, unlisted="absent"):
     return (tmp_path / "x.csv").read_text(), "\n".join(out + err)
 
 
+def test_a_column_that_is_no_category_gets_no_answer(tmp_path, capfd):
+    """What was not chosen went as 0 into notes and ages, and the sheet was refused from then on."""
+    sheet = "image,dog,age,notes\na.jpg,,3,nice\nb.jpg,,,\n"
+    found, _ = merged(tmp_path, capfd, sheet, task("b.jpg", [choices("dog")]))
+    assert found == sheet.replace("b.jpg,,,", "b.jpg,1,,")
+    sheet = "image,labels\na.jpg,dog|cat\nb.jpg,\n"
+    found, said = merged(tmp_path, capfd, sheet, task("b.jpg", [choices("labels")]))
+    assert found == sheet and "one column of lists takes none" in said
+
+
+def test_a_choice_in_capitals_is_the_sheets_category(tmp_path, capfd):
+    """It had no cell, and the annotator's yes became a no."""
+    found, said = merged(tmp_path, capfd, "image,dog,hünd\n./a.jpg,,\n",
+                         task("a.jpg", [choices("Dog", "Hu\u0308nd")]))
+    assert found == "image,dog,hünd\n./a.jpg,1,1\n" and "0 conflicts, 0 without" in said
+
+
+@pytest.mark.parametrize("end", ("\n", "\r\n", "\r"))
+def test_a_merge_keeps_line_ends_and_what_stands_in_quotes(tmp_path, capfd, end):
+    """Unquoted, the \\r of an old program's cell would begin another row."""
+    text = end.join(("image,dog,note", 'a.jpg,{},"two\rlines"', "b.jpg,1,x", ""))
+    (tmp_path / "x.csv").write_bytes(text.format("").encode())
+    file = answers(tmp_path, "./a.jpg,dog,1")
+    assert command(main, ["merge", tmp_path / "x.csv", file], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_bytes() == text.format("1").encode()
+
+
+def test_a_merge_asks_what_minus_one_means(tmp_path, capfd):
+    """As absent it makes a 0 unknown: an answer 0 would be none."""
+    (tmp_path / "x.csv").write_text("image,dog\na.jpg,-1\nb.jpg,\n")
+    arguments = ["merge", tmp_path / "x.csv", answers(tmp_path, "b.jpg,dog,0")]
+    one_line(main, arguments, capfd, "--minus-one absent")
+    assert command(main, [*arguments, "--minus-one", "absent"], capfd)[0] == 0
+    assert (tmp_path / "x.csv").read_text() == "image,dog\na.jpg,-1\nb.jpg,-1\n"
+
+
 @pytest.mark.parametrize("address, row", [
     ("/data/local-files/?d=a%20b%C3%BC.jpg", "a bü.jpg"),
     ("/data/local-files/?d=photos/a%20b%C3%BC.jpg", "a bü.jpg"),  # the root is a folder above

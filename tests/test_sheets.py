@@ -133,6 +133,24 @@ def test_cells_that_excel_leaves_out_at_the_end_are_unknown(folder):
     assert train.labels.tolist() == [[1, -1], [1, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("notes", (("", ""), ("hm", ""), ("hm", "so")))
+def test_a_column_that_the_first_sheet_drops_is_none_of_the_second(folder, notes):
+    rows = [f"{i}.jpg,{i % 2},nice one" for i in range(3)]
+    (folder / "a.csv").write_text("\n".join(["image,dog,notes", *rows]))
+    rows = [f"{i}.jpg,1,{note}" for i, note in zip((3, "größe 1"), notes)]
+    (folder / "b.csv").write_text("\n".join(["image,dog,notes", *rows]))
+    cfg = Config(data=str(folder / "a.csv"), val=str(folder / "b.csv"))
+    assert [split.names for split in data.load(cfg)[:2]] == [["dog"], ["dog"]]
+
+
+@pytest.mark.parametrize("text, names", (
+    ("image,present\n0.jpg,1\n1.jpg,0\n", ["present"]),
+    ('image;"car, red";"car, blue"\n0.jpg;1;0\n1.jpg;0;1\n', ["car, red", "car, blue"])))
+def test_headers_that_look_like_labels_or_hold_commas(folder, text, names):
+    (folder / "x.csv").write_text(text)
+    assert data.complete(Config(data=str(folder / "x.csv")))["train"].names == names
+
+
 def sheet_of_lists(folder, cells):
     with open(folder / "s.csv", "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows(

@@ -78,7 +78,7 @@ def row_of(address, rows, uploads):
     else:
         parts = path.split("/")
         ends = ["/".join(parts[k:]) for k in range(len(parts))]  # the longest first
-        found = [row for end in ends for row in (end, f"./{end}") if row in rows]
+        found = [end for end in ends if end in rows]
     return found[0] if found else path
 
 
@@ -90,7 +90,8 @@ def named(result, names):
         return []
     values = result["value"].get(kind) or result["value"].get("labels", ())
     paths = [[value] if isinstance(value, str) else value for value in values]
-    return [name for path in paths for name in path if name == path[-1] or name in names]
+    return [folded(name) for path in paths for name in path
+            if name == path[-1] or folded(name) in names]
 
 
 def read_label_studio(path, names, rows, unlisted):
@@ -111,7 +112,7 @@ def read_label_studio(path, names, rows, unlisted):
             if shown.setdefault(image, address) != address:
                 raise UserError(f"{path}: two tasks show {image}: {shown[image]} and {address}; "
                                 "delete one")
-            offered = task["data"].get("offered", names)
+            offered = [*map(folded, task["data"].get("offered", names))]
             done = [note for note in task["annotations"] if not note.get("was_cancelled")]
             # of two that differ the first counts
             for note in sorted(done, key=lambda note: not note.get("ground_truth")):
@@ -122,7 +123,12 @@ def read_label_studio(path, names, rows, unlisted):
 
 
 def nfc(name):
-    return normalize("NFC", name.strip())  # macOS writes an umlaut as two characters
+    """A photo's name, of which macOS writes an umlaut as two characters; ./a.jpg is a.jpg."""
+    return normalize("NFC", name.strip()).removeprefix("./")
+
+
+def folded(category):
+    return nfc(category).lower()  # Dog is dog, as in a sheet
 
 
 def merge(sheet, answers, minus_one, unlisted):
@@ -132,8 +138,14 @@ def merge(sheet, answers, minus_one, unlisted):
     mark, text, delimiter, encoding = sheet_text(sheet)
     rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     header, *body = (row for row in rows if any(map(str.strip, row)))
-    column = {nfc(cell): c for c, cell in enumerate(header) if c}
     image = {nfc(row[0]): row for row in body if nfc(row[0]) != "#prompt"}
+    cells = [{word(row[c].strip()) for row in image.values() if c < len(row)}
+             for c in range(len(header))]
+    column = {folded(cell): c for c, cell in enumerate(header)  # another word: it is no category
+              if c and cells[c] <= CODES.keys() | {"-1"}}
+    if minus_one is None and any("-1" in cells[c] for c in column.values()):
+        raise UserError(f"{sheet}: what does -1 mean? Say --minus-one absent (then 0 is unknown) "
+                        "or --minus-one unknown")
     if file.lower().endswith(".json"):
         answers = read_label_studio(file, column, image, unlisted)
     else:
@@ -144,7 +156,7 @@ def merge(sheet, answers, minus_one, unlisted):
     written = {POSITIVE: "1", NEGATIVE: "-1" if minus_one == "absent" else "0"}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
-        row, c = image.get(nfc(name)), column.get(nfc(category))
+        row, c = image.get(nfc(name)), column.get(folded(category))
         if row and c:
             row += [""] * (len(header) - len(row))  # cells that Excel left out at the end
         said = codes.get(word(row[c].strip())) if row and c else None
@@ -160,15 +172,16 @@ def merge(sheet, answers, minus_one, unlisted):
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{file}: none of its {len(answers)} answers has a cell in {sheet} "
                         f"(first {strangers[0]}): is it the answers' sheet? A sheet with "
-                        "one column of lists takes none; for -1 say --minus-one")
+                        "one column of lists takes none")
     if filled:
         backups = (sheet.with_name(f"{sheet.name}.{k}.bak") for k in itertools.count(1))
         kept = next(file for file in backups if not file.exists())
         write_atomically(kept, sheet.read_bytes())
         merged = io.StringIO()
-        line_end = "\r\n" if "\r\n" in text else "\n"
-        csv.writer(merged, delimiter=delimiter, lineterminator=line_end).writerows(rows)
-        write_atomically(sheet, (mark + merged.getvalue()).encode(encoding))
+        csv.writer(merged, delimiter=delimiter).writerows(rows)  # \r\n; so \r and \n get quotes
+        line_end = re.search("\r\n|\r|\n", text)[0]
+        text = mark + merged.getvalue().replace("\r\n", line_end)
+        write_atomically(sheet, text.encode(encoding))
         print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
     print(f"{len(answers)} answers: {filled} new, {same} were there, {len(conflicts)} conflicts, "
           f"{len(strangers)} without a cell")

@@ -95,7 +95,8 @@ def suggest(predictor, args):
     counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     then, sheet = "", predictor.cfg.data
     if is_sheet(sheet) and set(predictor.names) <= set(read_cells(sheet)[0]):  # not one of lists
-        then = ", then python -m tools.review merge SHEET ANSWERS, and train again"
+        minus_one = f" --minus-one {predictor.cfg.minus_one}" if predictor.cfg.minus_one else ""
+        then = f", then python -m tools.review merge SHEET ANSWERS{minus_one}, and train again"
         if predictor.cfg.assume_negative:  # the answers' 0s may end it as a default
             then += f" with --assume-negative {predictor.cfg.assume_negative}"
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
