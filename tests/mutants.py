@@ -26,7 +26,8 @@ TESTS = {  # the tests that should notice, the quick ones first
     "datasets/augment.py": ["tests/test_augment.py", "tests/test_images.py"],
     "datasets/base.py": ["tests/test_mixed.py", "tests/test_data.py"],
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
-    "paper/captions.py": ["tests/test_captions.py"],
+    "paper/captions.py": ["tests/test_captions.py"], "tools/review.py": ["tests/test_review.py"],
+    "paper/run_table.py": ["tests/test_reproduce.py"],
     "tools/build.py": ["tests/test_mixed.py", "tests/test_train.py"],
     "tools/categories.py": ["tests/test_eval.py"],
     "tools/inspection.py": ["tests/test_inspection.py"],
@@ -304,6 +305,13 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
      "        norm = update(state, loss, cfg)\n",
      "        norm = update(state, loss, cfg)\n"
      "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"),
+    ("train.py", "return norm.nan_to_num(0, 0)", "return norm"),
+    ("paper/captions.py", 'if image.get("file_name") not in held]', "]"),
+    ("datasets/csv_sheet.py", "(len(filled[c]) > 2 or not (first or header[c] in names))",
+     "len(filled[c]) > 2"),
+    ("tools/review.py", 'if c and cells[c] <= CODES.keys() | {"-1"}}', "if c}"),
+    ("paper/run_table.py", "[self.sha256(file) for file in files],", "[],"),
+    ("paper/run_table.py", "and not (value and is_path(name, value))}", "}"),
 )
 
 

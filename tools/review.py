@@ -179,7 +179,7 @@ def merge(sheet, answers, minus_one, unlisted):
         write_atomically(kept, sheet.read_bytes())
         merged = io.StringIO()
         csv.writer(merged, delimiter=delimiter).writerows(rows)  # \r\n; so \r and \n get quotes
-        line_end = re.search("\r\n|\r|\n", text)[0]
+        line_end = "\r\n" if "\r\n" in text else re.search("\r|\n", text)[0]
         text = mark + merged.getvalue().replace("\r\n", line_end)
         write_atomically(sheet, text.encode(encoding))
         print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
