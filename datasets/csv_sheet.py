@@ -87,7 +87,7 @@ def sheet_text(path):
     text, encoding = read_text(path)
     pattern = '(?i)("?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$))?([^\r\n]*)'
     mark, delimiter, first = re.match(pattern, text).groups("")
-    first = re.sub('"[^"]*"', "", first)  # the comma of "red, small car" ends no cell
+    first = re.sub('"[^"]*("|$)', "", first)  # the comma of "red, small car" ends no cell
     return mark, text[len(mark):], delimiter or max(",;\t", key=first.count), encoding
 
 
@@ -139,7 +139,7 @@ def read(path, root, cfg, names=()):
     if may_list and len(texts) < len(columns):
         raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "
                         f"--ignore {may_list[0]}, or the others (docs/data.md: lists, long)")
-    if len(texts) == len(columns) == 1:
+    if len(texts) == len(columns) == 1 and filled[texts[0]]:
         if cfg.unlisted is None:
             raise UserError(f"{path}: its cells are lists ({filled[texts[0]][0][:60]!r}): is what "
                             "they do not name absent or unknown? Say --unlisted absent or unknown")

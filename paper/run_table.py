@@ -44,6 +44,8 @@ class Runs:
         official = {} if base.data == "nuswide" else {"single_positive": None}
         whole = data.complete(dataclasses.replace(base, **official))
         self.data_sha256 = {name: split.info["sha256"] for name, split in whole.items()}
+        sizes = [os.path.getsize(path) for split in whole.values() for path in split.used().paths]
+        self.data_sha256["sizes"] = hashlib.sha256(repr(sizes).encode()).hexdigest()  # of photos
         self.sha256 = functools.cache(sha256)  # of a file; a table asks again and again
 
     def config(self, settings, seed):

@@ -55,7 +55,7 @@ CROPS = 12  # prototypes shown of each category
 
 
 def train_filmed():
-    """A run on the demo's scenes, which also keeps film.npz of the validation scenes after each
+    """A run on the demo's scenes, which also keeps frames.npz of the validation scenes after each
     epoch: region probabilities p (T, n, C), masks (T, n, C, N) in percent, similarities s
     (T, n, 2, C) and thresholds theta (T, 2, 2, C)."""
     cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN))
@@ -77,7 +77,7 @@ def train_filmed():
     train(cfg, splits=splits, encoder=encoder, on_epoch=on_epoch)
     p, masks, s, theta = (torch.stack(frames).cpu().numpy() for frames in zip(*film))
     save_atomically(lambda buffer: np.savez_compressed(buffer, p=p, masks=masks, s=s, theta=theta),
-                    RUN / "film.npz")
+                    RUN / "frames.npz")
 
 
 # ---- code, by its marks
@@ -184,7 +184,7 @@ def each_loss(cfg, logits, labels):
 def contents():
     """All that the page draws; draws docs/idea.png beside."""
     predictor = Predictor(RUN, "last")
-    cfg, splits, film = predictor.cfg, predictor.splits(), dict(np.load(RUN / "film.npz"))
+    cfg, splits, film = predictor.cfg, predictor.splits(), dict(np.load(RUN / "frames.npz"))
     val, memory = splits["val"], memory_of(predictor)
     s = torch.from_numpy(film["s"][-1]).transpose(0, 1)  # (2, n, C)
     verdicts = memory.verdicts(s.to(predictor.device)).cpu().numpy()
@@ -245,7 +245,7 @@ def write(text_only):
         page = PAGE.read_text(encoding="utf-8")
         content = page.partition("const data = ")[2].partition(";</script>")[0]
     else:
-        if not (RUN / "film.npz").is_file():
+        if not (RUN / "frames.npz").is_file():
             train_filmed()
         content = json.dumps(contents(), separators=(",", ":"), default=numbers)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

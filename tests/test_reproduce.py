@@ -269,6 +269,16 @@ def test_a_run_is_known_by_what_it_reads_not_by_where_that_lies(tmp_path):
     assert folder(tmp_path, {}, val="0.2") != folder(tmp_path, {}, val="0.3")
 
 
+def test_other_photos_of_the_same_names_are_other_data(world, tmp_path):
+    root = shutil.copytree(world / "scenes", tmp_path / "scenes")
+    cfg, _ = train.parse(options(world, tmp_path / "run", root=root))
+    before = run_table.Runs(cfg, tmp_path, 1).config({}, 0).out
+    assert run_table.Runs(cfg, tmp_path, 1).config({}, 0).out == before
+    photo = next((root / "train2014").iterdir())
+    Image.open(photo).resize((99, 99)).save(photo)
+    assert run_table.Runs(cfg, tmp_path, 1).config({}, 0).out != before
+
+
 def test_table_2_without_published_lists_has_its_other_setup(tmp_path, capfd):
     args = SimpleNamespace(table="2", study=None, rows=None, ratios=None)
     found = []

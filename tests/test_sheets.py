@@ -143,6 +143,15 @@ def test_a_column_that_the_first_sheet_drops_is_none_of_the_second(folder, notes
     assert [split.names for split in data.load(cfg)[:2]] == [["dog"], ["dog"]]
 
 
+@pytest.mark.parametrize("unlisted", (None, "absent"))
+def test_a_second_sheet_without_labels_is_none_of_lists(folder, unlisted):
+    (folder / "a.csv").write_text("image,dog\n0.jpg,1\n1.jpg,0\n")
+    (folder / "b.csv").write_text("image,cat\n3.jpg,\n")
+    cfg = Config(data=str(folder / "a.csv"), val=str(folder / "b.csv"), unlisted=unlisted)
+    with pytest.raises(UserError, match="its classes differ|a column of labels a category"):
+        data.load(cfg)
+
+
 @pytest.mark.parametrize("text, names", (
     ("image,present\n0.jpg,1\n1.jpg,0\n", ["present"]),
     ('image;"car, red";"car, blue"\n0.jpg;1;0\n1.jpg;0;1\n', ["car, red", "car, blue"])))

@@ -141,8 +141,9 @@ def merge(sheet, answers, minus_one, unlisted):
     image = {nfc(row[0]): row for row in body if nfc(row[0]) != "#prompt"}
     cells = [{word(row[c].strip()) for row in image.values() if c < len(row)}
              for c in range(len(header))]
-    column = {folded(cell): c for c, cell in enumerate(header)  # another word: it is no category
-              if c and cells[c] <= CODES.keys() | {"-1"}}
+    labels = {text for text, code in CODES.items() if code != UNKNOWN} | {"-1"}
+    column = {folded(cell): c for c, cell in enumerate(header)  # words and no label: no category
+              if c and cell.strip() and (cells[c] & labels or cells[c] <= CODES.keys())}
     if minus_one is None and any("-1" in cells[c] for c in column.values()):
         raise UserError(f"{sheet}: what does -1 mean? Say --minus-one absent (then 0 is unknown) "
                         "or --minus-one unknown")
@@ -179,7 +180,7 @@ def merge(sheet, answers, minus_one, unlisted):
         write_atomically(kept, sheet.read_bytes())
         merged = io.StringIO()
         csv.writer(merged, delimiter=delimiter).writerows(rows)  # \r\n; so \r and \n get quotes
-        line_end = "\r\n" if "\r\n" in text else re.search("\r|\n", text)[0]
+        line_end = re.search("\r\n|\r|\n", re.sub('"[^"]*"', "", text))[0]
         text = mark + merged.getvalue().replace("\r\n", line_end)
         write_atomically(sheet, text.encode(encoding))
         print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
