@@ -14,6 +14,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from support import UserError, refused
@@ -52,7 +53,6 @@ def save_atomically(save, file):
 
 def save_checkpoint(state, file):
     """A dict of tensors, numbers, strings, lists, dicts -> `file`, which ends with its sha256."""
-    import torch
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(file, buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
@@ -60,7 +60,6 @@ def save_checkpoint(state, file):
 
 def read_checkpoint(file, device="cpu"):
     """A last.pt or best.pt -> dict, its tensors on `device`. Runs no code from the file."""
-    import torch
     if not file.is_file():
         raise UserError(f"expected a run folder with {file.name}, found none in {file.parent} "
                         "(only a run with enough validation has a best.pt: --checkpoint last)")

@@ -142,7 +142,7 @@ def end_with_parent(_=None):
 
 def best_device(world=1):
     """This process's GPU (distributed.start chose it); Apple's, for one process; else the CPU."""
-    import torch
+    import torch  # not above: processes that draw scenes start without it
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if world == 1 and torch.backends.mps.is_available() else "cpu")

@@ -123,7 +123,7 @@ def read_label_studio(path, names, rows, unlisted):
 
 
 def nfc(name):
-    """A photo's name, of which macOS writes an umlaut as two characters; ./a.jpg is a.jpg."""
+    """A name in one form: macOS writes an umlaut as two characters, and ./a.jpg is a.jpg."""
     return normalize("NFC", name.strip()).removeprefix("./")
 
 
@@ -142,7 +142,7 @@ def merge(sheet, answers, minus_one, unlisted):
     cells = [{word(row[c].strip()) for row in image.values() if c < len(row)}
              for c in range(len(header))]
     labels = {text for text, code in CODES.items() if code != UNKNOWN} | {"-1"}
-    column = {folded(cell): c for c, cell in enumerate(header)  # words and no label: no category
+    column = {folded(cell): c for c, cell in enumerate(header)  # notes and ages are no category
               if c and cell.strip() and (cells[c] & labels or cells[c] <= CODES.keys())}
     if minus_one is None and any("-1" in cells[c] for c in column.values()):
         raise UserError(f"{sheet}: what does -1 mean? Say --minus-one absent (then 0 is unknown) "
