@@ -90,7 +90,7 @@ def update(state, loss, cfg):
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.scheduler.step()
-    return norm.nan_to_num(0, 0)
+    return norm.nan_to_num(nan=0, posinf=0)
 
 
 def train_one_epoch(state, encoder, loader, cfg):

@@ -305,7 +305,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
      "        norm = update(state, loss, cfg)\n",
      "        norm = update(state, loss, cfg)\n"
      "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"),
-    ("train.py", "return norm.nan_to_num(0, 0)", "return norm"),
+    ("train.py", "return norm.nan_to_num(nan=0, posinf=0)", "return norm"),
     ("paper/captions.py", 'if image.get("file_name") not in held]', "]"),
     ("datasets/csv_sheet.py", "(len(filled[c]) > 2 or not (first or header[c] in names))",
      "len(filled[c]) > 2"),
