@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -18,22 +19,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from latex2mathml.converter import convert
+from markdown import Markdown
 from matplotlib.figure import Figure
 from PIL import Image
 
-import clip
-import data
 import losses
 from config import Config, preset
-from datasets import augment
 from paper.run_table import history
 from support.checkpoint import save_atomically, write_atomically
-from support.cli import best_device, make_parser, run_command
+from support.cli import make_parser, run_command
 from tools.build import training_loader
 from tools.equation_map import ROOT, cited
-from tools.inspection import memory_of, origins
+from tools.inspection import origins
 from tools.plots import heat
-from tools.predictor import Predictor, evaluation_loader
+from tools.predictor import Predictor
 from tools.suggest import jpeg
 from train import train
 
@@ -41,13 +40,7 @@ RUN = Path("runs/walkthrough")
 PAGE = ROOT / "docs" / "walkthrough.html"
 METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",
           "kernels/topk_prototypes.py", "train.py")
-EQUATIONS = ROOT / "docs" / "equations.md"
-# What of Markdown it uses, and blocks that are no paragraphs
-MARKUP = ((r"\$\$(.+?)\$\$", lambda found: convert(found[1], display="block")),
-          (r"\$(.+?)\$", lambda found: convert(found[1])),
-          (r"\*\*(.+?)\*\*", r"<b>\1</b>"), ("`(.+?)`", r"<code>\1</code>"),
-          (r"^> (.+)$", r'<div class="printed">\1</div>'))
-OWN_BLOCK = re.compile('<(div|pre|math [^>]*"block")')
+EQUATIONS, IDEA = PAGE.with_name("equations.md"), PAGE.with_name("idea.png")
 LONGEST = 35  # lines of a function that is shown whole
 CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
 SEEN = ("text_pixel", "energy", "mask", "topk", "logits_r", "logits_q", "s", "truth", "losses")
@@ -55,29 +48,14 @@ CROPS = 12  # prototypes shown of each category
 
 
 def train_filmed():
-    """A run on the demo's scenes, which also keeps frames.npz of the validation scenes after each
-    epoch: region probabilities p (T, n, C), masks (T, n, C, N) in percent, similarities s
-    (T, n, 2, C) and thresholds theta (T, 2, 2, C)."""
-    cfg = Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN))
-    encoder, splits = clip.load(cfg.clip), data.load(cfg)
-    loader = evaluation_loader(cfg, splits[1], encoder, best_device())
-    film = []
+    """A run on the demo's scenes; film/1, film/2, ... keep what last.pt was after each epoch."""
+    def keep(state, line):
+        frame = RUN / "film" / str(state.epoch)
+        frame.mkdir(parents=True)
+        shutil.copy(RUN / "last.pt", frame)
 
-    @torch.no_grad()
-    def on_epoch(state, line):
-        model, memory = state.model.eval(), state.memory
-        g_pos, g_neg = model.prompts(encoder)
-        found = []
-        for _, f, x in loader.batches(0, shuffle=False):
-            out = model(f, x, g_pos, g_neg)
-            s = memory.similarities(out.regions).transpose(0, 1)
-            found.append((out.logits_r.sigmoid(), (100 * out.energy.sigmoid()).byte(), s))
-        film.append([*map(torch.cat, zip(*found)), memory.theta.clone()])
-
-    train(cfg, splits=splits, encoder=encoder, on_epoch=on_epoch)
-    p, masks, s, theta = (torch.stack(frames).cpu().numpy() for frames in zip(*film))
-    save_atomically(lambda buffer: np.savez_compressed(buffer, p=p, masks=masks, s=s, theta=theta),
-                    RUN / "frames.npz")
+    train(Config(**preset("scenes"), ratio=0.1, train_images=1000, eval_every=4, out=str(RUN)),
+          on_epoch=keep)
 
 
 # ---- code, by its marks
@@ -107,53 +85,51 @@ def listing(file, equation):
 def article():
     """docs/equations.md as HTML: below `### Eq. n` the text stands left, right its code and, to
     unfold, its slow oracle."""
+    text = EQUATIONS.read_text(encoding="utf-8")
+    for formula, display in ((r"\$\$(.+?)\$\$", "block"), (r"\$(.+?)\$", "inline")):
+        text = re.sub(formula, lambda found: convert(found[1], display=display), text)
+    renderer = Markdown()
+    renderer.block_level_elements.remove("math")  # most formulas stand within a line
     parts = []
-    for part in re.split("^(?=##)", EQUATIONS.read_text(encoding="utf-8"), flags=re.M)[1:]:
-        for mark, markup in MARKUP:
-            part = re.sub(mark, markup, part, flags=re.M)
-        heading, *blocks = part.strip().split("\n\n")
-        text = "".join(block if OWN_BLOCK.match(block) else f"<p>{block}</p>" for block in blocks)
-        if found := re.match(r"### Eq\. (\d+)", heading):
+    for part in re.split("^(?=##)", text, flags=re.M):
+        heading, body = (renderer.convert(piece) for piece in part.split("\n", 1))
+        if found := re.match(r"<h3>Eq\. (\d+)", heading):
             code, oracle = ("".join(listing(file, int(found[1])) for file in files)
                             for files in (METHOD, ["tests/oracles.py"]))
-            text = (f'<section id="eq{found[1]}"><h3>{heading[4:]}</h3><div>{text}</div><div>{code}'
-                    "<details><summary>The same, slowly: one loop for each sum sign</summary>"
-                    f"{oracle}</details></div></section>")
-        else:
-            text = f"<h2>{heading[3:]}</h2>{text}"
-        parts.append(text)
-    return "".join(parts)
+            heading = f'<section id="eq{found[1]}">{heading}'
+            body = (f"<div>{body}</div><div>{code}<details><summary>The same, slowly: one loop for "
+                    f"each sum sign</summary>{oracle}</details></div></section>")
+        parts += [heading, body]
+    picture = base64.b64encode(IDEA.read_bytes()).decode()
+    return "".join(parts).replace(IDEA.name, f"data:image/png;base64,{picture}")
 
 
 # ---- tensors
 
 def choose(p, peak, verdicts, truth, area):
-    """Six scenes by rule: [(rule, image, category)], no image twice. Verdicts (2, n, C), else
+    """Six scenes by rule: [(rule, image, category)], no image twice. Verdicts (n, 2, C), else
     (n, C); peak: of the mask, area: share of the image that the category's boxes cover."""
-    present, absent, differ = truth == 1, truth == -1, verdicts[0] != verdicts[1]
-    pseudo = np.where(differ, 0, verdicts[0])
+    present, absent, differ = truth == 1, truth == -1, verdicts[:, 0] != verdicts[:, 1]
+    pseudo, company = np.where(differ, 0, verdicts[:, 0]), present.sum(1, keepdims=True)
+    easy, wrong = present & (pseudo == 1) & (area > 0.05), (pseudo != 0) & (pseudo != truth)
     rules = (  # of the eligible the one with the highest score
-        ("easy: present, large, little else is there, and both prototypes say so",
-         present & (pseudo == 1) & (area > 0.05), p - present.sum(1, keepdims=True)),
+        ("easy: large, little else is there, and both prototypes say present", easy, p - company),
         ("small: present and recognised, with the smallest box", present & (p > 0.5), -area),
         ("look-alike: absent, but the most probable of all absent categories", absent, p),
         ("absent: both prototypes say so; the flattest region", absent & (pseudo == -1), -peak),
-        ("modalities disagree: present; visual and text prototypes come to different verdicts",
-         present & differ, p),
-        ("wrong pseudo-label: both prototypes agree, and both are wrong",
-         (pseudo != 0) & (pseudo != truth), np.where(present, p, 1 - p)))
+        ("modalities disagree: it is present, but not both say so", present & differ, p),
+        ("wrong pseudo-label: both agree, and are wrong", wrong, np.where(present, p, 1 - p)))
     chosen = []
     for rule, eligible, score in rules:
         score = np.where(eligible, score, -np.inf)
         score[[image for _, image, _ in chosen]] = -np.inf
-        image, category = np.unravel_index(score.argmax(), score.shape)
-        chosen.append((rule, int(image), int(category)))
+        chosen.append((rule, *map(int, np.unravel_index(score.argmax(), score.shape))))
     return chosen
 
 
-def crops_of(memory, predictor, split):
+def crops_of(predictor, split):
     """For each category JPEGs of its newest prototypes: the location and what surrounds it."""
-    cfg, encoder, (h, w) = predictor.cfg, predictor.clip, predictor.grid
+    cfg, encoder, memory, (h, w) = predictor.cfg, predictor.clip, predictor.memory, predictor.grid
     loader = training_loader(cfg, split, encoder, predictor.device, 0, 1)
     mean, std = (torch.tensor(part)[:, None, None] for part in (encoder.mean, encoder.std))
     crops = []
@@ -182,37 +158,38 @@ def each_loss(cfg, logits, labels):
 
 @torch.no_grad()
 def contents():
-    """All that the page draws; draws docs/idea.png beside."""
+    """All that the page draws, as `inspect` sees it; draws docs/idea.png beside."""
     predictor = Predictor(RUN, "last")
-    cfg, splits, film = predictor.cfg, predictor.splits(), dict(np.load(RUN / "frames.npz"))
-    val, memory = splits["val"], memory_of(predictor)
-    s = torch.from_numpy(film["s"][-1]).transpose(0, 1)  # (2, n, C)
-    verdicts = memory.verdicts(s.to(predictor.device)).cpu().numpy()
+    cfg, (train_split, val, _) = predictor.cfg, predictor.splits().values()
+    frames = [Predictor(RUN / "film" / str(epoch), "last", encoder=predictor.clip)
+              for epoch in range(1, cfg.epochs + 1)]
+    every = [predictor.inspect(*pair) for pair in zip(val.paths, val.truth)]
+    logits, mask, s, verdicts = (torch.stack([seen[name] for seen in every]).cpu()
+                                 for name in ("logits_r", "mask", "s", "verdicts"))  # (n, ...)
+    p, peak = logits.sigmoid().numpy(), mask.amax(-1).numpy()  # (n, C) each
     area = np.array([np.bincount(boxes[:, 0].astype(int), np.prod(boxes[:, 3:] - boxes[:, 1:3], 1),
                                  len(val.names)) for boxes in val.boxes])  # (n, C)
-    peak = film["masks"][-1].max(-1).astype(float)  # (n, C)
     scenes = []
-    for rule, i, c in choose(film["p"][-1], peak, verdicts, val.truth, area):
-        seen = predictor.inspect(val.paths[i], val.truth[i])
+    for rule, i, c in choose(p, peak, verdicts.numpy(), val.truth, area):
+        seen, film = every[i], [frame.inspect(val.paths[i]) for frame in frames]
         scenes.append({name: seen[name] for name in SEEN} | dict(
-            rule=rule, category=c, photo=jpeg(val.paths[i]), film=film["s"][:, i],
-            masks=film["masks"][:, i].tolist(),  # (T, C, N) in percent
+            rule=rule, category=c, photo=jpeg(val.paths[i]), film=[shot["s"] for shot in film],
+            masks=[(100 * shot["mask"]).byte().tolist() for shot in film],  # (T, C, N) in percent
             loss=each_loss(cfg, seen["logits_r"], seen["truth"]),
             p_r=seen["logits_r"].softmax(0), p_q=seen["logits_q"].softmax(0),
             cosines=F.normalize(seen["regions"], dim=-1) @ predictor.g_pos.T))  # (C, C)
         if rule.startswith("easy"):
-            idea(seen, augment.read(val.paths[i]), c, predictor)
+            idea(seen, Image.open(val.paths[i]), c, predictor)
     heads = predictor.model.heads  # of Eq. 13
     text = F.normalize(heads["text"](predictor.g_pos), dim=-1)
-    pixel = F.normalize(heads["pixel"](memory.bank), dim=-1)  # the bank (C, L, D) is full by now
-    return dict(names=predictor.names, scenes=scenes, epochs=history(RUN), theta=memory.theta,
-                thetas=film["theta"], s=s, truth=val.truth.tolist(),
-                crops=crops_of(memory, predictor, splits["train"]),
+    pixel = F.normalize(heads["pixel"](predictor.memory.bank), dim=-1)  # (C, L, D), full by now
+    return dict(names=predictor.names, scenes=scenes, epochs=history(RUN), s=s, truth=val.truth,
+                theta=predictor.memory.theta, thetas=[shot["theta"] for shot in film],
+                crops=crops_of(predictor, train_split),
                 contrast=text @ pixel.mean(1).T,  # (C, C)
                 loss=[each_loss(cfg, torch.linspace(0.01, 0.99, 99).logit(), torch.full((99,), y))
                       for y in (1, -1)],
-                weights=[("L_q", 1), ("L_r", cfg.alpha), ("L_KD", cfg.beta), ("L_NCE", cfg.gamma),
-                         ("L", 1)])
+                weights=dict(L_q=1, L_r=cfg.alpha, L_KD=cfg.beta, L_NCE=cfg.gamma, L=1))
 
 
 def idea(seen, photo, c, predictor):
@@ -236,32 +213,24 @@ def idea(seen, photo, c, predictor):
     scale.set(yticks=(0, 1), yticklabels=("visual\nprototypes", "text\nprototype"),
               ylim=(-0.7, 1.7), xlabel="similarity, and the two thresholds")
     scale.set_title("both above: label guessed, Eq. 8-12", fontsize=9)
-    save_atomically(lambda buffer: figure.savefig(buffer, format="png"), PAGE.with_name("idea.png"))
+    save_atomically(lambda buffer: figure.savefig(buffer, format="png"), IDEA)
 
 
-def write(text_only):
+def write(text):
     """Writes the page from its template, walkthrough.html beside this file."""
-    if text_only:
+    if text:
         page = PAGE.read_text(encoding="utf-8")
-        content = page.partition("const data = ")[2].partition(";</script>")[0]
+        content = page.split("const data = ")[1].split(";</script>")[0]
     else:
-        if not (RUN / "frames.npz").is_file():
+        if not (RUN / "film").is_dir():
             train_filmed()
         content = json.dumps(contents(), separators=(",", ":"), default=numbers)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    picture = base64.b64encode(PAGE.with_name("idea.png").read_bytes()).decode()
-    for name, part in (("IDEA", picture), ("TEXT", article()), ("DATA", content)):
-        template = template.replace(f"{{{{{name}}}}}", part)
-    write_atomically(PAGE, template)
+    write_atomically(PAGE, template.replace("{{TEXT}}", article()).replace("{{DATA}}", content))
     print(f"{PAGE}: {PAGE.stat().st_size / 2**20:.2f} MB")
 
 
-def main(argv=None):
-    parser = make_parser("paper.walkthrough", __doc__)
-    parser.add_argument("--text", action="store_true", dest="text_only",
-                        help="no tensors, only text and code anew")
-    return run_command(write, parser, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = make_parser("paper.walkthrough", __doc__)
+    parser.add_argument("--text", action="store_true", help="no tensors, only text and code anew")
+    sys.exit(run_command(write, parser, None))

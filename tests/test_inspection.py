@@ -8,7 +8,7 @@ import eval as evaluation
 import oracles
 from memory import MemoryBank
 from support import UserError
-from tools.inspection import memory_of, origins
+from tools.inspection import origins
 from tools.predictor import Predictor
 
 
@@ -48,7 +48,7 @@ def test_every_tensor_follows_from_the_ones_before_it(world, tmp_path):
     want = oracles.distillation(seen["logits_r"][None].numpy(), seen["logits_q"][None].numpy(),
                                 "softmax", 1.0)  # Eq. 6
     assert float(terms["L_KD"]) == pytest.approx(want, rel=1e-3, abs=1e-6)
-    memory, heads = memory_of(predictor), model.heads
+    memory, heads = predictor.memory, model.heads
     kept = [(c, row) for c in range(C)
             for row in memory.bank[c, :int(memory.cursor[c].clamp(max=memory.bank.shape[1]))]]
     classes = [c for c in range(C) if labels[c] == 1] + [c for c, _ in kept]

@@ -49,8 +49,8 @@ def test_the_six_scenes_are_what_they_are_called():
     rng = np.random.default_rng(0)
     n, C = 60, 5
     truth = rng.choice((-1, 1), (n, C))
-    verdicts = rng.choice((-1, 0, 1), (2, n, C))
-    pseudo = np.where(verdicts[0] == verdicts[1], verdicts[0], 0)
+    verdicts = rng.choice((-1, 0, 1), (n, 2, C))
+    pseudo = np.where(verdicts[:, 0] == verdicts[:, 1], verdicts[:, 0], 0)
     p, peak = rng.random((2, n, C))
     area = rng.random((n, C)) * (truth == 1)
     found = {rule.split(":")[0]: (i, c) for rule, i, c in choose(p, peak, verdicts, truth, area)}
@@ -60,7 +60,7 @@ def test_the_six_scenes_are_what_they_are_called():
     assert truth[found["look-alike"]] == -1
     assert truth[found["absent"]] == pseudo[found["absent"]] == -1
     i, c = found["modalities disagree"]
-    assert verdicts[0, i, c] != verdicts[1, i, c]
+    assert verdicts[i, 0, c] != verdicts[i, 1, c]
     i, c = found["wrong pseudo-label"]
     assert pseudo[i, c] == -truth[i, c]
 
@@ -103,8 +103,8 @@ def test_scene_and_category_change_what_is_drawn(page):
 
 @needs_browser
 def test_thresholds_change_verdicts_and_counts(page):
-    counts = ("return [...document.querySelectorAll('#counts td')].map(td => +td.textContent)"
-              ".filter(x => !isNaN(x))")
+    counts = ("return [...document.querySelectorAll('[data-draw=counts] td')]"
+              ".map(td => +td.textContent).filter(x => !isNaN(x))")
     right, wrong, right_absent, wrong_absent, silent = before = page.run(counts)
     assert sum(before) == 1000 and right > wrong
     for what in ("visual", "text"):  # so low that everything is called present
@@ -133,7 +133,7 @@ def test_the_film_goes_from_stage_one_to_stage_two(page):
 @needs_browser
 def test_the_pooled_region_is_nearest_to_the_text_of_its_category(page):
     """In the scene "easy"; the first bar is the largest cosine."""
-    page.run("choose(data.scenes[0])")
+    page.run("find('scene').value = 0; chooseScene()")
     shown = "return document.querySelector('[data-draw=pooled]').textContent"
     assert page.run(shown).startswith(page.run("return names[c]"))
 

@@ -51,7 +51,7 @@ def inspect(predictor, image, labels=None):
     truth (C,)                   the labels
     losses                       of these labels alone: L_r, L_q, L_KD, L_NCE, L   Eq. 6, 13-15
     """
-    memory, model, cfg = memory_of(predictor), predictor.model, predictor.cfg
+    memory, model, cfg = predictor.memory, predictor.model, predictor.cfg
     g_pos, g_neg = predictor.g_pos, predictor.g_neg
     split = data.Split("image", [image], predictor.names, labels=None)
     loader = FeatureLoader(data.Images(split, cfg.size), predictor.clip, device=predictor.device)

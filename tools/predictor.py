@@ -3,6 +3,7 @@
 n images, B of a batch, C categories, N = h*w locations, D dims.
 """
 import dataclasses
+import functools
 import json
 import sys
 from collections import defaultdict
@@ -63,6 +64,7 @@ class Predictor:
     """A trained run that scores images. checkpoint: "best" (chosen on validation), "last", or None:
     best where there is one. places: settings that say where data and weights lie now."""
     inspect = inspection.inspect
+    memory = functools.cached_property(inspection.memory_of)
 
     def __init__(self, run, checkpoint=None, device=None, encoder=None, places=None):
         self.run = Path(run)
