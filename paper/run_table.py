@@ -80,7 +80,8 @@ class Runs:
                      if "carl_from" in settings]:
             self.train(first)
         configs = {cfg.out: cfg for cfg in (self.config(*pair) for pair in wanted)}
-        todo = [cfg for cfg in configs.values() if not finished(cfg)]
+        todo = [cfg for cfg in configs.values() if not finished(cfg)
+                and (not cfg.carl_from or finished(cfg, cfg.carl_from))]  # it may have diverged
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
         for count, cfg in enumerate(tqdm(trained, "runs", len(todo), disable=None), 1):
             told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}" if finished(cfg) else "diverged"
@@ -115,8 +116,8 @@ def history(run):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def finished(cfg):
-    return len(history(cfg.out)) == cfg.epochs
+def finished(cfg, run=None):
+    return len(history(run or cfg.out)) == cfg.epochs
 
 
 def in_processes(todo, jobs):

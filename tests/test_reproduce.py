@@ -215,6 +215,25 @@ def test_a_diverged_row_is_told_and_the_others_go_on(call):
     assert any(line.startswith("| **average feature** | ") and "no run" not in line for line in out)
 
 
+def test_no_row_rests_on_a_region_module_that_diverged(call):
+    """Table 4: half a module on complete labels gave a number, and kept it."""
+    step, broken = train.training_step, True
+
+    def diverge(model, memory, encoder, cfg, *arguments):
+        if broken and cfg.ratio == 1:
+            raise FloatingPointError("the loss is not finite")
+        return step(model, memory, encoder, cfg, *arguments)
+
+    with mock.patch.object(train, "training_step", diverge):
+        for told in (True, False):
+            broken = told
+            out, _ = call("--table", 4, "--ratios", 0.6, lr=3e-3)
+            row, = (line for line in out if line.startswith("| **w complete**"))
+            assert ("no run finished" in row) == told
+            row, = (line for line in out if line.startswith("| **w/o complete**"))
+            assert "no run" not in row
+
+
 def test_table_1_averages_scores_with_prompts_of_captions(call):
     out, folder = call("--table", 1, "--ratios", 0.5, 0.9, "--rows", "DualCoOp", "TaI")
     found = measured(folder, "table-1")

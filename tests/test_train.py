@@ -69,6 +69,12 @@ def test_the_rate_that_is_told_is_that_of_the_last_step(world, tmp_path, monkeyp
     assert [line["lr"] for line in history] == used[2::3]  # three steps an epoch
 
 
+def test_a_run_of_one_step_has_a_rate(world, tmp_path):
+    """OneCycleLR's only step of one would be its last, at a millionth of the rate."""
+    line, = run(world, tmp_path / "run", epochs=1, batch=1000, lr=1e-3)
+    assert line["lr"] > 5e-4
+
+
 def test_the_curves_draw_the_terms_of_the_total_and_mark_stage_two_and_the_best_epoch(
         world, whole, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")

@@ -23,9 +23,9 @@ def load_data(cfg):
     splits = data.load(cfg)
     if cfg.images != "captions":
         return splits
-    if cfg.score == "mixed" and not splits[1]:
-        raise UserError("--score mixed needs photos to be scaled on: hold some out with --val 0.2, "
-                        "or choose another --score")
+    if cfg.score == "mixed" and not (splits[1] and len(splits[1].paths) >= FEW):
+        raise UserError(f"--score mixed needs {FEW} photos to be scaled on: hold some out with "
+                        "--val 0.2, or choose another --score")
     return captions.load(cfg, *splits[:2]), *splits[1:]
 
 
