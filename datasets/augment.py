@@ -54,6 +54,8 @@ def turn_of(image):
 
 
 def upright(image):
+    if image.format == "TIFF" and image.tag_v2.get(254, 0) & 1:  # NewSubfileType
+        raise ValueError("its first picture is a thumbnail, as in raw photos; convert it")
     image.load()  # Pillow turns a TIFF here, and its mark goes
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")
@@ -69,7 +71,7 @@ def upright(image):
             image.info["transparency"] = key // 257
     elif isinstance(key, tuple) and max(key) > 255:  # of 16 bits, as its pixels were
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -23,9 +23,10 @@ from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, locate, read_text
                            twins)
 from support import UserError
 
-WORDS = {POSITIVE: ("1", "true", "yes", "y", "present", "x"),
-         NEGATIVE: ("0", "false", "no", "n", "absent"),
-         UNKNOWN: ("", "?", "na", "n/a", "#n/a", "<na>", "nan", "none", "null", "unknown")}
+EMPTY = ("", "na", "n/a", "#n/a", "<na>", "nan", "none", "null")  # as other programs write it
+WORDS = {POSITIVE: ("1", "true", "yes", "y", "present", "x", "ja", "oui", "wahr", "vrai"),
+         NEGATIVE: ("0", "false", "no", "n", "absent", "nein", "non", "falsch", "faux"),
+         UNKNOWN: (*EMPTY, "?", "unknown")}
 CODES = {word: code for code, words in WORDS.items() for word in words}
 # by --minus-one: "absent", where 0 is unknown; "unknown", as CheXpert has it
 MEANING = {None: CODES, "unknown": CODES | {"-1": UNKNOWN},
@@ -49,6 +50,12 @@ def csv_text(header, rows):
     for row in (header, *rows):
         writer.writerow([f"'{cell}" if FORMULA.match(str(cell)) else cell for cell in row])
     return text.getvalue().replace("\r\n", "\n").encode("utf-8-sig", errors="surrogateescape")
+
+
+def split_names(text):
+    """Names as a user gives them: a,"b, c" -> ["a", "b, c"]."""
+    names = next(csv.reader([text], skipinitialspace=True))
+    return [name.strip() for name in names if name.strip()]
 
 
 def is_sheet(data):
@@ -87,8 +94,8 @@ def sheet_text(path):
     text, encoding = read_text(path)
     pattern = '(?i)("?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$))?([^\r\n]*)'
     mark, delimiter, first = re.match(pattern, text).groups("")
-    first = re.sub('"[^"]*("|$)', "", first)  # the comma of "red, small car" ends no cell
-    return mark, text[len(mark):], delimiter or max(",;\t", key=first.count), encoding
+    first = re.sub('"[^"]*("|$)', "", first) + ","  # the comma of "red, small car" ends no cell
+    return mark, text[len(mark):], delimiter or re.search("[,;\t]", first)[0], encoding
 
 
 def read_cells(path):
@@ -117,9 +124,10 @@ def read(path, root, cfg, names=()):
     UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
     first = not names  # the training sheet
-    codes = MEANING[cfg.minus_one]
+    empty = NEGATIVE if cfg.unlisted == "absent" else UNKNOWN
+    codes = MEANING[cfg.minus_one] | dict.fromkeys(EMPTY, empty)
     header, body = read_cells(path)
-    ignored = {name.strip() for name in (cfg.ignore or "").split(",")} - {""}
+    ignored = {*split_names(cfg.ignore or "")}
     if (missing := ignored - set(header)) and first:
         raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
     problems, prompt_of = [], {}
@@ -134,7 +142,8 @@ def read(path, root, cfg, names=()):
     # a column of three or more filled cells without any label is no category; of a second sheet
     # one without a label, if the first sheet has no such category
     texts = [c for c in columns if not {*codes, "-1"} & {*filled[c]}
-             and (len(filled[c]) > 2 or not (first or header[c] in names))]
+             and (len(filled[c]) > 2 or (cfg.unlisted and len(columns) == 1)
+                  or not (first or header[c] in names))]
     may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
     if may_list and len(texts) < len(columns):
         raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "
@@ -143,7 +152,7 @@ def read(path, root, cfg, names=()):
         if cfg.unlisted is None:
             raise UserError(f"{path}: its cells are lists ({filled[texts[0]][0][:60]!r}): is what "
                             "they do not name absent or unknown? Say --unlisted absent or unknown")
-        cells, names = lists(path, body, texts[0], names)
+        cells, names = lists(path, body, texts[0], names, codes)
     else:
         if texts:
             note(f"{path}: no categories, since none of their cells is a label: "
@@ -152,13 +161,13 @@ def read(path, root, cfg, names=()):
         names = [header[c] for c in columns]
         cells = label_cells(path, header, body, columns, codes, problems)
     labels = np.array(cells, np.int8).reshape(len(body), len(names))
-    if cfg.unlisted == "absent" and (first or not (labels == NEGATIVE).any()):
-        labels[labels == UNKNOWN] = NEGATIVE
     prompts = [prompt_of.get(name) or name.replace("_", " ") for name in names]
+    both = Counter(map(str.lower, names)) | Counter(map(str.lower, prompts))
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
-                 for name, n in Counter(map(str.lower, prompts)).items() if n > 1 or not name]
+                 for name, n in both.items() if n > 1 or not name]
     if not (body and names):
-        problems.append(f"{path}: expected a row for each image, a column of labels a category")
+        problems.append(f"{path}: expected a row for each image, a column of labels a category: "
+                        "1 present, 0 absent, empty unknown")
     files = image_files(path, root, body, problems)
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
@@ -200,7 +209,7 @@ def image_files(path, root, body, problems):
     return list(first)
 
 
-def lists(path, body, column, names):
+def lists(path, body, column, names, codes):
     """One column of lists, such as `dog|cat` -> cells (N rows of C codes), and all names."""
     cells = ["" if CODES.get(word(row[column])) == UNKNOWN else row[column] for _, row in body]
     if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
@@ -209,4 +218,6 @@ def lists(path, body, column, names):
     rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
     names = sorted({*names}.union(*rows))
     note(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
-    return [[POSITIVE if name in row else UNKNOWN for name in names] for row in rows], names
+    rest = [codes.get(word(row[column]), codes[""]) for _, row in body]  # "?": nothing is known
+    return [[POSITIVE if name in row else code for name in names]
+            for row, code in zip(rows, rest)], names

@@ -125,6 +125,8 @@ def test_formats_with_a_documented_treatment(tmp_path):
     assert np.abs(read(half, "PNG") - 127).max() <= 1
     palette = colour.convert("P")
     assert (read(palette, "PNG", transparency=palette.getpixel((3, 5)))[5, 3] == 255).all()
+    alpha = clear.quantize(4)  # whose palette is of RGBA
+    assert (np.asarray(augment.read(alpha)) == 255).all()
     assert (read(Image.new("1", (4, 4), 1), "PNG") == 255).all()
     exif = Image.Exif()
     exif[274] = 6  # the camera was held upright
@@ -181,3 +183,10 @@ def test_a_damaged_note_or_profile_says_nothing_about_the_pixels(tmp_path, kind,
     (tmp_path / "c.png").write_bytes(damaged)
     with pytest.raises(Exception):
         augment.read(tmp_path / "c.png")
+
+
+def test_a_raw_photo_is_not_read_as_its_thumbnail(tmp_path):
+    """NEF and DNG are TIFFs whose first picture is small; the photo stands in another one."""
+    Image.new("RGB", (16, 12), "red").save(tmp_path / "a.nef", "TIFF", tiffinfo={254: 1})
+    with pytest.raises(ValueError, match="thumbnail"):
+        augment.read(tmp_path / "a.nef")

@@ -377,7 +377,7 @@ def page(tmp_path):
     cells = [{"photo": i, "image": NAMES[i], "category": category, "kind": kind, "probability": 0.5,
               "region": [0, 255, 0, 60]} for kind in ("present", "uncertain", "absent")
              for category in ("</script>dog", "cat") for i in (0, 1)]
-    write_page(tmp_path / "out.html", "x.csv", cells, photos, (2, 2))
+    write_page(tmp_path / "out.html", "x.csv", cells, photos, (2, 2), "then merge SHEET ANSWERS")
     return tmp_path / "out.html"
 
 
@@ -420,6 +420,8 @@ def test_keys_answer_undo_and_survive_a_closed_tab(page, tmp_path, capfd):
         # an answer is changed by a click
         browser.click("article:nth-of-type(1) .row button:nth-child(2)")
         rows = saved(browser, tmp_path)
+        told = browser.run("return document.getElementById('told').textContent")
+        assert "5 answers saved as out-answers.csv" in told and "SHEET out-answers.csv" in told
         browser.keys("rrrrrr")
         told = browser.run("return document.getElementById('told').textContent")
         assert "All are answered" in told
@@ -440,3 +442,11 @@ def test_the_page_fits_its_window(page, size):
         browser.open(page)
         assert browser.run("return document.documentElement.scrollWidth") <= size[0]
         assert browser.errors() == []
+
+
+def test_a_new_sheet_of_a_category_with_a_comma(tmp_path, capfd):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    assert command(main, ["new-sheet", tmp_path, "--categories", 'dog, "red, small car"'],
+                   capfd)[0] == 0
+    assert data.complete(Config(data=str(tmp_path / "labels.csv")))["train"].names == [
+        "dog", "red, small car"]

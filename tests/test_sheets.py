@@ -28,6 +28,10 @@ SHEETS = {
         ":4: ./0.jpg is already on line 2",
     ),
     "class twice": ("image,dog,dog\n0.jpg,1,0\n", ":1: the class 'dog' is there twice"),
+    "capitals in spite of prompts": (
+        "image,Jaguar,jaguar\n#prompt,jaguar car,jaguar animal\n0.jpg,1,0\n",
+        ":1: the class 'jaguar' is there twice",
+    ),
     "capitals": ("image,dog,Dog\n0.jpg,1,0\n", ":1: the class 'dog' is there twice"),
     "class without a name": (
         "image,dog,,cat\n0.jpg,1,0,0\n",
@@ -233,7 +237,37 @@ def test_what_is_not_listed_is_absent_also_where_a_zero_was_written(folder):
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,\n3.jpg,0,1\n")
     train, val, _ = fake.load(folder / "a.csv", val=folder / "b.csv", unlisted="absent")
     assert train.labels.tolist() == [[1, -1], [-1, 1]]
-    assert val.labels.tolist() == [[1, 0], [-1, 1]]
+    assert val.labels.tolist() == [[1, -1], [-1, 1]]
+
+
+def test_what_is_said_to_be_unknown_is_no_empty_cell(folder):
+    """CheXpert: -1 is uncertain, an empty cell is absent. "NA" is how R writes an empty one."""
+    fake.write(folder / "a.csv", HEAD + "0.jpg,1,-1\n1.jpg,,1\n2.jpg,?,NA\n")
+    train = fake.load(folder / "a.csv", val=0, minus_one="unknown", unlisted="absent")[0]
+    assert train.labels.tolist() == [[1, 0], [-1, 1], [0, -1]]
+    fake.write(folder / "a.csv", HEAD + "0.jpg,1,-1\n1.jpg,0,1\n2.jpg,,1\n")
+    train = fake.load(folder / "a.csv", val=0, minus_one="absent", unlisted="absent")[0]
+    assert train.labels.tolist() == [[1, -1], [0, 1], [-1, 1]]
+    fake.write(folder / "a.csv", "image,tags\n0.jpg,dog|cat\n1.jpg,?\n2.jpg,\n")
+    train = fake.load(folder / "a.csv", val=0, unlisted="absent")[0]
+    assert train.labels.tolist() == [[1, 1], [0, 0], [-1, -1]]  # one filled cell: lists, as is said
+
+
+@pytest.mark.parametrize("head, name", (("image;red, small car", "red, small car"),
+                                        ("image\tred, small, shiny car", "red, small, shiny car"),
+                                        ("image,dog; brown", "dog; brown")))
+def test_what_ends_the_first_cell_ends_all(folder, head, name):
+    fake.write(folder / "s.csv", f"{head}\n0.jpg{head[5]}1\n1.jpg{head[5]}0\n")
+    assert fake.load(folder / "s.csv", val=0)[0].names == [name]
+
+
+def test_the_words_of_excel_in_other_languages(folder):
+    fake.write(folder / "s.csv", HEAD + "0.jpg,WAHR,FALSCH\n1.jpg,FAUX,VRAI\n2.jpg,ja,nein\n")
+    labels = fake.load(folder / "s.csv", val=0)[0].labels
+    assert labels.tolist() == [[1, -1], [-1, 1], [1, -1]]
+    rows = "".join(f"{i}.jpg,cierto,incierto\n" for i in range(3))
+    fake.write(folder / "s.csv", HEAD + rows)
+    refused("a column of labels a category: 1 present", folder / "s.csv")
 
 
 def test_lists_with_words_for_nothing(folder, capsys):

@@ -190,6 +190,8 @@ def test_only_a_sheet_with_a_column_a_category_is_told_to_take_answers(trained, 
         suggest(model, SimpleNamespace(suggest=tmp_path / f"{name}.csv", pictures=0))
         last = capfd.readouterr().out.splitlines()[-1]
         assert ("tools.review merge" in last) == (name == "columns")
+        assert ("takes no answers" in last) == (name == "lists")  # before they are given
+        assert page_of(tmp_path / f"{name}.html")["then"] in last
 
 
 def test_without_a_run_a_sheet_is_read_as_its_options_say(world, tmp_path, capfd):

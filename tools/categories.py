@@ -40,9 +40,11 @@ def category_lines(split, scores, ap, threshold, rests_on):
     lines.append(f"{len(doubted)} labels of {split.name} look wrong (--split asks about others); "
                  "the probability denies them" + (", the clearest first:" if doubted else ""))
     for i, c in doubted[:10]:
-        label = "present" if truth[i, c] == 1 else "absent"
+        label = "labelled present" if truth[i, c] == 1 else "labelled absent"
+        if split.where and not split.labels[i, c]:
+            label = "an empty cell, counted as absent"
         where = f"{split.where[i]}, " if split.where else ""
-        lines.append(f"  {where}{split.paths[i]}: {split.names[c]} is labelled {label}, "
+        lines.append(f"  {where}{split.paths[i]}: {split.names[c]} is {label}, "
                      f"probability {scores[i, c]:.2f}")
     error = np.where(truth == 0, 0, np.abs(scores - (truth == 1))).sum(1)  # (n,)
     lines.append("the images that it gets most wrong, |probability - label| summed over the known:")

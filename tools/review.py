@@ -26,20 +26,21 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json, require_unique
-from datasets.csv_sheet import CODES, FORMULA, MEANING, csv_text, read_cells, sheet_text, word
+from datasets.csv_sheet import (CODES, FORMULA, MEANING, csv_text, read_cells, sheet_text,
+                                split_names, word)
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_command
 from tools.predict import images_in, new
 
 
-def write_page(file, title, cells, photos, grid):
+def write_page(file, title, cells, photos, grid, then):
     """cells: list of dicts photo, image, category, kind, probability, region (N values 0..255);
-    photos {photo: base64 JPEG}; grid (h, w)."""
+    photos {photo: base64 JPEG}; grid (h, w); then: what to do with ANSWERS, the saved file."""
     cells = sorted(cells, key=lambda cell: cell["category"])  # kinds stay in their order
     # answers are kept in the browser under the name of the list
     key = hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
-    content = dict(title=title, cells=cells, photos=photos, grid=grid, key=key,
+    content = dict(title=title, cells=cells, photos=photos, grid=grid, key=key, then=then,
                    save=f"{file.stem}-answers.csv")
     text = json.dumps(content).replace("<", "\\u003c")
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
@@ -197,7 +198,7 @@ def new_sheet(folder, categories):
     folder = Path(folder)
     file = new(folder / "labels.csv", "the sheet")
     rows, skipped = [], []
-    categories = [name.strip() for name in categories.split(",") if name.strip()]
+    categories = split_names(categories)
     require_unique([name.lower() for name in categories], "--categories")
     for path in images_in([folder]):
         name = Path(path).relative_to(folder).as_posix()

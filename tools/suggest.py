@@ -89,15 +89,17 @@ def suggest(predictor, args):
         cells.append({"photo": i, "image": listed[i], "category": predictor.names[c], "kind": kind,
                       "probability": round(float(p[i, c]), 2),
                       "region": (255 * region).astype(int).tolist()})
-    write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
-    write_page(page, Path(predictor.cfg.data).name, cells, photos, predictor.grid)
-
-    counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     then, sheet = "", predictor.cfg.data
-    if is_sheet(sheet) and set(predictor.names) <= set(read_cells(sheet)[0]):  # not one of lists
+    if is_sheet(sheet):
         minus_one = f" --minus-one {predictor.cfg.minus_one}" if predictor.cfg.minus_one else ""
         then = f", then python -m tools.review merge SHEET ANSWERS{minus_one}, and train again"
         if predictor.cfg.assume_negative:  # the answers' 0s may end it as a default
             then += f" with --assume-negative {predictor.cfg.assume_negative}"
+        if not set(predictor.names) <= set(read_cells(sheet)[0]):
+            then = "; a sheet with one column of lists takes no answers: write a column a category"
+    write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
+    write_page(page, Path(sheet).name, cells, photos, predictor.grid, then)
+
+    counts = ", ".join(f"{len(image)} {kind}" for kind, (image, _) in chosen.items())
     print(f"{file}: of {int((labels == data.UNKNOWN).sum())} unknown labels {counts}; "
           f"{len(shown)} of them to look at in {page}{then}")
