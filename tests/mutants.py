@@ -28,7 +28,7 @@ TESTS = {  # the tests that should notice, the quick ones first
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
     "paper/captions.py": ["tests/test_captions.py"], "tools/review.py": ["tests/test_review.py"],
     "paper/run_table.py": ["tests/test_reproduce.py"],
-    "tools/build.py": ["tests/test_mixed.py", "tests/test_train.py"],
+    "tools/build.py": ["tests/test_mixed.py", "tests/test_train.py", "tests/test_captions.py"],
     "tools/categories.py": ["tests/test_eval.py"],
     "tools/inspection.py": ["tests/test_inspection.py"],
     "tools/predictor.py": ["tests/test_eval.py"],

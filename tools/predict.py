@@ -45,7 +45,7 @@ def new(file, option):
     """A file to write at the end, checked before the work: nothing that is there is replaced."""
     file = Path(file)
     if file.is_symlink() or file.exists():
-        raise UserError(f"{option} {file} is there already: choose another name, or delete it")
+        raise UserError(f"{option} {file} is there already: choose another name, or move it away")
     if not file.parent.is_dir():
         raise UserError(f"{option} {file} cannot be written, its folder is missing: make it")
     return file
