@@ -156,8 +156,8 @@ def load(cfg):
     """A config.Config -> (train, val or None, test or None) Splits.
 
     seed 0 gives the published masks; Cole's sampler starts at 1200 + seed. The mask is drawn for
-    all training images, before train_images cuts them. Where cfg.val is None a fifth is held out
-    for sheets and "largeloss", scenes have their own split, the others none; val keeps all labels.
+    all training images, before train_images cuts them. Where cfg.val is None scenes have their
+    own val; else a fifth is held out for sheets and "largeloss", or none; val keeps all labels.
     """
     given = [cfg.single_positive is not None, cfg.mask is not None, cfg.ratio != 1]
     if given.count(True) > 1:

@@ -1,6 +1,6 @@
 """Timings of the data path: pytest -q -s tests/bench_data.py
 
-COCO's annotations at full size (bars: 25 s and 3 GB to parse, 2 s from the cache), images a second
+COCO's annotations at full size (bars: 25 s and 3 GB to parse), images a second
 and core at 448 from 640 x 480 JPEGs with and without augmentation, the augmentation by operation,
 and what JPEG's draft mode would change. Photos: TRM_SAMPLES (default ../shared/data) where present,
 otherwise drawn noise, which decodes slower.

@@ -1,4 +1,4 @@
-"""Both kernels against float64 and the torch reference, in Triton's interpreter without a GPU and
+"""All kernels against float64 and the torch reference, in Triton's interpreter without a GPU and
 natively with one.
 
 Tolerance is derived: an element may be off by twice the reference's largest error in the same dtype

@@ -47,7 +47,7 @@ def main(argv=None):
     parser = make_parser("data.py", data.__doc__)
     parser.add_argument("data", help=f"{', '.join(data.LAYOUTS)}, or a sheet")
     parser.add_argument("--root", help="folder of the download, or where a sheet's names start")
-    parser.add_argument("--names", help="file of prompt names, one a line (vg200 needs it)")
+    parser.add_argument("--names", help="file of prompt names, one a line; vg200: of categories")
     for name in ("ignore", "minus-one", "unlisted"):
         parser.add_argument(f"--{name}", help="of sheets, as for train.py")
     parser.add_argument("--no-decode", action="store_true", help="do not open every image")
