@@ -320,6 +320,9 @@ def test_label_studio_addresses(tmp_path, capfd, address, row):
     ([{"data": {"photo": "x/a.jpg"}, "annotations": []}], ("image",)),
     ([{"data": {"image": "x/a.jpg"}, "completions": []}], ("annotations",)),
     (["x/a.jpg"], ("JSON",)),
+    # a camera gives the same names again: what is known of 2019 went to the photos of 2020
+    ([task("/data/local-files/?d=2020/x/a.jpg", []), task("/data/local-files/?d=2019/y/a.jpg", [])],
+     ("2019/", "2020/", "one folder")),
 ])
 def test_what_label_studio_cannot_tell_is_refused_in_one_line(tmp_path, capfd, tasks, says):
     sheet = "image,dog\nx/a.jpg,\ny/a.jpg,\n"

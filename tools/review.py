@@ -66,21 +66,21 @@ def read_answers(path):
 
 
 def row_of(address, rows, uploads):
-    """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path.
-    /data/local-files/?d=photos/in/a.jpg, or any URL, ends in the image's name; an uploaded one is
-    /data/upload/1/0f3a9c21-a.jpg. uploads: {name of an uploaded photo: [rows]}"""
+    """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path;
+    and what stands before it. /data/local-files/?d=photos/in/a.jpg, or any URL, ends in the image's
+    name; an uploaded one is /data/upload/1/0f3a9c21-a.jpg. uploads: {its uploaded name: [rows]}"""
     if "://" in address and "?d=" not in address:
         address = address.split("?")[0]  # a signature
     path = nfc(urllib.parse.unquote(address.split("?d=")[-1]))
     if upload := re.search(r"/data/upload/\d+/[0-9a-f]{8}-([^/]+)$", path):
-        found = uploads.get(upload[1], [])
+        found = uploads.get(upload[1], [path])
         if len(found) > 1:
             raise UserError(f"{address} may be {found[0]} or {found[1]}: upload with other names")
-    else:
-        parts = path.split("/")
-        ends = ["/".join(parts[k:]) for k in range(len(parts))]  # the longest first
-        found = [end for end in ends if end in rows]
-    return found[0] if found else path
+        return found[0], ""
+    parts = path.split("/")
+    ends = ["/".join(parts[k:]) for k in range(len(parts))]  # the longest first
+    end = next((end for end in ends if end in rows), path)
+    return end, path.removesuffix(end)
 
 
 def named(result, names):
@@ -101,7 +101,7 @@ def read_label_studio(path, names, rows, unlisted):
     if unlisted is None:
         raise UserError(f"{path}: what was not chosen is --unlisted absent or --unlisted unknown?")
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
-    answers, shown, uploads = [], {}, collections.defaultdict(list)
+    answers, shown, starts, uploads = [], {}, set(), collections.defaultdict(list)
     for row in rows:
         name = posixpath.basename(row).replace(" ", "_")  # as Django names an uploaded file
         uploads[re.sub(r"[^-\w.]", "", name)].append(row)
@@ -109,7 +109,8 @@ def read_label_studio(path, names, rows, unlisted):
                  "data.image and annotations"):
         for task in read_json(path):
             address = task["data"]["image"]
-            image = row_of(address, rows, uploads)
+            image, start = row_of(address, rows, uploads)
+            starts |= {start} - {""}
             if shown.setdefault(image, address) != address:
                 raise UserError(f"{path}: two tasks show {image}: {shown[image]} and {address}; "
                                 "delete one")
@@ -120,6 +121,9 @@ def read_label_studio(path, names, rows, unlisted):
                 chosen = {name for result in note["result"] for name in named(result, names)}
                 answers += [(image, name, POSITIVE) for name in sorted(chosen)]
                 answers += [(image, name, rest) for name in offered if name not in chosen]
+    if len(starts) > 1:  # a camera gives the same names again
+        raise UserError(f"{path}: its photos start from {' and '.join(sorted(starts))}, those of a "
+                        "sheet from one folder: export that one's tasks")
     return answers
 
 
