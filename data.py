@@ -126,8 +126,6 @@ def complete(cfg):
 
 def splc_files(cfg):
     """The files of SPLC's published lists."""
-    if cfg.data not in LISTS:
-        raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
     folder, lists = Path(cfg.lists or cfg.root or ""), list(LISTS[cfg.data])
     if folder.is_file():
         folder, lists[0] = folder.parent, folder.name
@@ -164,6 +162,8 @@ def load(cfg):
     given = [cfg.single_positive is not None, cfg.mask is not None, cfg.ratio != 1]
     if given.count(True) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
+    if cfg.single_positive == "splc" and cfg.data not in LISTS:
+        raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
     sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
     share = None
     if cfg.val is not None and not (sheet and is_sheet(cfg.val)):

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 from config import parse as parse_config
-from data import splc_files
+from data import LISTS, splc_files
 from datasets.base import read_json
 from datasets.csv_sheet import note
 from eval import compare, metrics
@@ -71,6 +71,8 @@ def rows_of(args, base):
     if args.table == "2":
         setups = dict(asked["setups"])
         try:
+            if base.data not in LISTS:
+                raise UserError(f"there are none for {base.data}")
             splc_files(base)
         except UserError as error:
             note(f"the SPLC setup is left out, published lists define it: {error}")
