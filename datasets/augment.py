@@ -54,7 +54,7 @@ def turn_of(image):
 
 
 def upright(image):
-    if image.format == "TIFF" and image.tag_v2.get(254, 0) & 1:  # NewSubfileType
+    if getattr(image, "tag_v2", {}).get(254, 0) & 1:  # a TIFF's NewSubfileType
         raise ValueError("its first picture is a thumbnail, as in raw photos; convert it")
     image.load()  # Pillow turns a TIFF here, and its mark goes
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):

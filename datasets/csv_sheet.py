@@ -139,11 +139,11 @@ def read(path, root, cfg, names=()):
     columns = [c for c in range(1, len(header)) if header[c] not in ignored]
     filled = {c: [word(row[c]) for _, row in body if CODES.get(word(row[c])) != UNKNOWN]
               for c in columns}
-    # a column of three or more filled cells without any label is no category; of a second sheet
-    # one without a label, if the first sheet has no such category
+    # a column of three or more filled cells without any label is no category (the only one: lists,
+    # if --unlisted says so); of a second sheet one that the first sheet does not have
     texts = [c for c in columns if not {*codes, "-1"} & {*filled[c]}
-             and (len(filled[c]) > 2 or (cfg.unlisted and len(columns) == 1)
-                  or not (first or header[c] in names))]
+             and (len(filled[c]) > 2 or not (first or header[c] in names)
+                  or (cfg.unlisted and len(columns) == 1 and filled[c] and first))]
     may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
     if may_list and len(texts) < len(columns):
         raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "
@@ -162,9 +162,10 @@ def read(path, root, cfg, names=()):
         cells = label_cells(path, header, body, columns, codes, problems)
     labels = np.array(cells, np.int8).reshape(len(body), len(names))
     prompts = [prompt_of.get(name) or name.replace("_", " ") for name in names]
-    both = Counter(map(str.lower, names)) | Counter(map(str.lower, prompts))
+    once = len({*map(str.lower, names)}) == len(names)
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
-                 for name, n in both.items() if n > 1 or not name]
+                 for name, n in Counter(map(str.lower, prompts if once else names)).items()
+                 if n > 1 or not name]
     if not (body and names):
         problems.append(f"{path}: expected a row for each image, a column of labels a category: "
                         "1 present, 0 absent, empty unknown")

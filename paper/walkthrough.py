@@ -41,7 +41,6 @@ PAGE = ROOT / "docs" / "walkthrough.html"
 METHOD = ("trm.py", "memory.py", "losses.py", "kernels/match.py", "kernels/region_pool.py",
           "kernels/topk_prototypes.py", "train.py")
 EQUATIONS, IDEA = PAGE.with_name("equations.md"), PAGE.with_name("idea.png")
-LONGEST = 35  # lines of a function that is shown whole
 CODE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.Return)
 SEEN = ("text_pixel", "energy", "mask", "topk", "logits_r", "logits_q", "s", "truth", "losses")
 CROPS = 12  # prototypes shown of each category
@@ -60,9 +59,9 @@ def train_filmed():
 
 # ---- code, by its marks
 
-def listing(file, equation):
+def listing(file, equation, longest=35):
     """What cites an equation in a file, as HTML below links to where it stands: functions, and of
-    those that are longer than LONGEST the statements."""
+    those of more than `longest` lines the statements."""
     lines = (ROOT / file).read_text(encoding="utf-8").split("\n")
     shown, covered = {}, set()
     for node in ast.walk(ast.parse("\n".join(lines))):  # outer ones first
@@ -71,7 +70,7 @@ def listing(file, equation):
         first = node.lineno - lines[node.lineno - 2].strip().startswith("#")
         span = range(first, node.end_lineno + 1)
         code = textwrap.dedent("\n".join(lines[n - 1] for n in span))
-        if first in covered or len(span) > LONGEST or equation not in cited(code):
+        if first in covered or len(span) > longest or equation not in cited(code):
             continue
         covered.update(span)
         code = re.sub("(^|  )(# .*)$", r"\1<i>\2</i>", html.escape(code, quote=False), flags=re.M)
@@ -222,7 +221,8 @@ def write(text):
         page = PAGE.read_text(encoding="utf-8")
         content = page.split("const data = ")[1].split(";</script>")[0]
     else:
-        if not (RUN / "film").is_dir():
+        if not (RUN / "film" / "40").is_dir():
+            shutil.rmtree(RUN, ignore_errors=True)  # of a build that was stopped
             train_filmed()
         content = json.dumps(contents(), separators=(",", ":"), default=numbers)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

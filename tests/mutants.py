@@ -307,7 +307,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
      "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"),
     ("train.py", "return norm.nan_to_num(nan=0, posinf=0)", "return norm"),
     ("paper/captions.py", 'if image.get("file_name") not in held]', "]"),
-    ("datasets/csv_sheet.py", "or not (first or header[c] in names))", ")"),
+    ("datasets/csv_sheet.py", "or not (first or header[c] in names)", ""),
     ("datasets/csv_sheet.py", '"[,;\\t]", first)[0]', '",", first)[0]'),
     ("paper/run_table.py", "or finished(cfg, cfg.carl_from))", "or True)"),
     ("train.py", "steps = max(2, ", "steps = max(1, "),

@@ -424,10 +424,12 @@ def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(tr
     assert lines[1].split()[-3:] == ["7", "58", "1"] and lines[2].split()[-2:] == ["59", "0"]
     assert any("9.png: c" in line for line in lines[5:7])
     sheet = Split("x", split.paths, split.names, truth.copy(), truth, where=["x.csv:2"] * 60)
-    sheet.labels[9, 2] = 0  # nobody filled it
-    told = "\n".join(category_lines(sheet, scores, np.zeros(3), np.full(3, 0.5), [4, 0, 7]))
-    assert "9.png: c is an empty cell, counted as absent, " in told
-    assert "9.png: c is labelled" not in told
+    for i, c in ((5, 1), (9, 2)):  # nobody filled the cell, or --ratio has hidden it
+        sheet.labels[i, c] = 0
+        told = "\n".join(category_lines(sheet, scores, np.zeros(3), np.full(3, 0.5), [4, 0, 7]))
+        what = "labelled present" if truth[i, c] == 1 else "no label of training, counted as absent"
+        assert f"{i}.png: {'abc'[c]} is {what}, " in told
+    assert sorted(truth[[5, 9], [1, 2]]) == [-1, 1]
     worst = [line.split(".png")[0].strip() for line in lines[8:]]  # not the unknown image 7
     assert len(worst) == 5 and set(worst[:2]) == {"5", "9"} and "7" not in worst
 

@@ -1,4 +1,5 @@
 """Photos as people have them: read rightly, or refused with the reason."""
+import copy
 import os
 import struct
 import zlib
@@ -190,3 +191,6 @@ def test_a_raw_photo_is_not_read_as_its_thumbnail(tmp_path):
     Image.new("RGB", (16, 12), "red").save(tmp_path / "a.nef", "TIFF", tiffinfo={254: 1})
     with pytest.raises(ValueError, match="thumbnail"):
         augment.read(tmp_path / "a.nef")
+    Image.new("RGB", (16, 12), "red").save(tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as photo:  # a copy, as workers get it, has lost its tags
+        assert augment.read(copy.deepcopy(photo)).size == (16, 12)

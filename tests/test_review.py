@@ -306,7 +306,8 @@ def test_a_merge_asks_what_minus_one_means(tmp_path, capfd):
 def test_label_studio_addresses(tmp_path, capfd, address, row):
     rows = ["a bü.jpg", "in/c.jpg", "c.jpg", "./-d.jpg", "deep/e (1).jpg", "g.jpg"]
     sheet = "image,dog\n" + "".join(f"{name},\n" for name in rows)
-    after, out = merged(tmp_path, capfd, sheet, task("g.jpg", []), task(address, [choices("dog")]))
+    after, out = merged(tmp_path, capfd, sheet, task("/data/upload/1/0f3a9c21-g.jpg", []),
+                        task(address, [choices("dog")]))
     sheet = sheet.replace("g.jpg,\n", "g.jpg,0\n")
     assert after == (sheet.replace(f"\n{row},\n", f"\n{row},1\n") if row else sheet)
     assert ("1 without a cell" in out) == (row is None)
@@ -316,6 +317,8 @@ def test_label_studio_addresses(tmp_path, capfd, address, row):
     ([task("/data/upload/1/0f3a9c21-a.jpg", [])], ("x/a.jpg", "y/a.jpg")),
     ([task("/data/local-files/?d=p/x/a.jpg", []), task("/data/local-files/?d=q/x/a.jpg", [])],
      ("p/x/a.jpg", "q/x/a.jpg", "two tasks")),
+    ([task("/data/local-files/?d=x/a.jpg", []), task("/data/local-files/?d=2019/y/a.jpg", [])],
+     ("2019/", "one folder")),
     ([{"image": "x/a.jpg", "category": "dog", "annotation_id": 1}], ("JSON-MIN",)),
     ([{"data": {"photo": "x/a.jpg"}, "annotations": []}], ("image",)),
     ([{"data": {"image": "x/a.jpg"}, "completions": []}], ("annotations",)),

@@ -232,7 +232,7 @@ def test_columns_of_a_second_sheet_come_in_the_order_of_the_first(folder):
 
 
 def test_what_is_not_listed_is_absent_also_where_a_zero_was_written(folder):
-    """A merge writes 0s into a sheet of ticks; a second sheet may be filled whole."""
+    """A merge writes 0s into a sheet of ticks; what is said of empty cells holds in all sheets."""
     fake.write(folder / "a.csv", HEAD + "0.jpg,1,\n1.jpg,0,1\n")
     fake.write(folder / "b.csv", HEAD + "2.jpg,1,\n3.jpg,0,1\n")
     train, val, _ = fake.load(folder / "a.csv", val=folder / "b.csv", unlisted="absent")
@@ -251,6 +251,13 @@ def test_what_is_said_to_be_unknown_is_no_empty_cell(folder):
     fake.write(folder / "a.csv", "image,tags\n0.jpg,dog|cat\n1.jpg,?\n2.jpg,\n")
     train = fake.load(folder / "a.csv", val=0, unlisted="absent")[0]
     assert train.labels.tolist() == [[1, 1], [0, 0], [-1, -1]]  # one filled cell: lists, as is said
+    fake.write(folder / "a.csv", "image,dog\n0.jpg,\n1.jpg,\n")  # a new sheet is none of lists
+    assert data.complete(Config(data=str(folder / "a.csv"), unlisted="unknown"))["train"].names == [
+        "dog"]
+    fake.write(folder / "a.csv", "image,dog\n0.jpg,1\n1.jpg,0\n")
+    fake.write(folder / "b.csv", "image,dog\n2.jpg,\n")
+    test = fake.load(folder / "a.csv", val=0, test=folder / "b.csv", unlisted="absent")[2]
+    assert test.labels.tolist() == [[-1]]
 
 
 @pytest.mark.parametrize("head, name", (("image;red, small car", "red, small car"),

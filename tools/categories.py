@@ -41,8 +41,8 @@ def category_lines(split, scores, ap, threshold, rests_on):
                  "the probability denies them" + (", the clearest first:" if doubted else ""))
     for i, c in doubted[:10]:
         label = "labelled present" if truth[i, c] == 1 else "labelled absent"
-        if split.where and not split.labels[i, c]:
-            label = "an empty cell, counted as absent"
+        if split.where and not split.labels[i, c] and truth[i, c] == -1:  # of ticks, or hidden
+            label = "no label of training, counted as absent"
         where = f"{split.where[i]}, " if split.where else ""
         lines.append(f"  {where}{split.paths[i]}: {split.names[c]} is {label}, "
                      f"probability {scores[i, c]:.2f}")

@@ -65,7 +65,7 @@ def inspect(predictor, image, labels=None):
                 energy=energy[0], mask=energy[0].sigmoid(), regions=regions[0], queries=queries[0],
                 logits_r=logits_r[0], logits_q=logits_q[0],
                 topk=energy[0].topk(min(cfg.topk, f.shape[1]))[1], s=s[:, 0],
-                theta=memory.theta, verdicts=memory.verdicts(s)[:, 0],
+                theta=memory.theta.clone(), verdicts=memory.verdicts(s)[:, 0],
                 pseudo=memory.pseudo_labels(s, torch.zeros_like(logits_r), cfg.modalities)[0])
     if labels is not None:
         labels = torch.as_tensor(labels, device=f.device)[None]  # (1, C)

@@ -67,8 +67,9 @@ def read_answers(path):
 
 def row_of(address, rows, uploads):
     """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path;
-    and what stands before it. /data/local-files/?d=photos/in/a.jpg, or any URL, ends in the image's
-    name; an uploaded one is /data/upload/1/0f3a9c21-a.jpg. uploads: {its uploaded name: [rows]}"""
+    and what stands before it, or None. /data/local-files/?d=photos/in/a.jpg, or any URL, ends in
+    the image's name; an uploaded one is /data/upload/1/0f3a9c21-a.jpg. uploads: {that name: [rows]}
+    """
     if "://" in address and "?d=" not in address:
         address = address.split("?")[0]  # a signature
     path = nfc(urllib.parse.unquote(address.split("?d=")[-1]))
@@ -76,11 +77,11 @@ def row_of(address, rows, uploads):
         found = uploads.get(upload[1], [path])
         if len(found) > 1:
             raise UserError(f"{address} may be {found[0]} or {found[1]}: upload with other names")
-        return found[0], ""
+        return found[0], None
     parts = path.split("/")
     ends = ["/".join(parts[k:]) for k in range(len(parts))]  # the longest first
-    end = next((end for end in ends if end in rows), path)
-    return end, path.removesuffix(end)
+    end = next((end for end in ends if end in rows), None)
+    return (path, None) if end is None else (end, path.removesuffix(end))
 
 
 def named(result, names):
@@ -110,12 +111,12 @@ def read_label_studio(path, names, rows, unlisted):
         for task in read_json(path):
             address = task["data"]["image"]
             image, start = row_of(address, rows, uploads)
-            starts |= {start} - {""}
             if shown.setdefault(image, address) != address:
                 raise UserError(f"{path}: two tasks show {image}: {shown[image]} and {address}; "
                                 "delete one")
             offered = [*map(folded, task["data"].get("offered", names))]
             done = [note for note in task["annotations"] if not note.get("was_cancelled")]
+            starts |= {start} - {None} if done else set()
             # of two that differ the first counts
             for note in sorted(done, key=lambda note: not note.get("ground_truth")):
                 chosen = {name for result in note["result"] for name in named(result, names)}
