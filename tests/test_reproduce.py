@@ -338,7 +338,7 @@ def test_tables_2_4_and_6(call):
     assert set(measured(folder, "table-2")["TRM-ML"]) == {"LargeLoss setup"}
     _, folder = call("--table", 4, "--ratios", 0.5)
     assert list(measured(folder, "table-4")) == ["w/o complete", "w complete"]
-    (frozen,) = [c for c in configs(folder).values() if c["carl_from"]]
+    (frozen,) = [c for c in configs(folder).values() if c["carl_from"] and c["ratio"] == 0.5]
     source = configs(folder)[folder / "runs" / os.path.basename(frozen["carl_from"])]
     assert source["ratio"] == 1 and source["without"] == frozen["without"] == "mmcp,mmcl"
     _, folder = call("--table", 6, "--ratios", 0.5)
