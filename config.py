@@ -186,7 +186,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 
 def preset(data):
-    """The recipe of a data set. A sheet's batch grows with its rows: 150 give some 280 steps."""
+    """The recipe of a data set. A sheet's batch grows with its rows: 150 rows take 280 steps."""
     if not is_path("data", data):
         return PRESETS.get(data, {})
     rows = Path(data).read_bytes().count(b"\n") if Path(data).is_file() else 0

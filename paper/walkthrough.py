@@ -221,7 +221,7 @@ def write(text):
         page = PAGE.read_text(encoding="utf-8")
         content = page.split("const data = ")[1].split(";</script>")[0]
     else:
-        if not (RUN / "film" / "40").is_dir():
+        if not (RUN / "film" / str(Config.epochs)).is_dir():
             shutil.rmtree(RUN, ignore_errors=True)  # of a build that was stopped
             train_filmed()
         content = json.dumps(contents(), separators=(",", ":"), default=numbers)
