@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 from clip.model import MEAN, STD
 from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
-from datasets.base import (NEGATIVE, POSITIVE, UNKNOWN, Split, find, positive_list, read_array,
-                           read_lines, signed, twins)
+from datasets.base import (LISTS, NEGATIVE, POSITIVE, UNKNOWN, Split, positive_list, read_array,
+                           read_lines, splc_files, twins)
 from datasets.csv_sheet import is_sheet
 from support import UserError, refused
 
@@ -32,10 +32,6 @@ SCENES = HERE / "generated" / "scenes"
 
 # How TaI-DPT calls two classes of COCO in prompts (--prompt-names peers)
 COCO_PROMPTS = {"motorcycle": "motor bike", "airplane": "aeroplane"}
-
-# The SPLC setup's published lists, below --lists or --root; the second is a test list.
-LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
-         "cub": ["cub_train.txt"], "nuswide": ["nus_train_singlelabel.txt", "nus_val.txt"]}
 
 
 # ---- which labels are seen
@@ -124,32 +120,20 @@ def complete(cfg):
     return parts
 
 
-def splc_files(cfg):
-    """The files of SPLC's published lists."""
-    folder, lists = Path(cfg.lists or cfg.root or ""), list(LISTS[cfg.data])
-    if folder.is_file():
-        folder, lists[0] = folder.parent, folder.name
-    return [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
-                 hint=": give its folder as --lists") for name in lists]
-
-
-def splc_lists(cfg, parts):
-    """SPLC's lists name the training images and their positive -> train, its labels, test."""
-    lists = splc_files(cfg)
-    if cfg.data == "nuswide":  # whose list is the truth: complete labels are not published
-        names, observed = positive_list(lists[0], 81, single=True)
-        train = nuswide.photos(cfg.root, names, observed, lists[0])
-        names, test = positive_list(lists[1], 81)
-        return train, observed, nuswide.photos(cfg.root, names, signed(test == POSITIVE), lists[1])
-    names, observed = positive_list(lists[0], len(parts["train"].names), single=True)
-    row = {Path(file).name: i for i, file in enumerate(parts["train"].paths)}
+def splc_labels(cfg, train):
+    """SPLC's list names the training images and one positive of each -> train, its labels."""
+    if cfg.data == "nuswide":  # complete labels are not published: the list is all there is
+        return train, train.labels
+    path = splc_files(cfg)[0]
+    names, observed = positive_list(path, len(train.names), single=True)
+    row = {Path(file).name: i for i, file in enumerate(train.paths)}
     if absent := [name for name in names if Path(name).name not in row]:
-        raise UserError(f"{lists[0]}: {len(absent)} of its images are not in {cfg.data}'s training "
+        raise UserError(f"{path}: {len(absent)} of its images are not in {cfg.data}'s training "
                         f"set, first {absent[0]}")
-    train = parts["train"].subset([row[Path(name).name] for name in names])
+    train = train.subset([row[Path(name).name] for name in names])
     if ((observed == POSITIVE) & (train.labels != POSITIVE)).any():
-        raise UserError(f"{lists[0]}: the annotations deny labels of it: is it the published list?")
-    return train, observed, parts["test"]
+        raise UserError(f"{path}: the annotations deny labels of it: is it the published list?")
+    return train, observed
 
 
 def load(cfg):
@@ -174,9 +158,9 @@ def load(cfg):
     if share and (cfg.data, cfg.single_positive) == ("nuswide", "splc"):
         raise UserError("--val: SPLC's list of NUS-WIDE tells one label an image: drop it")
     parts = complete(cfg)
-    train = parts.get("train")
+    train = parts["train"]
     if cfg.single_positive == "splc":
-        train, labels, parts["test"] = splc_lists(cfg, parts)
+        train, labels = splc_labels(cfg, train)
     elif largeloss:
         # Cole et al. left out images without labels before they sampled, but none whose photo has
         # been lost since (NUS-WIDE): their rows move the random stream.

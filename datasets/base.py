@@ -14,6 +14,9 @@ import numpy as np
 from support import UserError, refused
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project
+# The SPLC setup's published lists, below --lists or --root; the second is a test list.
+LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
+         "cub": ["cub_train.txt"], "nuswide": ["nus_train_singlelabel.txt", "nus_val.txt"]}
 PER_IMAGE = ("paths", "labels", "truth", "boxes", "unused", "listed", "where")
 
 
@@ -180,11 +183,20 @@ def twins(paths):
     return first
 
 
+def splc_files(cfg):
+    """The files of SPLC's published lists."""
+    folder, lists = Path(cfg.lists or cfg.root or ""), list(LISTS[cfg.data])
+    if folder.is_file():
+        folder, lists[0] = folder.parent, folder.name
+    return [find(folder, name, f"annotations/{name}", f"scpnet_{name}",
+                 hint=": give its folder as --lists") for name in lists]
+
+
 def positive_list(path, classes, single=False):
     """A list 'name.jpg,idx idx' -> names, (N, classes) int8: the listed classes POSITIVE, the rest
-    UNKNOWN. single: each line has exactly one idx (the lists of the SPLC setup)."""
+    NEGATIVE. single: each line has exactly one idx, and the rest is UNKNOWN."""
     names, _, listed = zip(*(line.rpartition(",") for line in read_lines(path)))
-    labels = np.full((len(names), classes), UNKNOWN, np.int8)
+    labels = np.full((len(names), classes), UNKNOWN if single else NEGATIVE, np.int8)
     wanted = "one idx" if single else "idx idx .."
     for i, columns in enumerate(listed):
         with refused(f"{path}:{i + 1}: expected 'name.jpg,' and {wanted} below {classes}"):

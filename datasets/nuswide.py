@@ -5,7 +5,8 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from datasets.base import Split, find, locate, read_array, read_lines, signed
+from datasets.base import (Split, find, locate, positive_list, read_array, read_lines, signed,
+                           splc_files)
 from support import UserError, refused
 
 FOLDERS = ("Flickr", "images", "Flickr/images", ".")
@@ -13,9 +14,11 @@ FOLDERS = ("Flickr", "images", "Flickr/images", ".")
 
 def load(root, cfg):
     """The official split; in the LargeLoss setup formatted_{train,val}_*.npy, whose rows without a
-    positive stay. The SPLC setup's images and labels are all in its lists (data.splc_lists)."""
+    positive stay; in the SPLC setup its two lists, of which the first tells one label an image."""
     if cfg.single_positive == "splc":
-        return {}
+        train, test = splc_files(cfg)
+        return {"train": photos(root, *positive_list(train, 81, single=True), train),
+                "test": photos(root, *positive_list(test, 81), test)}
     if cfg.single_positive == "largeloss":
         return {"train": arrays(root, "train"), "test": arrays(root, "val")}
     return {"train": official(root, "Train"), "test": official(root, "Test")}
