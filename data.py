@@ -30,9 +30,6 @@ LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc20
 HERE = Path(__file__).resolve().parent
 SCENES = HERE / "generated" / "scenes"
 
-# How TaI-DPT calls two classes of COCO in prompts (--prompt-names peers)
-COCO_PROMPTS = {"motorcycle": "motor bike", "airplane": "aeroplane"}
-
 
 # ---- which labels are seen
 
@@ -103,20 +100,22 @@ def read_mask(path, split):
 
 def complete(cfg):
     """{"train", "val", "test"} -> Split with all known labels; some of the three may be absent."""
-    if is_sheet(cfg.data):
-        return csv_sheet.load(cfg.root, cfg)
-    if cfg.data not in LAYOUTS:
+    sheet = is_sheet(cfg.data)
+    if not sheet and cfg.data not in LAYOUTS:
         raise UserError(f"unknown data set {cfg.data!r}: expected {', '.join(LAYOUTS)}, or a .csv")
     if cfg.data == "scenes" and cfg.root is None:
         scenes.write(SCENES)  # leaves them alone when they are there
-    elif cfg.root is None:
+    elif cfg.root is None and not sheet:
         page = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
         row = next(line.split(" | ") for line in page.splitlines() if f"`{cfg.data}`" in line)
         raise UserError(f"{cfg.data}: say with --root which folder holds {row[-1].strip(' |')}; it "
                         f"comes from {row[1]} (docs/data.md)")
-    parts = LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
+    parts = csv_sheet.load(cfg.root, cfg) if sheet else LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
+    if cfg.names and cfg.data != "vg200":  # vg200 has read them as its category names
+        for split in parts.values():
+            split.prompts = read_lines(cfg.names, len(split.names))
     return parts
 
 
@@ -178,7 +177,6 @@ def load(cfg):
             csv_sheet.note(f"{len(differ)} pictures are copies of others with other labels, first "
                            f"{train.where[differ[0]]}; python data.py lists them")
 
-    prompts = prompts_for(cfg, train)
     rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")
     if share is None and val is None and (largeloss or sheet):
         share = 0.2
@@ -199,31 +197,8 @@ def load(cfg):
               test and test.used().measured())
     for name, split in zip(("train", "val", "test"), splits):
         if split:
-            split.name, split.prompts = f"{Path(cfg.data).stem}/{name}", prompts
+            split.name = f"{Path(cfg.data).stem}/{name}"
     return splits
-
-
-def prompts_for(cfg, split):
-    """What the classes are called in prompts: by --names, one a line, or else by --prompt-names."""
-    names = split.names
-    if cfg.names and cfg.data != "vg200":  # vg200 has read them as its category names
-        return read_lines(cfg.names, len(names))
-    if is_sheet(cfg.data):
-        return split.prompts
-    if cfg.prompt_names == "peers" and cfg.data == "cub":
-        names = [cub_prompt(name) for name in names]
-    if cfg.prompt_names == "peers" and cfg.data == "coco":
-        names = [COCO_PROMPTS.get(name, name) for name in names]
-    return [name.replace("_", " ") for name in names]
-
-
-def cub_prompt(name):
-    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill', else as it is."""
-    group, _, value = name.partition("::")
-    if not value or "_" not in group:
-        return name
-    # as there, the whole name is split: 'has_size::large_(16_-_32_in)' -> 'large size::large'
-    return f"{value.split('_(')[0]} {name.split('_')[1]}"
 
 
 def describe(split):

@@ -38,7 +38,7 @@ class Split:
 
     def __post_init__(self):
         self.truth = self.labels if self.truth is None else self.truth
-        self.prompts = self.prompts or list(self.names)
+        self.prompts = self.prompts or [name.replace("_", " ") for name in self.names]
         self.unused = np.zeros(len(self.paths), bool) if self.unused is None else self.unused
 
     def subset(self, rows):

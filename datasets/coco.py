@@ -6,12 +6,18 @@ from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, require_f
                            require_unique)
 from support import UserError, refused
 
+PEERS = {"motorcycle": "motor bike", "airplane": "aeroplane"}  # as TaI-DPT calls them in prompts
+
 
 def load(root, cfg):
     """train2014 and val2014, which is the test set of this field."""
     largeloss, keep = cfg.single_positive == "largeloss", cfg.keep_unannotated
-    return {"train": split(root, "train2014", keep, largeloss),
-            "test": split(root, "val2014", keep)}
+    parts = {"train": split(root, "train2014", keep, largeloss),
+             "test": split(root, "val2014", keep)}
+    if cfg.prompt_names == "peers":
+        for part in parts.values():
+            part.prompts = [PEERS.get(name, name) for name in part.prompts]
+    return parts
 
 
 def split(root, folder, keep_unannotated=False, by_id=False):

@@ -18,9 +18,20 @@ def load(root, cfg):
     images, names = numbered(index), require_unique(numbered(attributes), attributes)
     sides = numbered(base / "train_test_split.txt", len(images))
     labels = image_labels(base / "attributes/image_attribute_labels.txt", len(images), len(names))
-    whole = Split("cub", require_files(images, [base / "images"], index), names, labels)
+    prompts = [prompt(name) for name in names] if cfg.prompt_names == "peers" else None
+    whole = Split("cub", require_files(images, [base / "images"], index), names, labels,
+                  prompts=prompts)
     return {"train": whole.subset(np.flatnonzero(np.array(sides) == "1")),
             "test": whole.subset(np.flatnonzero(np.array(sides) == "0"))}
+
+
+def prompt(name):
+    """SCPNet's rule: 'has_bill_shape::curved_(up_or_down)' -> 'curved bill', else as it is."""
+    group, _, value = name.partition("::")
+    if value and "_" in group:
+        # as there, the whole name is split: 'has_size::large_(16_-_32_in)' -> 'large size::large'
+        name = f"{value.split('_(')[0]} {name.split('_')[1]}"
+    return name.replace("_", " ")
 
 
 def numbered(path, count=None):

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from PIL import Image
 import data
 from tools import check
 from datasets import base as datasets
-from datasets import vg200, voc, nuswide
+from datasets import cub, vg200, voc, nuswide
 import fake_datasets as fake
 from data import NEGATIVE, POSITIVE, UNKNOWN
 from support import UserError
@@ -508,8 +507,7 @@ def test_real_names():
         and len(nuswide.concepts(SAMPLES / "nuswide")) == 81
     )
     names = [line.split()[1] for line in datasets.read_lines(SAMPLES / "cub/attributes.txt")]
-    prompts = data.prompts_for(SimpleNamespace(data="cub", names=None, prompt_names="peers"),
-                               SimpleNamespace(names=names, prompts=names))
+    prompts = [cub.prompt(name) for name in names]
     assert len(prompts) == 312 and prompts[0] == "curved bill" and prompts[6] == "all-purpose bill"
     assert {
         "blue upper",

@@ -15,7 +15,6 @@ def check(cfg, decode=True):
     """Prints what is in a data set; yields the problems, a line each."""
     try:
         parts = data.complete(cfg)
-        data.prompts_for(cfg, parts["train"])
     except UserError as error:
         yield from getattr(error, "problems", [str(error)])
         return

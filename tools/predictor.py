@@ -176,7 +176,7 @@ class ZeroShot(Predictor):
         self.threshold = np.full(len(self.names), 0.5)
         self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)
         self.grid = self.clip.grid(cfg.size, cfg.size)
-        self.g = zero_shot_text(self.clip, data.prompts_for(cfg, self.parts["train"]))  # (C, D)
+        self.g = zero_shot_text(self.clip, self.parts["train"].prompts)  # (C, D)
 
     def splits(self):
         return self.parts
