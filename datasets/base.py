@@ -140,20 +140,19 @@ def read_array(path):
 
 # ---- images
 
-def safe_join(folder, name, where):
-    """folder/name, refused when `name` leads out of the folder. The user's links are followed."""
-    path = os.path.normpath(os.path.join(folder, str(name).replace("\\", "/")))
-    if not path.startswith(os.path.join(os.path.normpath(folder), "")):
-        raise UserError(f"{where}: the file name {name!r} leads out of {folder}")
-    return path
-
-
 def locate(name, folders, where):
-    """The file of this name in the first of `folders` that holds it, else None. A name in another
-    Unicode normal form (macOS writes umlauts as two characters) is the same name."""
-    forms = dict.fromkeys([str(name)] + [normalize(form, str(name)) for form in ("NFC", "NFD")])
-    paths = (safe_join(folder, form, where) for folder in folders for form in forms)
-    return next(filter(os.path.isfile, paths), None)
+    """The file of this name in the first of `folders` that holds it, else None. A name that leads
+    out of a folder is refused; the user's links are followed. A name in another Unicode normal form
+    (macOS writes umlauts as two characters) is the same name."""
+    name = str(name).replace("\\", "/")
+    forms = dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name)))
+    for folder in map(os.path.normpath, folders):
+        for form in forms:
+            path = os.path.normpath(os.path.join(folder, form))
+            if not path.startswith(os.path.join(folder, "")):
+                raise UserError(f"{where}: the file name {name!r} leads out of {folder}")
+            if os.path.isfile(path):
+                return path
 
 
 def require_files(names, folders, where):
