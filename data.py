@@ -177,24 +177,23 @@ def load(cfg):
             csv_sheet.note(f"{len(differ)} pictures are copies of others with other labels, first "
                            f"{train.where[differ[0]]}; python data.py lists them")
 
-    rows, val, test = np.arange(len(labels)), parts.get("val"), parts.get("test")
+    rows = np.arange(len(labels))
+    val, test = (part and part.measured() for part in (parts.get("val"), parts.get("test")))
     if share is None and val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
         rows, held_rows = (hold_out_by_name(train, share, first) if sheet
                            else hold_out(len(rows), share))
-        val = train.subset(held_rows) if len(held_rows) else None
+        val = train.measured().subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not val:
             raise UserError(f"--val {share} of {len(labels)} training images holds none out")
     rows = rows[~train.unused[rows]][:cfg.train_images]
-    whole = train
     mask_sha256 = hashlib.sha256((labels != UNKNOWN).tobytes()).hexdigest()
     train = replace(train, labels=labels, mask_sha256=mask_sha256).subset(rows)
     if not (train.labels == POSITIVE).any():
         raise UserError(f"{cfg.data}: no positive label is left in {len(rows)} training images: "
                         "raise --ratio or --train-images, lower --val, or fill in the sheet")
-    splits = (train, val and val.used().measured(parts.get("val") or whole),
-              test and test.used().measured())
+    splits = train, val and val.used(), test and test.used()
     for name, split in zip(("train", "val", "test"), splits):
         if split:
             split.name = f"{Path(cfg.data).stem}/{name}"

@@ -53,10 +53,10 @@ class Split:
     def used(self):
         return self.subset(np.flatnonzero(~self.unused))
 
-    def measured(self, source=None):
-        """The split as it is measured. Where the labels of `source` (default: this split) tell
-        mostly what is present, its unknown cells count as absent."""
-        if not tells_presence((source or self).truth):
+    def measured(self):
+        """The split as it is measured: where it tells mostly what is present, its unknown cells
+        count as absent. A part of a split is taken after that, since few rows tell little."""
+        if not tells_presence(self.truth):
             return self
         return replace(self, truth=np.where(self.truth == UNKNOWN, NEGATIVE, self.truth))
 
