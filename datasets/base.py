@@ -130,6 +130,16 @@ def read_json(path, **options):
         return json.loads(read_bytes(path), **options)
 
 
+def zeros_and_ones(path, shape, column=None):
+    """A text of 0s and 1s, all of it or one column -> int8 of this shape, POSITIVE and NEGATIVE.
+    Behind the column lines may go on, some further than others."""
+    with refused(f"{path}: expected {np.prod(shape)} values of 0 or 1"):
+        values = np.loadtxt(path, encoding="utf-8-sig", usecols=column).reshape(shape)
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError(f"got {np.unique(values)[:4]}")
+    return signed(values == 1)
+
+
 def read_array(path):
     """The array of a .npy, or the only one of a .npz; pickles are never loaded."""
     with refused(f"{path}: not an array file, .npy or .npz of one array"):

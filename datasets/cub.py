@@ -1,11 +1,8 @@
 """CUB-200-2011's 312 attributes as categories. https://www.vision.caltech.edu/datasets/cub_200_2011
 attributes.txt lies beside or in CUB_200_2011/; the label is is_present: peers ignore certainty."""
-import io
-
 import numpy as np
 
-from datasets.base import (Split, find, read_bytes, read_lines, require_files, require_unique,
-                           signed)
+from datasets.base import Split, find, read_lines, require_files, require_unique, zeros_and_ones
 from support import refused
 
 FOLDERS = ("CUB_200_2011/CUB_200_2011", "CUB_200_2011", "")
@@ -17,7 +14,9 @@ def load(root, cfg):
     attributes = find(root, "attributes.txt", "attributes/attributes.txt", folders=(*FOLDERS, ".."))
     images, names = numbered(index), require_unique(numbered(attributes), attributes)
     sides = numbered(base / "train_test_split.txt", len(images))
-    labels = image_labels(base / "attributes/image_attribute_labels.txt", len(images), len(names))
+    # lines 'image attribute 0|1 ...', image after image, some with stray fields after these
+    labels = zeros_and_ones(base / "attributes/image_attribute_labels.txt",
+                            (len(images), len(names)), column=2)
     prompts = [prompt(name) for name in names] if cfg.prompt_names == "peers" else None
     whole = Split("cub", require_files(images, [base / "images"], index), names, labels,
                   prompts=prompts)
@@ -39,11 +38,3 @@ def numbered(path, count=None):
     with refused(f"{path}: expected lines 'id value' with ids 1, 2, 3, ..."):
         value = dict(line.split() for line in read_lines(path, count))
         return [value[str(i)] for i in range(1, len(value) + 1)]
-
-
-def image_labels(path, N, C):
-    """Lines 'image attribute 0|1 ...', image after image, some with stray fields after these ->
-    (N, C) int8."""
-    with refused(f"{path}: expected 'image attribute 0|1 ...' for {N} images x {C} attributes"):
-        present = np.loadtxt(io.BytesIO(read_bytes(path)), int, usecols=2)
-        return signed(present == 1).reshape(N, C)

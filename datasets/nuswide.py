@@ -6,8 +6,8 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 
 from datasets.base import (Split, find, locate, positive_list, read_array, read_lines, signed,
-                           splc_files)
-from support import UserError, refused
+                           splc_files, zeros_and_ones)
+from support import UserError
 
 FOLDERS = ("Flickr", "images", "Flickr/images", ".")
 
@@ -47,20 +47,12 @@ def official(root, part):
     path = find(root, f"{part}Imagelist.txt", folders=("ImageList", ""))
     images, merged = read_lines(path), Path(root, "Groundtruth", f"Labels_{part}.txt")
     if merged.exists():
-        present = zeros_and_ones(merged, len(images) * 81).reshape(-1, 81)
+        labels = zeros_and_ones(merged, (len(images), 81))
     else:
         files = [find(root, f"TrainTestLabels/Labels_{name}_{part}.txt",
                       folders=("Groundtruth", "")) for name in concepts(root)]
-        present = np.stack([zeros_and_ones(file, len(images)) for file in files], 1)
-    return photos(root, images, signed(present), path)
-
-
-def zeros_and_ones(path, count):
-    with refused(f"{path}: expected {count} values of 0 or 1"):
-        values = np.loadtxt(path, encoding="utf-8-sig").ravel()
-        if len(values) != count or not np.isin(values, (0, 1)).all():
-            raise ValueError(f"got {len(values)} values, among them {np.unique(values)[:4]}")
-    return values == 1
+        labels = np.stack([zeros_and_ones(file, len(images)) for file in files], 1)
+    return photos(root, images, labels, path)
 
 
 def arrays(root, part):
