@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from datasets.csv_sheet import is_sheet
 from support import UserError, refused
 from support.checkpoint import begun
 from support.cli import make_parser, words
@@ -106,10 +107,11 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value = checked(f, getattr(self, f.name))
-            if value and is_path(f.name, value):  # a run is used from other folders, too
-                value = os.path.abspath(value)
-            setattr(self, f.name, value)
+            value = getattr(self, f.name)
+            if value is not None:
+                check(f, value)
+                if is_path(f.name, value):  # a run is used from other folders, too
+                    setattr(self, f.name, os.path.abspath(value))
         if unknown := self.left_out - set(PARTS):
             raise UserError(f"--without expects any of {','.join(PARTS)}, got {','.join(unknown)}")
         if {"visual", "text"} <= self.left_out:
@@ -118,12 +120,12 @@ class Config:
             raise UserError(f"--carl-from needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
             raise UserError("captions bring their labels: drop --ratio, --single-positive, --mask")
-        if not is_path("data", self.data):
+        if not is_sheet(self.data):
             self.data = self.data.lower()  # COCO is coco
             if given := [flag(name) for name in OF_SHEETS if getattr(self, name) is not None]:
                 raise UserError(f"{' '.join(given)} tells how to read a sheet, .csv or .tsv; got "
                                 f"--data {self.data}: drop it")
-        if self.test and not (is_path("data", self.data) and is_path("data", self.test)):
+        if self.test and not (is_sheet(self.data) and is_sheet(self.test)):
             raise UserError(f"--test needs sheets, .csv or .tsv; got {self.data} and {self.test}")
 
     @property
@@ -155,23 +157,14 @@ def type_of(f):
     return get_args(f.type)[0] if get_args(f.type) else f.type
 
 
-def checked(f, value):
-    """The value of a field, an int as a float where one is asked for; UserError if it cannot be."""
-    name, kind, rules = flag(f.name), type_of(f), f.metadata
-    if value is None and f.default is None:
-        return None
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{name} expects {kind.__name__}, got {value!r}")
-    if rules["choices"] and value not in rules["choices"].split("|"):
-        raise UserError(f"{name} expects one of {rules['choices']}, got {value!r}")
-    if kind in (int, float):
-        low, high, above = rules["low"], rules["high"], rules["above"]
-        if not low <= value <= high or value == above:
-            least = f"from {low}" if above is None else f"above {above}"
-            raise UserError(f"{name} expects a number {least} up to {high}, got {value}")
-    return value
+def check(f, value):
+    """UserError for a value that a field cannot have."""
+    choices, low, high, above = (f.metadata[rule] for rule in ("choices", "low", "high", "above"))
+    if choices and value not in choices.split("|"):
+        raise UserError(f"{flag(f.name)} expects one of {choices}, got {value!r}")
+    if type_of(f) in (int, float) and (not low <= value <= high or value == above):
+        least = f"from {low}" if above is None else f"above {above}"
+        raise UserError(f"{flag(f.name)} expects a number {least} up to {high}, got {value}")
 
 
 # --resume takes new places and machine settings: they change nothing that is computed (kernels: up
@@ -187,7 +180,7 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 def preset(data):
     """The recipe of a data set. A sheet's batch grows with its rows: 150 rows take 280 steps."""
-    if not is_path("data", data):
+    if not is_sheet(data):
         return PRESETS.get(data, {})
     rows = Path(data).read_bytes().count(b"\n") if Path(data).is_file() else 0
     return PRESETS["sheet"] | dict(batch=min(128, max(16, rows // 8)))
@@ -220,7 +213,7 @@ def parse(argv, about=""):
 def is_path(name, value):
     """Whether a setting names a file or folder; data, val and clip may hold something else."""
     if name in ("data", "val"):
-        return value.lower().endswith((".csv", ".tsv"))
+        return is_sheet(value)
     return name in PLACES and (name != "clip" or (value not in CLIPS and os.path.exists(value)))
 
 

@@ -19,7 +19,8 @@ from contextlib import redirect_stdout
 import numpy as np
 import torch
 
-from config import Config, is_path, preset
+from config import Config, preset
+from datasets.csv_sheet import is_sheet
 from support import UserError
 from support.checkpoint import begun, changed
 from support.cli import run_main
@@ -268,7 +269,7 @@ def table(predictors, split, args):
 def run(args):
     """What `python eval.py` does with its options."""
     if args.zero_shot:
-        unlisted = {"unlisted": "unknown"} if is_path("data", args.data) else {}
+        unlisted = {"unlisted": "unknown"} if is_sheet(args.data) else {}
         cfg = Config(**preset(args.data) | unlisted | args.places)
         return suggest(ZeroShot(cfg), args)
     predictors = []
