@@ -22,7 +22,7 @@ import torch
 from config import Config, preset
 from datasets.csv_sheet import is_sheet
 from support import UserError
-from support.checkpoint import begun, changed
+from support.checkpoint import changed
 from support.cli import run_main
 from tools.categories import category_lines
 from tools.eval_options import parse
@@ -255,7 +255,7 @@ def table(predictors, split, args):
         return print(json.dumps(numbers))
     first = predictors[0]
     score = first.cfg.score if first.cfg.score in found[0] else "region"  # a baseline's only one
-    chosen_here = split.name.endswith("/val") and not changed(begun(first.run), [split])
+    chosen_here = split.name.endswith("/val") and not changed(first.run, [split])
     who = f"{score} score, epoch {first.epoch}" if len(found) == 1 else f"mean of {len(found)} runs"
     print(f"{split.name}, {len(split.paths)} images, {who}, CP to OF1 at the run's thresholds"
           f"{', chosen on these labels' if chosen_here else ''}:")
@@ -289,7 +289,7 @@ def run(args):
     split = splits[name]
     if name == "train":
         split = split.measured()  # data.load has done it for val and test
-    elif strange := [one.run for one in predictors[1:] if changed(begun(one.run), [split])]:
+    elif strange := [one.run for one in predictors[1:] if changed(one.run, [split])]:
         print(f"note: {split.name} is not what {', '.join(map(str, strange))} was trained with: it "
               "may have learned from these images", file=sys.stderr)
     if args.compare:

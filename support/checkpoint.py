@@ -128,10 +128,10 @@ def begun(run):
         return {name: about[name] for name in ("config", "clip_sha256", "data")}
 
 
-def changed(about, splits):
-    """The splits whose names, labels or images are not those of a run; about: its config.json. A
-    sheet may have another name now."""
-    sha256 = {name.split("/")[-1]: info["sha256"] for name, info in about["data"].items()}
+def changed(run, splits):
+    """The splits whose names, labels or images are not those that a run was begun with. A sheet may
+    have another name now."""
+    sha256 = {name.split("/")[-1]: info["sha256"] for name, info in begun(run)["data"].items()}
     return [split.name for split in splits
             if split and sha256.get(split.name.split("/")[-1]) != split.info["sha256"]]
 
@@ -144,19 +144,18 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
     with refused(f"{run} cannot be locked: another process is writing it, or its disk knows no "
                  "locks; wait, or choose another --out"):
         lock.acquire(timeout=10)  # a killed run's loader processes end within that
-    about = {"config": asdict(cfg), "clip_sha256": clip_sha256,
-             "data": {split.name: split.info for split in splits if split}}
-    if not resume:
-        if (run / "config.json").exists():  # of a run that began meanwhile
-            raise UserError(f"{run} holds a run already: choose another --out")
+    if resume:
+        if begun(run)["clip_sha256"] != clip_sha256:
+            raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
+        if names := changed(run, splits):
+            raise UserError(f"{run} was begun on other data: names, labels or images of {names[0]} "
+                            "have changed: put them back, or train anew")
+    elif (run / "config.json").exists():  # of a run that began meanwhile
+        raise UserError(f"{run} holds a run already: choose another --out")
+    else:
+        about = {"config": asdict(cfg), "clip_sha256": clip_sha256,
+                 "data": {split.name: split.info for split in splits if split}}
         write_atomically(run / "config.json", json.dumps(about, indent=1))
-        return lock
-    before = begun(run)
-    if before["clip_sha256"] != clip_sha256:
-        raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
-    if names := changed(before, splits):
-        raise UserError(f"{run} was begun on other data: names, labels or images of {names[0]} "
-                        "have changed: put them back, or train anew")
     return lock
 
 

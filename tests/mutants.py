@@ -299,7 +299,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("datasets/csv_sheet.py", 'codes.get(word(row[column]), codes[""])', 'codes[""]'),
     ("tools/suggest.py", "and not is_sheet(predictor.cfg.val)", ""),
     ("eval.py", "for one in predictors[1:]", "for one in predictors[:0]"),
-    ("eval.py", 'and not changed(begun(first.run), [split])', ""),
+    ("eval.py", 'and not changed(first.run, [split])', ""),
     ("datasets/augment.py", "    image.load()  # Pillow turns a TIFF here, and its mark goes", ""),
     ("train.py", "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"
      "        norm = update(state, loss, cfg)\n",

@@ -18,7 +18,7 @@ import data
 from clip.features import FeatureLoader, autocast_dtype
 from config import restored
 from support import UserError
-from support.checkpoint import begun, changed, read_checkpoint, writable
+from support.checkpoint import changed, read_checkpoint, writable
 from support.cli import best_device
 from support.distributed import gather
 from tools import inspection
@@ -154,7 +154,7 @@ class Predictor:
             raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run}"
                             f" ({differ or 'in another order'}): put the data back, or train anew")
         photos = parts if self.cfg.images == "photos" else parts[1:]  # it learned from captions
-        for name in changed(begun(self.run), photos):
+        for name in changed(self.run, photos):
             print(f"note: {name} is not what {self.run} was trained with: it has other names, "
                   "labels or images", file=sys.stderr)
         return dict(zip(("train", "val", "test"), parts))
