@@ -112,6 +112,8 @@ class Config:
                 check(f, value)
                 if is_path(f.name, value):  # a run is used from other folders, too
                     setattr(self, f.name, os.path.abspath(value))
+        if self.matching != "carl" and self.score in ("query", "mean"):
+            self.score = "region"  # a baseline's only one
         if unknown := self.left_out - set(PARTS):
             raise UserError(f"--without expects any of {','.join(PARTS)}, got {','.join(unknown)}")
         if {"visual", "text"} <= self.left_out:

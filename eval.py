@@ -178,7 +178,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
             scale = zero_shot_scale(scores, positives)
         scores = {kind: p.numpy() for kind, p in probabilities(scores, scale).items()}
         truth = loader.split.truth  # (n, C)
-        chosen = scores.get(score, scores["region"])  # (n, C)
+        chosen = scores[score]  # (n, C)
         if name == "val" or (name == "train" and score == "mixed"):
             rated = np.concatenate([rated, chosen])
             labels = np.concatenate([labels, truth if name == "val" else loader.split.labels])
@@ -246,7 +246,7 @@ def table(predictors, split, args):
     """The metrics of a split, of one run or of several whose probabilities are averaged."""
     with redirect_stdout(sys.stderr if args.json else sys.stdout):  # no word beside the JSON
         found = [member.all_scores(split)[0] for member in predictors]
-    scores = np.mean([member.chosen(one) for member, one in zip(predictors, found)], 0)
+    scores = np.mean([one[member.cfg.score] for member, one in zip(predictors, found)], 0)
     threshold = np.mean([member.threshold for member in predictors], 0)
     numbers = metrics(scores, split.truth, threshold)
     numbers |= {f"mAP_{name}": metrics(one, split.truth)["mAP"] for name, one in found[0].items()
@@ -254,9 +254,10 @@ def table(predictors, split, args):
     if args.json:
         return print(json.dumps(numbers))
     first = predictors[0]
-    score = first.cfg.score if first.cfg.score in found[0] else "region"  # a baseline's only one
     chosen_here = split.name.endswith("/val") and not changed(first.run, [split])
-    who = f"{score} score, epoch {first.epoch}" if len(found) == 1 else f"mean of {len(found)} runs"
+    who = f"mean of {len(found)} runs"
+    if len(found) == 1:
+        who = f"{first.cfg.score} score, epoch {first.epoch}"
     print(f"{split.name}, {len(split.paths)} images, {who}, CP to OF1 at the run's thresholds"
           f"{', chosen on these labels' if chosen_here else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))

@@ -203,7 +203,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("eval.py", "np.mean([member.threshold for member in predictors], 0)",
      "predictors[0].threshold"),
     ("eval.py", "metrics(scores, split.truth, threshold)", "metrics(scores, split.truth)"),
-    ("eval.py", "np.mean([member.chosen(one)", "np.max([member.chosen(one)"),
+    ("eval.py", "np.mean([one[member.cfg.score]", "np.max([one[member.cfg.score]"),
     ("data.py", "random_sample(shape)", "random_sample(shape[::-1]).T"),
     ("data.py", "{self.seed},{epoch},{index}", "{self.seed},{epoch}"),
     ("data.py", "self.size, rng, self.smallest_crop)", "self.size, rng)"),

@@ -99,7 +99,7 @@ def test_an_ensemble_averages_probabilities_and_thresholds(capsys):
     """Two runs, one category: their means .475 .55 .53 .51 against .52 are all right, while the
     larger probability, one run's threshold or 0.5 would each be wrong about an image."""
     first, second = [[0.9], [0.4], [0.6], [0.51]], [[0.05], [0.7], [0.46], [0.51]]
-    members = [SimpleNamespace(loader=lambda split: None, chosen=lambda scores: scores["query"],
+    members = [SimpleNamespace(loader=lambda split: None, cfg=SimpleNamespace(score="query"),
                                all_scores=lambda _, p=p: ({"query": np.array(p),
                                                            "zero-shot": -np.array(p)}, {}),
                                threshold=np.array([limit]))

@@ -99,7 +99,7 @@ class Predictor:
         """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
         scores = probabilities(scores_of(out, f, x, self.g_zero), self.scale)
-        return self.chosen(scores), out
+        return scores[self.cfg.score], out
 
     def all_scores(self, split, maps=None):
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
@@ -107,13 +107,9 @@ class Predictor:
                                    self.g_zero, maps)
         return {name: p.numpy() for name, p in probabilities(scores, self.scale).items()}, kept
 
-    def chosen(self, scores):
-        """Of {score: ...} the run's own."""
-        return scores.get(self.cfg.score, scores["region"])
-
     def probabilities(self, split):
         """(n, C) probabilities of the run's score."""
-        return self.chosen(self.all_scores(split)[0])
+        return self.all_scores(split)[0][self.cfg.score]
 
     def predict(self, images, batch=32, workers=0):
         """images: list of files, bytes, file objects, PIL images or (H, W, 3) uint8 arrays -> list
