@@ -191,8 +191,8 @@ def preset(data):
 def parse(argv, about=""):
     """Command line, else the data set's preset, else the default -> (Config, run to resume)."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run and its settings; "
-                        "say where things lie now: --data, --root, --clip, ..., --workers, ...")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run and its "
+                        "settings; say where things lie: --data, --root, --clip, ..., --workers")
     for f in dataclasses.fields(Config):
         how = dict(type=type_of(f), metavar=f.metadata["choices"] or None)
         if type_of(f) is bool:
@@ -208,7 +208,6 @@ def parse(argv, about=""):
         return Config(**preset(given.get("data", "scenes")) | given), None
     if kept := given.keys() - PLACES - MACHINE:
         raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
-    run = Path(run)
     return restored(begun(run)["config"], run / "config.json", given), run
 
 

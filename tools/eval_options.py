@@ -16,7 +16,7 @@ def parse(argv, about):
     command("--suggest", metavar="FILE", help="CSV of unknown labels it believes, and its page")
     command("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these")
     command("--categories", action="store_true", help="a line a category, labels that look wrong")
-    add("--ensemble", nargs="+", metavar="RUN", help="average the probabilities with these runs")
+    command("--ensemble", nargs="+", metavar="RUN", help="average probabilities with these runs")
     add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
         "--clip, --size and the like in the place of a run")
     add("--size", type=int, help="--zero-shot: side of the input in pixels")
@@ -36,8 +36,6 @@ def parse(argv, about):
         add(flag(name), help="where it lies now, if it moved since training")
 
     args = parser.parse_args(words(argv))
-    if args.ensemble and (args.image or args.suggest or args.compare):
-        raise UserError("--ensemble is of a table: drop --image, --suggest and --compare")
     if args.json and (args.categories or args.compare):
         raise UserError("--categories and --compare print lines for people: drop --json")
     if not args.image and (args.csv or args.out or args.strict):
