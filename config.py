@@ -4,12 +4,12 @@
 """
 import argparse
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from clip.weights import FILES
 from datasets.csv_sheet import is_sheet
 from support import UserError, refused
 from support.checkpoint import begun
@@ -17,7 +17,7 @@ from support.cli import make_parser, words
 
 OF_SHEETS = ("ignore", "minus_one", "unlisted")
 PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
-CLIPS = ("tiny", *json.loads(Path(__file__).with_name("clip").joinpath("openai.json").read_text()))
+CLIPS = ("tiny", *FILES)
 
 
 def option(default, help, low=0, high=2**31, above=None, choices=""):
