@@ -134,7 +134,8 @@ def zeros_and_ones(path, shape, column=None):
     """A text of 0s and 1s, all of it or one column -> int8 of this shape, POSITIVE and NEGATIVE.
     Behind the column lines may go on, some further than others."""
     with refused(f"{path}: expected {np.prod(shape)} values of 0 or 1"):
-        values = np.loadtxt(path, encoding="utf-8-sig", usecols=column).reshape(shape)
+        file = io.BytesIO(read_bytes(path))
+        values = np.loadtxt(file, encoding="utf-8-sig", usecols=column).reshape(shape)
         if not np.isin(values, (0, 1)).all():
             raise ValueError(f"got {np.unique(values)[:4]}")
     return signed(values == 1)
@@ -178,7 +179,7 @@ def require_files(names, folders, where):
 def require_unique(entries, where):
     for entry, count in Counter(entries).items():
         if count > 1:
-            raise UserError(f"{where}: {entry} is listed twice; keep one")
+            raise UserError(f"{where}: {entry} is listed twice: drop or rename one")
     return entries
 
 

@@ -12,7 +12,7 @@ PEERS = {"motorcycle": "motor bike", "airplane": "aeroplane"}  # as TaI-DPT call
 def load(root, cfg):
     """train2014 and val2014, which is the test set of this field."""
     largeloss, keep = cfg.single_positive == "largeloss", cfg.keep_unannotated
-    parts = {"train": split(root, "train2014", keep, largeloss),
+    parts = {"train": split(root, "train2014", keep and not largeloss, by_id=largeloss),
              "test": split(root, "val2014", keep)}
     if cfg.prompt_names == "peers":
         for part in parts.values():

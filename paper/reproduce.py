@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 from config import parse as parse_config
-from data import LISTS, splc_files
+from data import load
 from datasets.base import read_json
 from datasets.csv_sheet import note
 from eval import compare, metrics
@@ -69,14 +69,17 @@ def rows_of(args, base):
     paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
              if row in rows}
     if args.table == "2":
-        setups = dict(asked["setups"])
-        try:
-            if base.data not in LISTS:
-                raise UserError(f"there are none for {base.data}")
-            splc_files(base)
-        except UserError as error:
-            note(f"the SPLC setup is left out, published lists define it: {error}")
-            del setups["SPLC setup"]
+        setups, missing = dict(asked["setups"]), []
+        for name, setup in asked["setups"].items():  # each has published files of its own
+            try:
+                load(dataclasses.replace(base, **setup))
+            except UserError as error:
+                missing.append(f"the {name} is left out: {error}")
+                del setups[name]
+        if not setups:
+            raise UserError(missing[0])
+        for text in missing:
+            note(text)
         return rows, setups, paper, data
     if base.single_positive:  # which Table 3 leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}, data

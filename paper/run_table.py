@@ -40,13 +40,15 @@ class Runs:
         if self.splits[2] is None:
             raise UserError(f"{base.data} has no test split: nothing can be compared")
         self.encoder = clip.load(base.clip, activation=base.activation).to(best_device())
-        # no labels hidden; NUS-WIDE's setups have files of their own
-        official = {} if base.data == "nuswide" else {"single_positive": None}
-        whole = data.complete(dataclasses.replace(base, **official))
-        self.data_sha256 = {name: split.info["sha256"] for name, split in whole.items()}
-        sizes = [os.path.getsize(path) for split in whole.values() for path in split.used().paths]
-        self.data_sha256["sizes"] = hashlib.sha256(repr(sizes).encode()).hexdigest()  # of photos
         self.sha256 = functools.cache(sha256)  # of a file; a table asks again and again
+
+    @functools.cache
+    def content(self, single_positive=None):
+        """{"train": sha256 of names and labels, none hidden, ..., "sizes": sha256 of the photos'}"""
+        whole = data.complete(dataclasses.replace(self.base, single_positive=single_positive))
+        found = {name: split.info["sha256"] for name, split in whole.items()}
+        sizes = [os.path.getsize(path) for split in whole.values() for path in split.used().paths]
+        return found | {"sizes": hashlib.sha256(repr(sizes).encode()).hexdigest()}
 
     def config(self, settings, seed):
         """Settings of a row -> its Config with a folder of its own. `carl_from` may hold the
@@ -65,7 +67,9 @@ class Runs:
         result = {name: value for name, value in dataclasses.asdict(cfg).items()
                   if name not in MACHINE | {"out", "score"}
                   and not (value and is_path(name, value))}
-        identity = json.dumps([self.encoder.sha256, self.data_sha256, result,
+        # NUS-WIDE's setups have images and labels of their own
+        content = self.content(cfg.single_positive if cfg.data == "nuswide" else None)
+        identity = json.dumps([self.encoder.sha256, content, result,
                                [self.sha256(file) for file in files],
                                os.path.basename(cfg.carl_from or "")], sort_keys=True)
         labels = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"

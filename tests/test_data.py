@@ -159,6 +159,14 @@ def test_voc_from_xml_equals_the_class_files(trees, tmp_path):
         assert a is b is None or (a.labels == b.labels).all()
 
 
+def test_the_sampler_of_cole_et_al_draws_from_annotated_images(trees):
+    """A row without a label moves its random stream."""
+    kept, own = (fake.load("coco", trees / "coco", single_positive="largeloss",
+                           keep_unannotated=keep) for keep in (True, False))
+    assert kept[0].paths == own[0].paths and (kept[0].labels == own[0].labels).all()
+    assert len(kept[2].paths) == len(own[2].paths) + 1  # the test set keeps them
+
+
 def test_boxes_are_fractions_and_crowds_have_none(trees):
     train = fake.load("coco", trees / "coco")[0]
     assert len(train.boxes) == len(train.paths)

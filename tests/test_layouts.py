@@ -416,6 +416,8 @@ def test_cub(tmp_path):
     keep = path.read_bytes()
     path.write_bytes(keep[: len(keep) // 2])
     refused("image_attribute_labels.txt: expected", "cub", tmp_path)
+    path.unlink()
+    refused("image_attribute_labels.txt: cannot be read, check the path", "cub", tmp_path)
     path.write_bytes(keep)
     replace(tmp_path / "CUB_200_2011/images.txt", b"3 ", b"33 ")
     refused("ids 1, 2, 3", "cub", tmp_path)

@@ -1,4 +1,5 @@
 """The mixed score: the run's logit and what CLIP knows without training, on one scale."""
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -284,6 +285,19 @@ def test_a_mask_makes_no_sheet_of_ticks(world, tmp_path, sheet, capfd):
     file.write_text("\n".join([header, *full]))
     run(world, tmp_path / "masked", data=file, root=None, ratio=0.6, epochs=1, val=0.25)
     assert "count as absent" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("seen, weight", ((1, 0.3), (0, None)))
+def test_a_mask_of_ones_own_single_positives_leaves_nothing_absent(world, tmp_path, seen, weight):
+    """Such a run said yes to all: 15 mAP in the place of 79, with complete labels behind it."""
+    cfg, _ = train.parse(options(world, tmp_path / "run", ratio=None))
+    mask = data.single_positives(data.load(cfg)[0].labels, 7) != 0
+    mask[0] |= seen == 0  # the first image tells all
+    np.save(tmp_path / "mask.npy", mask)
+    cfg = dataclasses.replace(cfg, mask=str(tmp_path / "mask.npy"))
+    split = data.load(cfg)[0]
+    assert (split.labels == -1).any() == (weight is None)
+    assert build.settled(cfg, tmp_path, split, clip.load(cfg.clip)).assume_negative == weight
 
 
 def test_a_run_that_was_begun_without_the_assumption_goes_on_so(world, tmp_path, sheet):

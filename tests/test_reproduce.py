@@ -18,6 +18,7 @@ from small_world import command, one_line, options, world
 from paper import reproduce, run_table
 import train
 from config import Config
+from support import UserError
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_table_1_averages_scores_with_prompts_of_captions(call):
 
 
 def test_captions_are_five_an_image_and_take_a_fifth_of_the_epochs():
-    runs = SimpleNamespace(out=Path("out"), encoder=SimpleNamespace(sha256="a"), data_sha256={},
+    runs = SimpleNamespace(out=Path("out"), encoder=SimpleNamespace(sha256="a"), content=lambda _: {},
                            sha256=str)
     for epochs, fifth in ((40, 8), (12, 2), (2, 1)):
         runs.base = Config(epochs=epochs)
@@ -264,7 +265,7 @@ def test_a_run_is_known_by_what_it_reads_not_by_where_that_lies(tmp_path):
     a table's folder that did, trained everything again."""
     def folder(root, settings, out="out", **base):
         runs = SimpleNamespace(out=Path(out), base=Config(root=str(root), **base),
-                               encoder=SimpleNamespace(sha256="a"), data_sha256={},
+                               encoder=SimpleNamespace(sha256="a"), content=lambda _: {},
                                sha256=lambda file: Path(file).read_text())
         runs.config = lambda *pair: run_table.Runs.config(runs, *pair)
         return Path(runs.config(settings, 0).out).name
@@ -298,15 +299,36 @@ def test_other_photos_of_the_same_names_are_other_data(world, tmp_path):
     assert run_table.Runs(cfg, tmp_path, 1).config({}, 0).out != before
 
 
-def test_table_2_without_published_lists_has_its_other_setup(tmp_path, capfd):
+def test_table_2_has_the_setups_whose_files_are_there(tmp_path, capfd):
     args = SimpleNamespace(table="2", study=None, rows=None, ratios=None)
-    found = []
-    for lists in (False, True):
-        if lists:
-            (tmp_path / "coco_train_singlelabel.txt").write_text("a.jpg,0\n")
-        found.append(list(reproduce.rows_of(args, Config(data="coco", root=str(tmp_path)))[1]))
-    assert found == [["LargeLoss setup"], ["LargeLoss setup", "SPLC setup"]]
-    assert "coco_train_singlelabel.txt not found" in capfd.readouterr().err
+    fake.nuswide(tmp_path)
+    cfg = Config(data="nuswide", root=str(tmp_path))
+    setups = ["LargeLoss setup", "SPLC setup"]
+    assert list(reproduce.rows_of(args, cfg)[1]) == setups
+    (tmp_path / "nus_val.txt").rename(tmp_path / "list")
+    assert list(reproduce.rows_of(args, cfg)[1]) == setups[:1]
+    assert "the SPLC setup is left out: " in (told := capfd.readouterr().err)
+    assert "nus_val.txt not found" in told
+    (tmp_path / "list").rename(tmp_path / "nus_val.txt")
+    (tmp_path / "formatted_train_images.npy").unlink()
+    assert list(reproduce.rows_of(args, cfg)[1]) == setups[1:]
+    assert "the LargeLoss setup is left out: " in capfd.readouterr().err
+    (tmp_path / "nus_val.txt").unlink()
+    with pytest.raises(UserError, match="formatted_train_images.npy not found"):
+        reproduce.rows_of(args, cfg)
+
+
+def test_photos_of_nuswide_that_come_back_are_other_data_in_each_of_its_setups(tmp_path):
+    fake.nuswide(tmp_path)
+    cfg = Config(data="nuswide", root=str(tmp_path), clip="tiny", single_positive="largeloss")
+    photo = tmp_path / "images" / "00003_3_m.jpg"  # of the SPLC lists alone
+
+    def folder(setup):
+        return run_table.Runs(cfg, tmp_path, 1).config(dict(single_positive=setup), 0).out
+
+    before = {setup: folder(setup) for setup in ("largeloss", "splc")}
+    photo.rename(tmp_path / "gone.jpg")
+    assert folder("largeloss") == before["largeloss"] and folder("splc") != before["splc"]
 
 
 def test_a_study_of_single_positives_says_so(call):

@@ -8,7 +8,7 @@ import torch
 import data
 import kernels
 from clip.features import FeatureLoader, autocast_dtype
-from datasets.base import tells_presence
+from datasets.base import NEGATIVE, tells_presence
 from paper import captions
 from support import UserError
 from support.checkpoint import begun, read_checkpoint
@@ -33,7 +33,9 @@ def settled(cfg, run, split, encoder, resume=False):
     """The Config with what only data and weights tell, and what a run needs after it was moved or
     its weights were renamed."""
     found = dict(out=str(run.absolute()), activation=encoder.activation)
-    told = split.labels if cfg.single_positive else split.truth  # not what a mask has hidden
+    told = split.truth  # not what a mask has hidden, as long as it leaves labels "absent"
+    if cfg.single_positive or not (split.labels == NEGATIVE).any():
+        told = split.labels
     if resume:  # what it was begun with, although the sheet may have got its first 0s since
         found["assume_negative"] = begun(run)["config"]["assume_negative"]
     elif cfg.assume_negative is None and tells_presence(told):
