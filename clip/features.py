@@ -5,7 +5,7 @@
 index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` those of V
 augmented views are kept, bf16, in a memory-mapped file of V * n * (1 + N) * D * 2 bytes (x before
 f), complete or absent; epoch e reads view e mod V. Its name is a hash of images, transform, CLIP's
-weights, --amp and shape, not of labels and masks.
+weights and code, --amp and shape, not of labels and masks.
 """
 import hashlib
 import math
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from clip import model
 from support import UserError
 from support.cli import end_with_parent
 from support.distributed import barrier
@@ -144,7 +145,8 @@ class FeatureLoader:
         views = views if self.images.augment != "none" else 1
         h, w = self.clip.grid(self.images.size, self.images.size)
         shape = (views, len(self), 1 + h * w, self.clip.D)
-        depends_on = repr((shape, self.clip.sha256, str(self.amp))).encode()
+        code = Path(model.__file__).read_bytes()  # somebody may change what features are
+        depends_on = repr((shape, self.clip.sha256, str(self.amp), code)).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"
         # The first process says whether the file has to be made, and under which temporary name.

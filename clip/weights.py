@@ -187,7 +187,7 @@ def of_hugging_face(content, shape, folder):
           hidden_act="gelu" if activation == "gelu" else "quick_gelu", layer_norm_eps=1e-5)
     agree({"hidden_act": "quick_gelu"} | vision, False, hidden_act=activation, layer_norm_eps=1e-5,
           hidden_size=shape.vision_width, num_hidden_layers=shape.layers, patch_size=shape.patch)
-    agree(pixels, False, do_normalize=True, do_rescale=True, resample=3)
+    agree(pixels, False, do_normalize=True, do_rescale=True, rescale_factor=1 / 255, resample=3)
     heads = dict(text_heads=text.get("num_attention_heads", 8),
                  vision_heads=vision.get("num_attention_heads", 12))
     return activation.replace("_", ""), heads, pixels.get("image_mean"), pixels.get("image_std")

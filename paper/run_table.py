@@ -44,7 +44,7 @@ class Runs:
 
     @functools.cache
     def content(self, single_positive=None):
-        """{"train": sha256 of names and labels, none hidden, ..., "sizes": sha256 of the photos'}"""
+        """{"train": sha256 of names and labels, none hidden, ...; "sizes": of the photos' sizes}"""
         whole = data.complete(dataclasses.replace(self.base, single_positive=single_positive))
         found = {name: split.info["sha256"] for name, split in whole.items()}
         sizes = [os.path.getsize(path) for split in whole.values() for path in split.used().paths]

@@ -99,7 +99,7 @@ def test_mask_and_labels_do_not_matter(made, monkeypatch):
     assert encoded_images(made, monkeypatch) == 0
 
 
-def test_key(made):
+def test_key(made, monkeypatch):
     folders = lambda: {p.name for p in made.folder.iterdir()}
     seen = set()
 
@@ -117,6 +117,10 @@ def test_key(made):
     cached(made, views=1, augment="none", seed=5)  # what is not random does not depend on the seed
     assert folders() == seen
     made.clip.sha256 = "another file"
+    is_new()
+    changed = made.folder.parent / "model.py"  # docs/change-one-thing.md: another backbone
+    changed.write_text(Path(features.model.__file__).read_text() + "# changed")
+    monkeypatch.setattr(features.model, "__file__", str(changed))
     is_new()
     photo(made.split.paths[20], seed=99, size=(70, 60))  # another picture under the same name
     is_new()

@@ -511,6 +511,34 @@ def test_other_packages_of_our_names_work_beside_ours(tmp_path, first):
     assert done.stdout.count(str(tmp_path / "site")) == 2
 
 
+@pytest.mark.parametrize("first", (True, False))
+def test_a_programs_own_modules_keep_their_names(tmp_path, first):
+    import subprocess
+    import sys
+    from small_world import make, run
+    from tools import trm_ml
+
+    root = Path(__file__).resolve().parents[1]
+    ours = {path.stem for path in root.iterdir()
+            if path.suffix == ".py" or (path / "__init__.py").is_file()} - {"tests"}
+    assert ours == set(trm_ml.NAMES)
+    world = make(tmp_path / "world")
+    run(world, tmp_path / "run", epochs=1)
+    photo = sorted((world / "scenes" / "val2014").iterdir())[0]
+    for name in ours:
+        (tmp_path / f"{name}.py").write_text("MINE = True")
+    theirs = f"import {', '.join(sorted(ours))}; "
+    code = (f"import sys; sys.path.append({str(root / 'tools')!r}); "
+            f"{theirs * first}from trm_ml import Predictor; {theirs}"
+            f"p = Predictor({str(tmp_path / 'run')!r}, 'last'); "
+            f"assert p.predict([{str(photo)!r}]); labels = [1] + [0] * (len(p.names) - 1); "
+            f"assert 'losses' in p.inspect({str(photo)!r}, labels); p.splits(); "
+            f"print(all(sys.modules[name].MINE for name in {sorted(ours)}))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize("order", ("look; ours", "ours; look"))
 def test_a_program_may_look_whether_kernels_is_installed(tmp_path, order):
     """transformers imports `kernels`, which may be ours, to ask for its version."""

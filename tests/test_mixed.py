@@ -300,6 +300,14 @@ def test_a_mask_of_ones_own_single_positives_leaves_nothing_absent(world, tmp_pa
     assert build.settled(cfg, tmp_path, split, clip.load(cfg.clip)).assume_negative == weight
 
 
+def test_a_clip_of_unknown_weights_is_refused(world, tmp_path):
+    """Two such shared one cache of features, and no file could open their runs again."""
+    from clip.weights import TINY, read
+    cfg, _ = train.parse(options(world, tmp_path / "run"))
+    with pytest.raises(UserError, match="expected a CLIP of clip.load"):
+        train.train(cfg, encoder=clip.build(read(TINY), fold=True))
+
+
 def test_a_run_that_was_begun_without_the_assumption_goes_on_so(world, tmp_path, sheet):
     cfg, _ = train.parse(options(world, tmp_path / "run", data=only_ticks(sheet), root=None,
                                  ratio=None))

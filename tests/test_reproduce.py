@@ -252,7 +252,8 @@ def test_table_1_averages_scores_with_prompts_of_captions(call):
 
 
 def test_captions_are_five_an_image_and_take_a_fifth_of_the_epochs():
-    runs = SimpleNamespace(out=Path("out"), encoder=SimpleNamespace(sha256="a"), content=lambda _: {},
+    runs = SimpleNamespace(out=Path("out"), encoder=SimpleNamespace(sha256="a"),
+                           content=lambda _: {},
                            sha256=str)
     for epochs, fifth in ((40, 8), (12, 2), (2, 1)):
         runs.base = Config(epochs=epochs)

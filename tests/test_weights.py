@@ -254,6 +254,8 @@ def test_a_hugging_face_configuration_of_another_model_is_refused(change, says, 
 
 def test_pixels_that_are_not_normalised_are_refused(tmp_path):
     refused(hf_folder(tmp_path, pixels=dict(do_normalize=False)), "do_normalize false")
+    refused(hf_folder(tmp_path, pixels=dict(rescale_factor=1 / 127.5)), "rescale_factor 0.00784")
+    clip.load(hf_folder(tmp_path, pixels=dict(rescale_factor=0.00392156862745098)))
 
 
 def oc_folder(folder, state, kind="vit", custom=False, **changes):

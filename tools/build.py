@@ -32,6 +32,9 @@ def load_data(cfg):
 def settled(cfg, run, split, encoder, resume=False):
     """The Config with what only data and weights tell, and what a run needs after it was moved or
     its weights were renamed."""
+    if not encoder.sha256:  # by which caches and runs know it
+        raise UserError("expected a CLIP of clip.load, got one that clip.build made: save its "
+                        "state dict, and load the file")
     found = dict(out=str(run.absolute()), activation=encoder.activation)
     told = split.truth  # not what a mask has hidden, as long as it leaves labels "absent"
     if cfg.single_positive or not (split.labels == NEGATIVE).any():

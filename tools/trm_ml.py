@@ -1,11 +1,11 @@
-"""The project in a program that uses other packages called `clip`, `datasets` or `kernels`, too.
+"""The project in a program whose own modules are called as ours: `config`, `data`, `datasets`, ...
 
     sys.path.append("path/of/the/project/tools")
     from trm_ml import Predictor
 
-Our modules find our folders of these names while this file is imported. Afterwards a name belongs
-to another package where one is found: `from datasets import load_dataset` gives Hugging Face's,
-before or after. (Workers of Predictor.predict have to be forked then, which is Linux's way.)
+Our modules find each other while this file is imported. Afterwards a name belongs to another module
+where one is found: `from datasets import load_dataset` gives Hugging Face's, before or after.
+(Workers of Predictor.predict have to be forked then, which is Linux's way.)
 """
 import importlib
 import os
@@ -13,7 +13,8 @@ import sys
 from importlib.machinery import PathFinder
 
 HERE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-NAMES = ("clip", "datasets", "kernels")
+NAMES = ("clip", "config", "data", "datasets", "eval", "kernels", "losses", "memory", "paper",
+         "support", "tools", "train", "trm")
 
 
 def ours(spec):
