@@ -23,6 +23,7 @@ TESTS = {  # the tests that should notice, the quick ones first
     "clip/model.py": ["tests/test_clip.py"], "clip/tokenizer.py": ["tests/test_clip.py"],
     "config.py": [*METHOD, "tests/test_run_folder.py"],
     "support/checkpoint.py": ["tests/test_run_folder.py"],
+    "clip/features.py": ["tests/test_features.py"], "datasets/coco.py": ["tests/test_data.py"],
     "datasets/augment.py": ["tests/test_augment.py", "tests/test_images.py"],
     "datasets/base.py": ["tests/test_mixed.py", "tests/test_data.py"],
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
@@ -316,6 +317,13 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("tools/review.py", "(cells[c] & labels or cells[c] <= CODES.keys())", "True"),
     ("paper/run_table.py", "[self.sha256(file) for file in files],", "[],"),
     ("paper/run_table.py", "and not (value and is_path(name, value))}", "}"),
+    ("paper/run_table.py", 'self.content(cfg.single_positive if cfg.data == "nuswide" else None)',
+     "self.content()"),
+    ("tools/build.py", "cfg.single_positive or not (split.labels == NEGATIVE).any()",
+     "cfg.single_positive"),
+    ("tools/build.py", "if not encoder.sha256:", "if False:"),
+    ("clip/features.py", "str(self.amp), code))", "str(self.amp)))"),
+    ("datasets/coco.py", "keep and not largeloss", "keep"),
 )
 
 
