@@ -192,7 +192,7 @@ def parse(argv, about=""):
     """Command line, else the data set's preset, else the default -> (Config, run to resume)."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run and its "
-                        "settings; say where things lie: --data, --root, --clip, ..., --workers")
+                        "settings; say where things lie now: --data, --root, --clip, ...")
     for f in dataclasses.fields(Config):
         how = dict(type=type_of(f), metavar=f.metadata["choices"] or None)
         if type_of(f) is bool:

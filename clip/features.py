@@ -145,7 +145,7 @@ class FeatureLoader:
         views = views if self.images.augment != "none" else 1
         h, w = self.clip.grid(self.images.size, self.images.size)
         shape = (views, len(self), 1 + h * w, self.clip.D)
-        code = Path(model.__file__).read_bytes()  # somebody may change what features are
+        code = Path(model.__file__).read_bytes()  # another backbone: other features
         depends_on = repr((shape, self.clip.sha256, str(self.amp), code)).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"

@@ -131,8 +131,8 @@ def read_json(path, **options):
 
 
 def zeros_and_ones(path, shape, column=None):
-    """A text of 0s and 1s, all of it or one column -> int8 of this shape, POSITIVE and NEGATIVE.
-    Behind the column lines may go on, some further than others."""
+    """A text file of 0s and 1s, all of it or one column -> int8 of this shape, POSITIVE and
+    NEGATIVE. With a column, lines may have more fields, and not all the same number."""
     with refused(f"{path}: expected {np.prod(shape)} values of 0 or 1"):
         file = io.BytesIO(read_bytes(path))
         values = np.loadtxt(file, encoding="utf-8-sig", usecols=column).reshape(shape)

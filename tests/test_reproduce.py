@@ -314,9 +314,18 @@ def test_table_2_has_the_setups_whose_files_are_there(tmp_path, capfd):
     (tmp_path / "formatted_train_images.npy").unlink()
     assert list(reproduce.rows_of(args, cfg)[1]) == setups[1:]
     assert "the LargeLoss setup is left out: " in capfd.readouterr().err
-    (tmp_path / "nus_val.txt").unlink()
-    with pytest.raises(UserError, match="formatted_train_images.npy not found"):
+    content = (tmp_path / "nus_val.txt").read_text()
+    (tmp_path / "nus_val.txt").write_text("a.jpg, 999\n")  # damaged, not missing
+    with pytest.raises(UserError, match="nus_val.txt:1"):
         reproduce.rows_of(args, cfg)
+    (tmp_path / "nus_val.txt").write_text(content)
+    with pytest.raises(UserError, match="--val: SPLC's list"):
+        reproduce.rows_of(args, Config(data="nuswide", root=str(tmp_path), val="0.2"))
+    (tmp_path / "nus_val.txt").unlink()
+    with pytest.raises(UserError, match="^.*: formatted_train_images.npy not found"):
+        reproduce.rows_of(args, cfg)
+    with pytest.raises(UserError, match="^nuswide: say with --root"):
+        reproduce.rows_of(args, Config(data="nuswide"))
 
 
 def test_photos_of_nuswide_that_come_back_are_other_data_in_each_of_its_setups(tmp_path):
