@@ -23,7 +23,7 @@ from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 from datasets.base import (LISTS, NEGATIVE, POSITIVE, UNKNOWN, Split, positive_list, read_array,
                            read_lines, splc_files, twins)
 from datasets.csv_sheet import is_sheet
-from support import UserError, refused
+from support import NotFound, UserError, refused
 
 LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc2012": voc.load,
            "vg200": vg200.load, "nuswide": nuswide.load, "cub": cub.load}
@@ -100,17 +100,19 @@ def read_mask(path, split):
 
 def complete(cfg):
     """{"train", "val", "test"} -> Split with all known labels; some of the three may be absent."""
-    sheet = is_sheet(cfg.data)
-    if not sheet and cfg.data not in LAYOUTS:
+    root = cfg.root
+    layout = csv_sheet.load if is_sheet(cfg.data) else LAYOUTS.get(cfg.data)
+    if layout is None:
         raise UserError(f"unknown data set {cfg.data!r}: expected {', '.join(LAYOUTS)}, or a .csv")
-    if cfg.data == "scenes" and cfg.root is None:
-        scenes.write(SCENES)  # leaves them alone when they are there
-    elif cfg.root is None and not sheet:
+    if cfg.data == "scenes" and root is None:
+        root = SCENES
+        scenes.write(root)  # leaves them alone when they are there
+    elif root is None and cfg.data in LAYOUTS:
         page = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
         row = next(line.split(" | ") for line in page.splitlines() if f"`{cfg.data}`" in line)
         raise UserError(f"{cfg.data}: say with --root which folder holds {row[-1].strip(' |')}; it "
                         f"comes from {row[1]} (docs/data.md)")
-    parts = csv_sheet.load(cfg.root, cfg) if sheet else LAYOUTS[cfg.data](cfg.root or SCENES, cfg)
+    parts = layout(root, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
     if cfg.names and cfg.data != "vg200":  # vg200 has read them as its category names
@@ -146,7 +148,7 @@ def load(cfg):
     if given.count(True) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
-        raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
+        raise NotFound(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
     sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
     share = None
     if cfg.val is not None and not (sheet and is_sheet(cfg.val)):

@@ -24,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 from config import parse as parse_config
-from data import LISTS, load
+from data import load
 from datasets.base import read_json
 from datasets.csv_sheet import note
 from eval import compare, metrics
 from paper import captions
 from paper.run_table import Runs
-from support import UserError
+from support import NotFound, UserError
 from support.checkpoint import write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.plots import region_tiles, save_grid, two_axes
@@ -74,9 +74,7 @@ def rows_of(args, base):
             try:
                 load(dataclasses.replace(base, **setup))
                 setups[name] = setup
-            except UserError as error:
-                if base.data in LISTS and "not found" not in str(error):
-                    raise  # the files are there
+            except NotFound as error:
                 missing[name] = error
         if not setups:
             raise next(iter(missing.values()))
