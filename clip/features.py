@@ -64,6 +64,12 @@ class FeatureLoader:
         self.rank, self.world, self.need_global = rank, world, need_global
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
         self.keys, self.loader = [], None
+        # Threads stay: below Python 3.13 a Ctrl-C while one is joined lets it run on while the
+        # interpreter ends, which torch answers with an abort.
+        self.reader = ThreadPoolExecutor(1)
+        self.cores = torch.get_num_threads()
+        self.encoders = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads,
+                                           initargs=(1,))
         self.encode_dense = torch.compile(clip.encode_dense) if compiled else clip.encode_dense
         images.mean, images.std = clip.mean, clip.std
         self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
@@ -102,10 +108,9 @@ class FeatureLoader:
         def ready(part):
             return [t.pin_memory() if self.pinned else t for t in (view[part], part)]
 
-        with ThreadPoolExecutor(1) as pool:
-            jobs = (pool.submit(ready, part) for part in parts)
-            for job, _ in pairwise(chain(jobs, [None])):  # the next one is submitted first
-                yield job.result()
+        jobs = (self.reader.submit(ready, part) for part in parts)
+        for job, _ in pairwise(chain(jobs, [None])):  # the next one is submitted first
+            yield job.result()
 
     def load(self, epoch, parts):
         """Iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next."""
@@ -122,13 +127,11 @@ class FeatureLoader:
         """images (B, 3, H, W) -> f (B, N, D) and x (B, D) float32 or None. A CPU gives each core
         its own images: one layer's work is too small to share, 1.3 times as fast on two cores."""
         images = self.moved(images, memory_format=torch.channels_last)
-        cores = torch.get_num_threads()
-        if self.device.type != "cpu" or len(images) < cores:
+        if self.device.type != "cpu" or len(images) < self.cores:
             return self.encode_part(images, need_global)
-        share = -(-len(images) // cores)  # no core stays without work
+        share = -(-len(images) // self.cores)  # no core stays without work
         parts = images.split(min(at_once(images), share))
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            f, x = zip(*pool.map(lambda part: self.encode_part(part, need_global), parts))
+        f, x = zip(*self.encoders.map(lambda part: self.encode_part(part, need_global), parts))
         return torch.cat(f), torch.cat(x) if need_global else None
 
     @torch.no_grad()
