@@ -53,9 +53,13 @@ def turn_of(image):
         return None
 
 
-def upright(image):
+def refuse_thumbnail(image):
     if getattr(image, "tag_v2", {}).get(254, 0) & 1:  # a TIFF's NewSubfileType
         raise ValueError("its first picture is a thumbnail, as in raw photos; convert it")
+
+
+def upright(image):
+    refuse_thumbnail(image)
     image.load()  # Pillow turns a TIFF here, and its mark goes
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")

@@ -73,11 +73,14 @@ class Split:
                     dropped={why: n for why, n in self.dropped.items() if n})
 
 
+ASSUMED_NEGATIVE = 0.3  # weight of unknown labels as negatives where labels tell presence
+
+
 def tells_presence(labels):
     """Whether labels (N, C) tell mostly what is present, as ticks do, and leave the rest unknown:
     at most half as many are absent as present (docs/readings.md)."""
     few_absent = 2 * (labels == NEGATIVE).sum() <= (labels == POSITIVE).sum()
-    return few_absent and (labels == UNKNOWN).any()
+    return few_absent and all((labels == code).any() for code in (POSITIVE, UNKNOWN))
 
 
 def signed(present):

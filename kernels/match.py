@@ -107,7 +107,7 @@ match_op.register_autograd(
 def match(x, difference, scale):
     """scale * cos(x_c, g_pos_c) - scale * cos(x_c, g_neg_c), with difference = g_pos - g_neg.
 
-    x           (..., C, D), or (..., 1, D) for all, float32, bfloat16 or float16, of any norm
+    x           (..., C, D), or (..., 1, D) for all, float32, bf16 or fp16, norm above 1e-12
     difference  (C, D) float32, of unit text features
     scale       1 / tau, a number or a tensor of one element
     returns     (..., C) logits, float32 (float64 for such inputs); all three are differentiable

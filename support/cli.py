@@ -116,6 +116,8 @@ def explain(error):
     if isinstance(error, BrokenExecutor) or re.search(limits, text):
         return ("a worker was ended or could not start: fewer --jobs, --workers 0, more memory (in "
                 "a container also shared memory: --shm-size) or higher limits (ulimit -a)")
+    if isinstance(error, RuntimeError) and " by peer" in text:  # gloo's words
+        return "another process of this training has ended: its own message says why"
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is missing: pip install {error.name}"
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:

@@ -10,6 +10,9 @@ does not, which shows that rounding is all there is.
 import contextlib
 import dataclasses
 import json
+import os
+import shutil
+import socket
 import sys
 from pathlib import Path
 from unittest import mock
@@ -184,6 +187,29 @@ def test_a_batch_that_does_not_divide_is_refused(world, tmp_path):
     ):
         with pytest.raises(UserError, match="--batch 5 does not divide among 2"):
             train.train(cfg)
+
+
+def test_a_broken_photo_is_one_line_of_each_process(world, tmp_path):
+    photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
+    files = sorted(photos.iterdir())
+    files[5].write_bytes(files[5].read_bytes()[:300])
+    sheet = tmp_path / "labels.csv"
+    sheet.write_text("\n".join(["image,sun,cup", *(f"photos/{p.name},1,0" for p in files)]))
+    words = options(world, tmp_path / "run", data=sheet, root=None, ratio=None, val=0, batch=24,
+                    cache_features=0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = []
+    for rank in "01":
+        where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=port)
+        with mock.patch.dict(os.environ, where):
+            both.append(start("train.py", *words))
+    told = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], told
+    lines = sorted(line for text in told for line in text.splitlines() if "[Gloo]" not in line)
+    assert len(lines) == 2 and files[5].name in lines[0] and "another process" in lines[1], told
 
 
 if __name__ == "__main__":

@@ -194,7 +194,21 @@ def test_a_new_sheet_leaves_out_names_that_it_cannot_hold(tmp_path, capfd):
         Image.new("RGB", (8, 8)).save(open(os.path.join(os.fsencode(tmp_path), name), "wb"), "PNG")
     status, out, _ = command(main, ["new-sheet", tmp_path, "--categories", "dog"], capfd)
     assert status == 0 and "1 images" in out[0] and "3 files were left out" in out[1]
+    assert out[1].count("(a sheet cannot hold its name: rename it)") == 3
     assert len(data.complete(Config(data=str(tmp_path / "labels.csv")))["train"].paths) == 1
+
+
+def test_a_new_sheet_says_why_a_photo_is_no_row(tmp_path, capfd, monkeypatch):
+    """Raw photos open as a thumbnail, which no later command takes; HEIC needs a package."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "DSC.NEF", "TIFF", tiffinfo={254: 1})
+    (tmp_path / "IMG.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    monkeypatch.setattr(Image, "registered_extensions", lambda: {".png": "PNG"})
+    one_line(main, ["new-sheet", tmp_path, "--categories", "dog"], capfd, "got 0 images and 1 name",
+             "2 files were left out", "DSC.NEF (its first picture is a thumbnail",
+             "pip install pillow-heif")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    status, out, _ = command(main, ["new-sheet", tmp_path, "--categories", "dog"], capfd)
+    assert status == 0 and "1 images" in out[0] and "pip install pillow-heif" in out[1]
 
 
 def test_label_studio_gets_tasks_and_its_answers_come_back(tmp_path, capfd):
@@ -448,6 +462,23 @@ def test_the_page_fits_its_window(page, size):
         browser.open(page)
         assert browser.run("return document.documentElement.scrollWidth") <= size[0]
         assert browser.errors() == []
+
+
+@needs_browser
+def test_space_presses_the_button_that_has_the_focus(page):
+    with Browser() as browser:
+        browser.open(page)
+        plain = lambda: browser.run("return document.body.classList.contains('plain')")
+        browser.keys(" ")
+        assert plain()
+        browser.run("document.querySelectorAll('.row button')[7].focus()")  # the third cell's
+        browser.keys(" ")
+        assert browser.run("return document.getElementById('count').textContent") == "1 of 12"
+        assert plain()
+        browser.click("article .row button")  # by hand, and then the key of the regions
+        browser.keys(" ")
+        assert browser.run("return document.getElementById('count').textContent") == "2 of 12"
+        assert not plain() and browser.errors() == []
 
 
 def test_a_new_sheet_of_a_category_with_a_comma(tmp_path, capfd):

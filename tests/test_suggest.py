@@ -156,6 +156,22 @@ def test_an_empty_sheet_is_suggested_for_by_clip_alone(world, tmp_path, capfd):
         [row for row in rows if row["label"]])
 
 
+@pytest.mark.parametrize("given, weight", (("1 ", True), (" ", False), ("10", False)))
+def test_clip_alone_tells_the_weight_that_the_answers_would_end(world, tmp_path, given, weight,
+                                                                capfd):
+    """A sheet of ticks is trained with 0.3 by default, until answers bring it many 0s."""
+    photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
+    rows = [f"{p.name},{given[i % len(given)].strip()},"
+            for i, p in enumerate(sorted(photos.iterdir()))]
+    (photos / "labels.csv").write_text("\n".join(["image,sun,cup", *rows]))
+    words = ["--zero-shot", "--data", photos / "labels.csv", "--size", 64, "--clip",
+             world / "clip-quickgelu.safetensors", "--suggest", tmp_path / "s.csv"]
+    status, out, _ = command(evaluation.main, words, capfd)
+    assert status == 0 and ("train again with --assume-negative 0.3" in out[-1]) == weight
+    then = page_of(tmp_path / "s.html")["then"]
+    assert "train again" in then and ("--assume-negative 0.3" in then) == weight
+
+
 def test_photos_of_a_validation_sheet_are_not_suggested_for(world, trained, tmp_path):
     """Their names may be the training sheet's: the answers would go into its cells."""
     for part in ("train", "val"):

@@ -8,7 +8,7 @@ import torch
 import data
 import kernels
 from clip.features import FeatureLoader, autocast_dtype
-from datasets.base import NEGATIVE, tells_presence
+from datasets.base import ASSUMED_NEGATIVE, NEGATIVE, tells_presence
 from paper import captions
 from support import UserError
 from support.checkpoint import begun, read_checkpoint
@@ -42,7 +42,7 @@ def settled(cfg, run, split, encoder, resume=False):
     if resume:  # what it was begun with, although the sheet may have got its first 0s since
         found["assume_negative"] = begun(run)["config"]["assume_negative"]
     elif cfg.assume_negative is None and tells_presence(told):
-        found["assume_negative"] = 0.3
+        found["assume_negative"] = ASSUMED_NEGATIVE
     return dataclasses.replace(cfg, **found)
 
 

@@ -25,13 +25,14 @@ from xml.sax.saxutils import quoteattr
 
 from PIL import Image
 
+from datasets import augment
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json, require_unique
 from datasets.csv_sheet import (CODES, FORMULA, MEANING, csv_text, read_cells, sheet_text,
                                 split_names, word)
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_command
-from tools.predict import images_in, new
+from tools.predict import images_in, new, why_not
 
 
 def write_page(file, title, cells, photos, grid, then):
@@ -213,18 +214,21 @@ def new_sheet(folder, categories):
             if "\\" in name or name != name.rstrip():
                 raise ValueError("a reader would take it for another name")
             name.encode()  # raises where it is not UTF-8
-            Image.open(path).close()
+            with Image.open(path) as image:
+                augment.refuse_thumbnail(image)
             rows.append([name, *[""] * len(categories)])
         except Exception:  # whatever a decoder raises, too
             skipped.append(path)
+    reasons = [f"{path} ({why_not(path) or 'a sheet cannot hold its name: rename it'})"
+               for path in skipped[:5]]
+    told = f"{len(skipped)} files were left out, first {', '.join(reasons)}"
     if not (rows and categories):
         raise UserError(f"expected images in {folder} and names in --categories; got {len(rows)} "
-                        f"images and {len(categories)} names")
+                        f"images and {len(categories)} names{'; ' + told if skipped else ''}")
     write_atomically(file, csv_text(["image", *categories], rows))
     print(f"{file}: {len(rows)} images, {len(categories)} categories, every cell empty")
     if skipped:
-        print(f"{len(skipped)} files were left out, first {skipped[0]}: they are no images, or a "
-              "sheet cannot hold their names: rename them")
+        print(told)
 
 
 def export(suggestions, tasks, folder):

@@ -13,6 +13,7 @@ import torch
 
 import data
 from datasets import augment
+from datasets.base import ASSUMED_NEGATIVE, tells_presence
 from datasets.csv_sheet import csv_text, is_sheet, read_cells
 from support import UserError
 from support.checkpoint import write_atomically
@@ -93,8 +94,11 @@ def suggest(predictor, args):
     if is_sheet(sheet):
         minus_one = f" --minus-one {predictor.cfg.minus_one}" if predictor.cfg.minus_one else ""
         then = f", then python -m tools.review merge SHEET ANSWERS{minus_one}, and train again"
-        if predictor.cfg.assume_negative:  # the answers' 0s may end it as a default
-            then += f" with --assume-negative {predictor.cfg.assume_negative}"
+        weight = predictor.cfg.assume_negative
+        if weight is None and tells_presence(parts[0].truth):  # no run has settled it yet
+            weight = ASSUMED_NEGATIVE
+        if weight:  # the answers' 0s may end it as a default
+            then += f" with --assume-negative {weight}"
         if not set(predictor.names) <= set(read_cells(sheet)[0]):
             then = "; a sheet with one column of lists takes no answers: write a column a category"
     write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
