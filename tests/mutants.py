@@ -25,7 +25,7 @@ TESTS = {  # the tests that should notice, the quick ones first
     "support/checkpoint.py": ["tests/test_run_folder.py"],
     "clip/features.py": ["tests/test_features.py"], "datasets/coco.py": ["tests/test_data.py"],
     "datasets/augment.py": ["tests/test_augment.py", "tests/test_images.py"],
-    "datasets/base.py": ["tests/test_mixed.py", "tests/test_data.py"],
+    "datasets/base.py": ["tests/test_mixed.py", "tests/test_data.py", "tests/test_suggest.py"],
     "datasets/csv_sheet.py": ["tests/test_sheets.py"],
     "paper/captions.py": ["tests/test_captions.py"], "tools/review.py": ["tests/test_review.py"],
     "paper/run_table.py": ["tests/test_reproduce.py"],
@@ -324,6 +324,9 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("tools/build.py", "if not encoder.sha256:", "if False:"),
     ("clip/features.py", "str(self.amp), code))", "str(self.amp)))"),
     ("datasets/coco.py", "keep and not largeloss", "keep"),
+    ("tools/suggest.py", "weight is None and tells_presence(parts[0].truth)", "False"),
+    ("datasets/base.py", "for code in (POSITIVE, UNKNOWN))", "for code in (UNKNOWN,))"),
+    ("tools/review.py", "augment.refuse_thumbnail(image)", "pass"),
 )
 
 
