@@ -29,7 +29,8 @@ def option(default, help, low=0, high=2**31, above=None, choices=""):
 
 @dataclass
 class Config:
-    """Where the paper is silent, docs/readings.md says why the default is what it is."""
+    """Where the paper is silent, docs/readings.md says why the default is what it is. The presets
+    of scenes and sheets are added by `parse`."""
     # ---- data
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
     root: str | None = option(None, "folder of the data set")

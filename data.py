@@ -109,7 +109,8 @@ def complete(cfg):
         scenes.write(root)  # leaves them alone when they are there
     elif root is None and cfg.data in LAYOUTS:
         page = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
-        row = next(line.split(" | ") for line in page.splitlines() if f"`{cfg.data}`" in line)
+        row = next((line.split(" | ") for line in page.splitlines() if f"`{cfg.data}`" in line),
+                   ("", "its own page", "its files"))  # a layout that somebody added
         raise UserError(f"{cfg.data}: say with --root which folder holds {row[-1].strip(' |')}; it "
                         f"comes from {row[1]} (docs/data.md)")
     parts = layout(root, cfg)

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -147,7 +148,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     if cfg.batch % world:
         raise UserError(f"--batch {cfg.batch} does not divide among {world} processes")
     kernels.use(cfg.kernels)
-    run = resume or new_run(cfg)
+    run = Path(resume) if resume else new_run(cfg)
     splits = splits or load_data(cfg)
     train_split = splits[0]
     encoder = (encoder or clip.load(cfg.clip, activation=cfg.activation)).to(device)

@@ -2,11 +2,13 @@
 
     for index, f, x in FeatureLoader(images, clip).batches(epoch): ...
 
-index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V` those of V
-augmented views are kept, bf16, in a memory-mapped file of V * n * (1 + N) * D * 2 bytes (x before
-f), complete or absent; epoch e reads view e mod V. Its name is a hash of images, transform, CLIP's
-weights and code, --amp and shape, not of labels and masks.
+One pass at a time. index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V`
+those of V augmented views are kept, bf16, in a memory-mapped file of V * n * (1 + N) * D * 2 bytes
+(x before f), complete or absent; epoch e reads view e mod V. Its name is a hash of images,
+transform, CLIP's file and code (clip/*.py), --amp and shape, not of labels and masks; a CLIP
+changed in Python needs views=0.
 """
+import copy
 import hashlib
 import math
 import shutil
@@ -59,7 +61,8 @@ class FeatureLoader:
 
     def __init__(self, images, clip, batch=128, workers=0, views=0, cache="generated/features",
                  device="cpu", amp=None, rank=0, world=1, need_global=True, compiled=False):
-        self.images, self.split, self.clip, self.batch = images, images.split, clip, batch
+        self.images = images = copy.copy(images)  # another loader of them may have another CLIP
+        self.split, self.clip, self.batch = images.split, clip, batch
         self.workers, self.device, self.amp = workers, torch.device(device), amp
         self.rank, self.world, self.need_global = rank, world, need_global
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
@@ -87,6 +90,7 @@ class FeatureLoader:
         parts = [part[self.rank::self.world] for part in padded]
         dtype = self.amp if shuffle and self.amp else torch.float32
         source = self.load(epoch, parts) if self.stored is None else self.read(epoch, parts)
+        self.latest = this = object()
         for data, index in source:
             if self.stored is None:
                 f, x = self.encode(data, self.need_global)
@@ -94,6 +98,8 @@ class FeatureLoader:
                 data = self.moved(data)  # (B, 1+N, D)
                 f, x = data[:, 1:].contiguous(), data[:, 0].to(dtype)
             yield self.moved(index), f.to(dtype), x
+            if self.latest is not this:  # both would get a part of the images
+                raise UserError("another pass over this loader has begun: make a second loader")
         if not shuffle and self.workers and torch.multiprocessing.get_start_method() == "fork":
             self.loader = None  # a split that is scored now and then needs no waiting processes
 
@@ -148,7 +154,10 @@ class FeatureLoader:
         views = views if self.images.augment != "none" else 1
         h, w = self.clip.grid(self.images.size, self.images.size)
         shape = (views, len(self), 1 + h * w, self.clip.D)
-        code = Path(model.__file__).read_bytes()  # another backbone: other features
+        if not self.clip.sha256:
+            raise UserError("a cache needs a CLIP of clip.load, got one of clip.build: views=0")
+        files = sorted(Path(model.__file__).parent.glob("*.py"))  # another backbone: other features
+        code = [file.read_bytes() for file in files]
         depends_on = repr((shape, self.clip.sha256, str(self.amp), code)).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"

@@ -232,7 +232,7 @@ class CLIP(nn.Module):
     """CLIP with its own initialisation. layers: blocks of each of the four stages (a ResNet) or
     their number (a ViT). vision_width: channels of the stem (even) or of the tokens. patch,
     vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels a head, in a ViT 16 heads at
-    most. *_mlp: None for four times the width. mean, std: of its pixels; sha256: from `load`."""
+    most. *_mlp: None for four times the width. mean, std: of its pixels; name, sha256: `load`'s."""
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,
                  vocab_size, text_width, text_layers=12, text_heads=None, text_mlp=None,
@@ -240,7 +240,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.D, self.W, self.resolution = embed_dim, text_width, resolution
         self.context_length, self.vocab_size = context_length, vocab_size
-        self.sha256, self.mean, self.std = "", MEAN, STD
+        self.name, self.sha256, self.mean, self.std = "", "", MEAN, STD
         self.activation = activation
         if patch is None:
             self.visual = ModifiedResNet(layers, vision_width, resolution, embed_dim)

@@ -237,7 +237,9 @@ def load(name_or_path="tiny", activation=None):
     "gelu", where neither file nor configuration tells; it cannot be seen in the weights."""
     path = find(str(name_or_path))
     try:
-        return from_files(path, activation)
+        model = from_files(path, activation)
+        model.name = str(name_or_path)
+        return model
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever a damaged or foreign file leads to

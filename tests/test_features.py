@@ -37,7 +37,9 @@ def make_split(folder, n=21, seed=0):
 
 
 def make_clip():
-    return clip.build(small("resnet"), fold=True)
+    made = clip.build(small("resnet"), fold=True)
+    made.sha256 = "of a file"
+    return made
 
 
 @pytest.fixture
@@ -122,6 +124,8 @@ def test_key(made, monkeypatch):
     changed = made.folder.parent / "model.py"  # docs/change-one-thing.md: another backbone
     changed.write_text(Path(features.model.__file__).read_text() + "# changed")
     monkeypatch.setattr(features.model, "__file__", str(changed))
+    is_new()
+    (made.folder.parent / "mine.py").write_text("SIDE = 3")  # which the new model.py imports
     is_new()
     photo(made.split.paths[20], seed=99, size=(70, 60))  # another picture under the same name
     is_new()
@@ -240,6 +244,34 @@ def test_cores_share_the_images_of_a_batch_and_change_nothing(made, threads):
         assert loader.encode(images[:1], need_global=False)[1] is None
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_cache_needs_a_clip_that_is_known(made):
+    made.clip.sha256 = ""  # as clip.build gives it: all of these would share one file
+    with pytest.raises(UserError, match="a CLIP of clip.load"):
+        cached(made)
+
+
+@pytest.mark.parametrize("views, workers", ((0, 0), (0, 2), (1, 0)))
+def test_two_passes_at_once_are_refused(made, views, workers):
+    """Both shared a list of keys: a loop that scored its own loader saw images twice or never."""
+    loader = cached(made, views=views, workers=workers)
+    outer = loader.batches(0)
+    next(outer)
+    whole = [index for index, *_ in loader.batches(0, shuffle=False)]
+    assert torch.cat(whole).tolist() == [*range(len(loader))]
+    with pytest.raises(UserError, match="another pass"):
+        next(outer)
+
+
+def test_loaders_of_the_same_images_keep_their_own_mean(made):
+    images = data.Images(made.split, SIZE)
+    first = FeatureLoader(images, made.clip)
+    expected = next(first.batches(0))[1]
+    other = make_clip()
+    other.mean, other.std = (0.1, 0.1, 0.1), (1.0, 1.0, 1.0)
+    FeatureLoader(images, other)
+    assert torch.equal(next(first.batches(0))[1], expected)
 
 
 @pytest.mark.parametrize("views", (0, 1))

@@ -512,7 +512,9 @@ def test_other_packages_of_our_names_work_beside_ours(tmp_path, first):
 
 
 @pytest.mark.parametrize("first", (True, False))
-def test_a_programs_own_modules_keep_their_names(tmp_path, first):
+@pytest.mark.parametrize("inside", (False, True))
+def test_a_programs_own_modules_keep_their_names(tmp_path, first, inside):
+    """inside: the program is kept in a folder of the project."""
     import subprocess
     import sys
     from small_world import make, run
@@ -525,8 +527,14 @@ def test_a_programs_own_modules_keep_their_names(tmp_path, first):
     world = make(tmp_path / "world")
     run(world, tmp_path / "run", epochs=1)
     photo = sorted((world / "scenes" / "val2014").iterdir())[0]
+    program = tmp_path
+    if inside:
+        skip = shutil.ignore_patterns(".*", "generated", "runs", "tests", "walkthrough.html")
+        root = shutil.copytree(root, tmp_path / "project", ignore=skip)
+        program = root / "mine"
+        program.mkdir()
     for name in ours:
-        (tmp_path / f"{name}.py").write_text("MINE = True")
+        (program / f"{name}.py").write_text("MINE = True")
     theirs = f"import {', '.join(sorted(ours))}; "
     code = (f"import sys; sys.path.append({str(root / 'tools')!r}); "
             f"{theirs * first}from trm_ml import Predictor; {theirs}"
@@ -534,7 +542,7 @@ def test_a_programs_own_modules_keep_their_names(tmp_path, first):
             f"assert p.predict([{str(photo)!r}]); labels = [1] + [0] * (len(p.names) - 1); "
             f"assert 'losses' in p.inspect({str(photo)!r}, labels); p.splits(); "
             f"print(all(sys.modules[name].MINE for name in {sorted(ours)}))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=program, capture_output=True,
                           text=True)
     assert done.stdout == "True\n", done.stderr
 
@@ -595,6 +603,12 @@ def test_file_names_of_coco_may_hold_the_folder(tmp_path):
 def test_without_a_root_it_is_told_what_is_needed_and_where_it_comes_from(name):
     with pytest.raises(UserError, match="--root which folder holds `.*/`.*comes from http"):
         data.load(Config(data=name))
+
+
+def test_a_layout_that_somebody_added_asks_for_its_folder_too(monkeypatch):
+    monkeypatch.setitem(data.LAYOUTS, "mine", lambda root, cfg: {})  # docs/data.md lacks it
+    with pytest.raises(UserError, match="^mine: say with --root which folder holds its files"):
+        data.load(Config(data="mine"))
 
 
 @pytest.mark.parametrize("there", ("annotations/instances_val2017.json", "images/train2017/a.jpg"))

@@ -32,10 +32,10 @@ def load_data(cfg):
 def settled(cfg, run, split, encoder, resume=False):
     """The Config with what only data and weights tell, and what a run needs after it was moved or
     its weights were renamed."""
-    if not encoder.sha256:  # by which caches and runs know it
+    if not encoder.name:  # from where a run's user loads it again
         raise UserError("expected a CLIP of clip.load, got one that clip.build made: save its "
                         "state dict, and load the file")
-    found = dict(out=str(run.absolute()), activation=encoder.activation)
+    found = dict(out=str(run.absolute()), clip=encoder.name, activation=encoder.activation)
     told = split.truth  # not what a mask has hidden, as long as it leaves labels "absent"
     if cfg.single_positive or not (split.labels == NEGATIVE).any():
         told = split.labels

@@ -17,10 +17,10 @@ NAMES = ("clip", "config", "data", "datasets", "eval", "kernels", "losses", "mem
          "support", "tools", "train", "trm")
 
 
-def ours(spec):
-    """Whether a module's spec, or None, is of our folder."""
-    file = getattr(spec, "origin", None) or os.sep
-    return os.path.realpath(file).startswith(HERE + os.sep)
+def ours(name, spec):
+    """Whether the spec, or None, of a module of this name is that of ours."""
+    file = os.path.realpath(getattr(spec, "origin", None) or os.sep)
+    return file in (f"{HERE}{os.sep}{name}.py", os.path.join(HERE, name, "__init__.py"))
 
 
 def take(names):
@@ -30,12 +30,12 @@ def take(names):
 
 
 others = take([name for name in NAMES
-               if not ours(getattr(sys.modules.get(name), "__spec__", None))])
+               if not ours(name, getattr(sys.modules.get(name), "__spec__", None))])
 sys.path.insert(0, HERE)
 try:
     Predictor = importlib.import_module("eval").Predictor
 finally:
     sys.path.remove(HERE)
     sys.path.append(HERE)  # last, so that loader processes find our modules
-    take([name for name in NAMES if not ours(PathFinder.find_spec(name))])
+    take([name for name in NAMES if not ours(name, PathFinder.find_spec(name))])
     sys.modules.update(others)
