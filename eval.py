@@ -30,7 +30,7 @@ from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.report import warn_if_below
 from tools.suggest import suggest
-from tools.zero_shot import probabilities, zero_shot, zero_shot_scale, zero_shot_text
+from tools.zero_shot import probability_arrays, zero_shot, zero_shot_scale, zero_shot_text
 
 # Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
 # choice is worse than the last epoch (docs/readings.md).
@@ -176,7 +176,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
         scores, _ = score_split(model, g_pos, g_neg, loader, g_zero)
         if scale is None and name != "test":
             scale = zero_shot_scale(scores, positives)
-        scores = {kind: p.numpy() for kind, p in probabilities(scores, scale).items()}
+        scores = probability_arrays(scores, scale)
         truth = loader.split.truth  # (n, C)
         chosen = scores[score]  # (n, C)
         if name == "val" or (name == "train" and score == "mixed"):

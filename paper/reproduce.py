@@ -12,6 +12,7 @@ seed's numbers as JSON.
 """
 import copy
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -26,7 +27,7 @@ import clip
 from config import parse as parse_config
 from data import load
 from datasets.base import read_json
-from datasets.csv_sheet import note
+from datasets.csv_sheet import is_sheet, note
 from eval import compare, metrics
 from paper import captions
 from paper.run_table import Runs
@@ -55,7 +56,8 @@ def rows_of(args, base):
     known = asked["paper"]  # where the data set is not in it, another's numbers are shown
     data = next(name for name in (base.data, "coco", *known) if name in known)
     captions_work = base.captions or base.data in ("scenes", "coco")
-    if base.score == "mixed" and base.data != "scenes" and not base.val:
+    held_out = base.val or base.data == "scenes" or is_sheet(base.data)
+    if base.score == "mixed" and not held_out:
         captions_work = False  # the mixed score is scaled on photos, and there are none
     rows = {row: runs for row, runs in asked["rows"].items()
             if captions_work or "TaI-DPT" not in row}
@@ -89,7 +91,7 @@ def rows_of(args, base):
 
 # ---- measuring
 
-def measure(runs, rows, columns, seeds, split):
+def measure(runs, rows, columns, seeds):
     """Trains what is missing -> {row: {column: {seed: mAP}}}, with the mean of the columns."""
     runs.train([(column | settings, seed) for seed in seeds for column in columns.values()
                 for of_row in rows.values() for settings in of_row])
@@ -97,7 +99,7 @@ def measure(runs, rows, columns, seeds, split):
     for row, of_row in rows.items():
         cells = measured[row] = {}
         for name, column in columns.items():
-            found = {seed: runs.mAP([column | settings for settings in of_row], seed, split)
+            found = {seed: runs.mAP([column | settings for settings in of_row], seed)
                      for seed in seeds}
             cells[name] = {seed: mAP for seed, mAP in found.items() if mAP is not None}
         if len(columns) > 1:
@@ -136,28 +138,27 @@ def plot(measured, paper, titles, file):
             axis.set(xlabel="known labels (%)", ylabel="mAP (%)", title=title)
 
 
-def settings_of(runs, seeds, split):
+def settings_of(runs, seeds):
     base = runs.base
     return (f"{base.data}, {len(runs.splits[0].paths)} training images, CLIP {base.clip} "
             f"({runs.encoder.sha256[:12]}), {base.size} px, {base.epochs} epochs, seeds "
-            f"{seeds.start} to {seeds.stop - 1}; mAP of the {base.score} score on {split} in %, "
-            "last epoch, mean ± standard deviation.\n\n")
+            f"{seeds.start} to {seeds.stop - 1}; mAP of the {base.score} score on {runs.split} in "
+            "%, last epoch, mean ± standard deviation.\n\n")
 
 
-# ---- what is reproduced: own options, Config of all rows, file without its ending -> Markdown
+# ---- what is reproduced: own options, Config of all rows, file of the table -> Markdown
 
 def mAP_table(args, base, file):
     """A line a row, under it the paper's numbers where there are any."""
     rows, columns, paper, data = rows_of(args, base)
     if args.table == "2":  # whose setups have lists of their own
         base = dataclasses.replace(base, **next(iter(columns.values())))
-    runs, seeds = Runs(base, args.out, args.jobs), range(base.seed, base.seed + args.seeds)
-    _, val_split, test_split = runs.splits
+    runs = Runs(base, args.out, args.jobs, bool(args.study))
+    seeds = range(base.seed, base.seed + args.seeds)
     if any("TaI-DPT" in row for row in rows) and not captions.file_of(base).is_file():
         raise UserError(f"{captions.file_of(base)}, from which TaI-DPT learns, is missing: put it "
                         "there, give --captions, or choose other --rows")
-    split = "val" if args.study and val_split else "test"
-    measured = measure(runs, rows, columns, seeds, split)
+    measured = measure(runs, rows, columns, seeds)
     write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
     if args.table == "1":
         titles = f"measured here, {base.data}", f"the paper, {data}"
@@ -165,6 +166,7 @@ def mAP_table(args, base, file):
     names = list(next(iter(measured.values())))
     lines = []
     if args.table in ("1", "3"):
+        test_split = runs.splits[2]
         loader = evaluation_loader(base, test_split, runs.encoder, best_device())
         g = zero_shot_text(runs.encoder, test_split.prompts)
         for name, score in zero_shot(g, loader.batches(0, shuffle=False)).items():
@@ -182,7 +184,7 @@ def mAP_table(args, base, file):
         if printed.keys() & set(names):
             lines.append([f"*the paper, {data}{of}*", *(printed.get(name, "") for name in names)])
     about = "" if args.study else TABLES[args.table]["about"] + "\n\n"
-    return settings_of(runs, seeds, split) + about + markdown(names, lines)
+    return settings_of(runs, seeds) + about + markdown(names, lines)
 
 
 def table_5(*_):
@@ -221,6 +223,11 @@ def figure_4(args, base, file):
     runs.train([(settings, base.seed) for settings in methods.values()])
     predictors = {name: runs.predictor(runs.config(settings, base.seed).out)
                   for name, settings in methods.items()}
+    chosen_for = {json.loads(Path(one.run, "config.json").read_text())["config"]["score"]
+                  for one in predictors.values() if one.cfg.matching == "carl"}
+    if wrong := chosen_for - {base.score}:
+        raise UserError(f"these runs chose their thresholds for --score {wrong.pop()}: say so, or "
+                        f"train others with --score {base.score} in another --out")
     rows = []
     for path in images:
         for name, predictor in predictors.items():
@@ -229,7 +236,7 @@ def figure_4(args, base, file):
             rows.append([(photo, f"{name}\n{caption}"), *tiles])
     save_grid(rows, file)
     compare(list(predictors.values()), split)
-    return settings_of(runs, range(base.seed, base.seed + 1), "test") + f"{file} is drawn."
+    return settings_of(runs, range(base.seed, base.seed + 1)) + f"{file} is drawn."
 
 
 # ---- command line
@@ -277,12 +284,17 @@ def reproduce(argv):
     args, base = parse(argv)
     start = time.perf_counter()
     kind = "table" if args.table else "figure" if args.figure else "study"
-    file = Path(args.out, f"{kind}-{getattr(args, kind)}-{Path(base.data).stem}")
+    command = f"`python -m paper.reproduce {shlex.join(argv)}`: "
+    name = f"{kind}-{getattr(args, kind)}-{Path(base.data).stem}"
+    for number in itertools.count(1):  # what another command has written stays
+        file = Path(args.out, name + f"-{number}" * (number > 1) + ".md")
+        if not file.exists() or file.read_text(encoding="utf-8").startswith(command):
+            break
     file.parent.mkdir(parents=True, exist_ok=True)
     work = figure_4 if args.figure else table_5 if args.table == "5" else mAP_table
-    text = f"`python -m paper.reproduce {shlex.join(argv)}`: {work(args, base, file)}"
-    write_atomically(file.with_suffix(".md"), text + "\n")
-    print(f"\n{text}\n\nwrote {file}.md, {time.perf_counter() - start:.0f} s")
+    text = command + work(args, base, file)
+    write_atomically(file, text + "\n")
+    print(f"\n{text}\n\nwrote {file}, {time.perf_counter() - start:.0f} s")
 
 
 def main(argv=None):

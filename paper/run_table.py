@@ -32,13 +32,16 @@ from tools.predictor import Predictor
 
 
 class Runs:
-    """The runs below `out`/runs. base: the Config of all rows; its score is what is reported."""
+    """The runs below `out`/runs. base: the Config of all rows; its score is what is reported, on
+    the test split, or on validation where a study asks for it and there is one."""
 
-    def __init__(self, base, out, jobs):
+    def __init__(self, base, out, jobs, study=False):
         self.base, self.out, self.jobs = base, Path(out), jobs
         self.splits = load_data(base)
-        if self.splits[2] is None:
-            raise UserError(f"{base.data} has no test split: nothing can be compared")
+        self.split = "val" if study and self.splits[1] else "test"
+        if self.split == "test" and self.splits[2] is None:
+            raise UserError(f"{base.data} has no test split, nothing can be compared: a sheet's is "
+                            "given with --test")
         self.encoder = clip.load(base.clip, activation=base.activation).to(best_device())
         self.sha256 = functools.cache(sha256)  # of a file; a table asks again and again
 
@@ -88,7 +91,9 @@ class Runs:
                 and (not cfg.carl_from or finished(cfg, cfg.carl_from))]  # it may have diverged
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
         for count, cfg in enumerate(tqdm(trained, "runs", len(todo), disable=None), 1):
-            told = f"mAP {history(cfg.out)[-1]['test']['mAP']:.2f}" if finished(cfg) else "diverged"
+            told = "diverged"
+            if finished(cfg):
+                told = f"mAP {history(cfg.out)[-1][self.split]['mAP']:.2f}"
             tqdm.write(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}")
 
     def predictor(self, run):
@@ -101,7 +106,7 @@ class Runs:
         """(n, C) probabilities of a run on the test split."""
         return self.predictor(run).probabilities(self.splits[2])
 
-    def mAP(self, settings, seed, split):
+    def mAP(self, settings, seed):
         """Of the last epoch of a run, or of several's mean scores; None where one diverged."""
         configs = [self.config(one, seed) for one in settings]
         if not all(map(finished, configs)):
@@ -109,7 +114,7 @@ class Runs:
         if len(configs) > 1:
             mean = np.mean([self.scores(cfg.out) for cfg in configs], 0)
             return metrics(mean, self.splits[2].truth)["mAP"]
-        numbers = history(configs[0].out)[-1][split]
+        numbers = history(configs[0].out)[-1][self.split]
         return numbers.get(f"mAP_{self.base.score}", numbers["mAP_region"])
 
 

@@ -6,6 +6,7 @@
 import argparse
 import difflib
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -132,7 +133,7 @@ def end_with_parent(_=None):
     gc.freeze()  # what the parent left is not theirs to destroy: a CUDA graph would end them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid  # it may be gone already
 
     def watch():
         while os.getppid() == parent:

@@ -355,6 +355,16 @@ def test_a_worker_destroys_nothing_of_its_parents(tmp_path):
 
 
 @linux
+def test_a_worker_whose_parent_died_while_it_started_ends_too():
+    """It took its new parent, init, for the one that it waits for."""
+    code = ("import multiprocessing, os, time; from types import SimpleNamespace; "
+            "from support.cli import end_with_parent; "
+            "multiprocessing.parent_process = lambda: SimpleNamespace(pid=os.getppid() + 1); "
+            "end_with_parent(); time.sleep(60)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50).returncode == 1
+
+
+@linux
 def test_a_pool_that_loses_its_thread_is_not_waited_for(tmp_path):
     """Python's own pool puts tasks into a queue whose thread it starts late: with 5 or 6 processes
     allowed, the thread that hands out tasks died, and everybody waited."""

@@ -25,7 +25,8 @@ from support import UserError
 from support.checkpoint import begun, read_checkpoint
 from tools import build, report
 from tools.predictor import Predictor
-from tools.zero_shot import mixed, zero_shot, zero_shot_scale, zero_shot_score, zero_shot_text
+from tools.zero_shot import (mixed, probability_arrays, zero_shot, zero_shot_scale,
+                             zero_shot_score, zero_shot_text)
 
 
 def spread(values):
@@ -125,8 +126,8 @@ def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
     run(world, tmp_path / "run", epochs=1, **({} if val is None else dict(val=val)))
     predictor = Predictor(tmp_path / "run", "last")
     scores, _ = predictor.all_scores(predictor.splits()[which])
-    scores = {name: torch.from_numpy(p) if name == "zero-shot" else torch.from_numpy(p).logit()
-              for name, p in scores.items()}
+    scores = {name: torch.from_numpy(p) for name, p in scores.items()}
+    scores = {name: (p if name == "zero-shot" else p.logit()).float() for name, p in scores.items()}
     positives = (predictor.splits()["train"].labels == 1).sum(0)
     assert torch.allclose(zero_shot_scale(scores, positives), predictor.scale, rtol=1e-3, atol=1e-3)
 
@@ -306,6 +307,12 @@ def test_a_clip_of_unknown_weights_is_refused(world, tmp_path):
     cfg, _ = train.parse(options(world, tmp_path / "run"))
     with pytest.raises(UserError, match="expected a CLIP of clip.load"):
         train.train(cfg, encoder=clip.build(read(TINY), fold=True))
+
+
+def test_images_of_sure_logits_are_still_ranked():
+    """In float32 all three probabilities are 1, one threshold: mAP was 1/3."""
+    p = probability_arrays({"region": torch.tensor([[20.0], [25.0], [30.0]])}, None)["region"]
+    assert metrics(p, np.array([[-1], [-1], [1]]))["mAP"] == 100
 
 
 def test_a_run_knows_the_clip_that_it_was_given(world, tmp_path):

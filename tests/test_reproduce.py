@@ -39,9 +39,13 @@ def call(world, capfd):
     torch.set_num_threads(threads)
 
 
+def newest(folder, pattern):
+    return max(folder.glob(pattern), key=lambda file: file.stat().st_mtime_ns)
+
+
 def measured(folder, name):
     """{row: {column: {seed: mAP}}} as written; every number a percentage."""
-    found = json.loads((folder / f"{name}-scenes.json").read_text())
+    found = json.loads(newest(folder, f"{name}-scenes*.json").read_text())
     for row, cells in found.items():
         assert all(0 < mAP <= 100 for by_seed in cells.values() for mAP in by_seed.values()), row
     return found
@@ -90,7 +94,7 @@ def test_table_3_is_the_ladder_and_is_not_trained_twice(call):
         "TRM-ML",
     ]
     assert list(found["TRM-ML"]) == ["51 %", "52 %", "Avg."]
-    text = (folder / "table-3-scenes.md").read_text()
+    text = newest(folder, "table-3-scenes*.md").read_text()
     assert "| *the paper, coco, of 10-90 %* |  |  | 84.4 |" in text
     assert all(line in out for line in text.splitlines())
     whole = next(
@@ -129,7 +133,7 @@ def test_the_ladder_of_single_positive_shares_its_runs_with_table_2(call):
     _, folder = call("--table", 3, "--single-positive", "largeloss", "--rows", "DualCoOp", "TRM")
     found = measured(folder, "table-3")
     assert set(found["TRM-ML"]) == {"single positive, largeloss"}
-    assert "paper*" not in (folder / "table-3-scenes.md").read_text()
+    assert "paper*" not in newest(folder, "table-3-scenes*.md").read_text()
     out, _ = call("--table", 2, "--rows", "DualCoOp")
     assert not any("to train" in line for line in out)
     assert (
@@ -179,6 +183,8 @@ def test_a_mixed_score_leaves_out_rows_without_a_photo(world):
     base = Config(data="coco", score="mixed")
     assert not any("TaI" in row for row in reproduce.rows_of(own, base)[0])
     assert any("TaI" in row for row in reproduce.rows_of(own, Config(data="coco"))[0])
+    sheet = Config(data="a.csv", score="mixed", captions="a.json")  # it holds a fifth out
+    assert any("TaI" in row for row in reproduce.rows_of(own, sheet)[0])
 
 
 def test_a_stopped_row_goes_on_where_it_was(call):
@@ -352,15 +358,15 @@ def test_the_mean_of_the_columns_is_of_seeds_that_finished_in_all_of_them():
         def train(self, wanted):
             assert len(wanted) == 2 * len(columns)
 
-        def mAP(self, settings, seed, split):
+        def mAP(self, settings, seed):
             (one,) = settings
             return None if (one["ratio"], seed) == (0.2, 1) else 100 * one["ratio"] + seed
 
     columns = {"10 %": dict(ratio=0.1), "20 %": dict(ratio=0.2)}
-    found = reproduce.measure(Fake(), {"row": [{}]}, columns, range(2), "test")
+    found = reproduce.measure(Fake(), {"row": [{}]}, columns, range(2))
     assert found == {"row": {"10 %": {0: 10, 1: 11}, "20 %": {0: 20}, "Avg.": {0: 15}}}
     del columns["10 %"]  # the mean of one column would tell nothing new
-    found = reproduce.measure(Fake(), {"row": [{}]}, columns, range(2), "test")
+    found = reproduce.measure(Fake(), {"row": [{}]}, columns, range(2))
     assert found == {"row": {"20 %": {0: 20}}}
 
 
@@ -400,7 +406,41 @@ def test_figure_4_draws_both_methods_and_scores_their_maps(call):
     assert 0 <= float(row.split(", mask ")[1].split("%")[0]) <= 100
     photo = folder.parent / "scenes" / "tune2014" / "COCO_tune2014_000000000001.jpg"
     call("--figure", 4, "--ratios", 0.5, "--image", photo)
-    assert Image.open(folder / "figure-4-scenes.png").size[1] < 3 * 192
+    assert Image.open(newest(folder, "figure-4-scenes*.png")).size[1] < 3 * 192
+
+
+def test_a_command_leaves_the_files_of_another_one(call, world):
+    """Table 3 and its last column, or two sheets of one name, wrote the same files."""
+    for file in world.glob("tables/table-3-*"):
+        file.unlink()
+    for score in ("region", "query", "query"):
+        call("--table", 3, "--ratios", 0.5, "--rows", "TRM-ML", "--score", score)
+    found = {file.stem: file.read_text() for file in world.glob("tables/table-3-*.md")}
+    assert set(found) == {"table-3-scenes", "table-3-scenes-2"}
+    assert "the region score" in found["table-3-scenes"]
+    assert (world / "tables" / "table-3-scenes-2.json").is_file()
+
+
+def test_figure_4_needs_runs_whose_thresholds_are_of_its_score(call, world, capfd):
+    call("--figure", 4, "--ratios", 0.5)
+    chosen = json.loads(next(world.glob("tables/runs/*0.5-carl-*/config.json")).read_text())
+    other = {"region": "query", "query": "region"}[chosen["config"]["score"]]
+    one_line(reproduce.main, ["--figure", 4, *options(world, world / "tables", ratio=None, epochs=2,
+                                                      augment="none"),
+                              "--ratios", 0.5, "--score", other], capfd, "chose their thresholds")
+
+
+def test_a_study_needs_validation_alone(world, tmp_path, capfd):
+    photos = shutil.copytree(world / "scenes" / "train2014", tmp_path / "photos")
+    rows = [f"photos/{p.name},{i % 2},{i // 2 % 2}" for i, p in enumerate(sorted(photos.iterdir()))]
+    (tmp_path / "my.v1.csv").write_text("\n".join(["image,sun,cup", *rows]))
+    words = options(world, tmp_path / "tables", data=tmp_path / "my.v1.csv", root=None, ratio=None,
+                    epochs=1, val=0.5)
+    status, out, _ = command(reproduce.main, ["--study", "tau", "--rows", "0.07", "--seeds", 1,
+                                              *words], capfd)
+    assert status == 0 and out[-1].startswith(f"wrote {tmp_path}/tables/study-tau-my.v1.md")
+    assert (tmp_path / "tables" / "study-tau-my.v1.json").is_file()
+    one_line(reproduce.main, ["--table", 3, *words], capfd, "no test split", "--test")
 
 
 def test_two_jobs_give_what_one_gives(call, world):

@@ -22,7 +22,8 @@ from support.checkpoint import changed, read_checkpoint, writable
 from support.cli import best_device
 from support.distributed import gather
 from tools import inspection
-from tools.zero_shot import probabilities, scores_of, zero_shot, zero_shot_text
+from tools.zero_shot import (probabilities, probability_arrays, scores_of, zero_shot,
+                             zero_shot_text)
 from trm import TRM, Output
 
 
@@ -105,7 +106,7 @@ class Predictor:
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
         scores, kept = score_split(self.model, self.g_pos, self.g_neg, self.loader(split),
                                    self.g_zero, maps)
-        return {name: p.numpy() for name, p in probabilities(scores, self.scale).items()}, kept
+        return probability_arrays(scores, self.scale), kept
 
     def probabilities(self, split):
         """(n, C) probabilities of the run's score."""

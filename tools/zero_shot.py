@@ -50,6 +50,13 @@ def probabilities(scores, scale):
             for name, score in scores.items()}
 
 
+def probability_arrays(scores, scale):
+    """The same of a split on the CPU, numpy float64: float32 rounds the probability of each logit
+    above 16.6 to 1, and what is equal cannot be ranked."""
+    exact = {name: score.double() for name, score in scores.items()}
+    return {name: p.numpy() for name, p in probabilities(exact, scale).items()}
+
+
 def zero_shot_scale(scores, positives):
     """What `mixed` needs -> (3, C) float32: slope and offset, which give the zero-shot score the
     mean and the deviation of the run's logit over some images, and its weight for n known positives
