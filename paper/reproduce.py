@@ -32,7 +32,7 @@ from eval import compare, metrics
 from paper import captions
 from paper.run_table import Runs
 from support import NotFound, UserError
-from support.checkpoint import write_atomically
+from support.checkpoint import begun, write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.plots import region_tiles, save_grid, two_axes
 from tools.predict import images_in
@@ -223,10 +223,9 @@ def figure_4(args, base, file):
     runs.train([(settings, base.seed) for settings in methods.values()])
     predictors = {name: runs.predictor(runs.config(settings, base.seed).out)
                   for name, settings in methods.items()}
-    chosen_for = {json.loads(Path(one.run, "config.json").read_text())["config"]["score"]
-                  for one in predictors.values() if one.cfg.matching == "carl"}
-    if wrong := chosen_for - {base.score}:
-        raise UserError(f"these runs chose their thresholds for --score {wrong.pop()}: say so, or "
+    chosen_for = begun(predictors["TRM-ML"].run)["config"]["score"]
+    if chosen_for != base.score:
+        raise UserError(f"these runs chose their thresholds for --score {chosen_for}: say so, or "
                         f"train others with --score {base.score} in another --out")
     rows = []
     for path in images:
