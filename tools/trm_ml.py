@@ -20,7 +20,7 @@ NAMES = ("clip", "config", "data", "datasets", "eval", "kernels", "losses", "mem
 def ours(name, spec):
     """Whether the spec, or None, of a module of this name is that of ours."""
     file = os.path.realpath(getattr(spec, "origin", None) or os.sep)
-    return file in (f"{HERE}{os.sep}{name}.py", os.path.join(HERE, name, "__init__.py"))
+    return file in (os.path.join(HERE, f"{name}.py"), os.path.join(HERE, name, "__init__.py"))
 
 
 def take(names):
