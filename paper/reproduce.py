@@ -8,7 +8,7 @@
 
 The options of train.py hold for all rows, but for those that the rows set (--ratio, --matching,
 --without, ...). The numbers are mAP after the last epoch. Tables go to --out as Markdown, every
-seed's numbers as JSON.
+seed's numbers as JSON; those of another command get a number behind their name.
 """
 import copy
 import dataclasses
