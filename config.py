@@ -85,7 +85,7 @@ class Config:
     tau: float = option(0.07, "temperature of Eq. 13 (not Eq. 1's)", above=0)
     # ---- memory
     topk: int = option(3, "K of Eq. 7: locations of a region that become prototypes", 1)
-    queue: int = option(64, "L: prototypes kept a category", 1)
+    queue: int = option(64, "L: prototypes kept per category", 1)
     eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", 0, 1)
     stage_one: float = option(1 / 3, "share of the epochs before mmcp and mmcl join", 0, 1)
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
@@ -182,7 +182,8 @@ PRESETS = {"scenes": dict(clip="tiny", size=256, augment="flip", batch=64, lr=1e
 
 
 def preset(data):
-    """The recipe of a data set. A sheet's batch grows with its rows: 150 rows take 280 steps."""
+    """The recipe of a data set. A sheet's batch grows with its rows: 150, of which a fifth is held
+    out, take 280 steps."""
     if not is_sheet(data):
         return PRESETS.get(data, {})
     rows = Path(data).read_bytes().count(b"\n") if Path(data).is_file() else 0

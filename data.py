@@ -39,7 +39,7 @@ def partial_mask(shape, ratio, seed=0):
 
 
 def single_positives(labels, seed=1200):
-    """(N, C) int8 with one POSITIVE a row, the rest UNKNOWN, a row without one all UNKNOWN.
+    """(N, C) int8 with one POSITIVE per row, the rest UNKNOWN, a row without one all UNKNOWN.
 
     The sampler of Cole et al. (CVPR 2021) bit for bit: it shuffles every row's negatives too, and
     takes none of them; that moves the random stream.
@@ -63,9 +63,9 @@ def hold_out(count, share, seed=1200):
 
 
 def hold_out_by_name(split, share, first):
-    """The same of a sheet: a hash of its name says where an image goes, so rows that come, go or
-    move leave the others where they are. Copies of one picture go where the first name goes.
-    first: what `twins` gives for the split"""
+    """The same for a sheet: a hash of its name says where an image goes, so rows that come, go or
+    move leave the others where they are. Copies of one picture go where the alphabetically first
+    of their names goes. first: for each image the index of its first copy, by `twins`"""
     name = {}  # of each picture: the alphabetically first name of its copies
     for i, listed in zip(first, split.listed):
         name[i] = min(listed, name.get(i, listed))
@@ -142,8 +142,8 @@ def load(cfg):
     """A config.Config -> (train, val or None, test or None) Splits.
 
     seed 0 gives the published masks; Cole's sampler starts at 1200 + seed. The mask is drawn for
-    all training images, before train_images cuts them. Where cfg.val is None scenes have their
-    own val; else a fifth is held out for sheets and "largeloss", or none; val keeps all labels.
+    all training images, before train_images cuts them. Where cfg.val is None, scenes have their own
+    val, sheets and "largeloss" hold out a fifth, the others nothing; val keeps all labels.
     """
     given = [cfg.single_positive is not None, cfg.mask is not None, cfg.ratio != 1]
     if given.count(True) > 1:

@@ -1,7 +1,7 @@
 """Metrics, evaluation after an epoch, and the command that uses a run (paper, Sec. 4.1).
 
     python eval.py runs/demo                                  the table of its test split
-    python eval.py runs/demo --categories                     a line a category, doubtful labels
+    python eval.py runs/demo --categories                     a line per category, doubtful labels
     python eval.py runs/demo --image photo.jpg folder/        ranked categories, their regions
     python eval.py runs/demo --suggest suggested.csv          unknown labels that it believes
     python eval.py --zero-shot --data sheet.csv --suggest suggested.csv       without a run
@@ -65,7 +65,7 @@ def metrics(scores, truth, threshold=0.5):
     CP CR CF1 of the decisions at `threshold` (a number, or (C,)): mean precision of all categories
               (0 where nothing is found), mean recall of those with a positive, and the harmonic
               mean of the two; OP OR OF1 of all decisions together. All in percent
-    left_out  categories without a positive; positives: how many labels the numbers rest on
+    left_out  categories without a positive; positives: the number of positive labels
     """
     def f1(precision, recall):
         return 2 * precision * recall / max(precision + recall, 1e-12)

@@ -37,9 +37,9 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="re
 
     logits_r, logits_q (B, C)
     how       "softmax": as printed, p over the C categories; "bernoulli": one KL of (present,
-              absent) a category, summed
-    teacher   "region": as in the paper; "query": KL(p^q || p^r). The teacher gets no gradient, but
-              with "both", else as "region", it does
+              absent) per category, summed
+    teacher   "region": as in the paper; "query": KL(p^q || p^r); in these two the teacher gets no
+              gradient. "both": as "region", but the teacher learns too
     Multiplied by temperature squared, so that the gradient keeps its size (Hinton et al., 2015).
     """
     # (teacher, student)
@@ -58,7 +58,7 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="re
 def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
     """Eq. 13, InfoNCE with the text of category c as anchor, against regions and prototypes.
 
-    anchors (C, E) one a category;  samples (S, E);  classes (S,) int: the category of each sample
+    anchors (C, E) one per category;  samples (S, E);  classes (S,) int: the category of each sample
     Positives P of anchor c are the samples of category c, negatives those of all others. Each
     positive stands alone against the negatives: -log(e^p / (e^p + sum e^n)) = softplus(logsumexp(n)
     - p). Mean over P, then over the categories that have any.

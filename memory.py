@@ -54,7 +54,7 @@ class MemoryBank(nn.Module):
         """Eq. 8 averaged over the prototypes of a category: regions (B, C, D) -> s (2, B, C), the
         inner mean of Eq. 9 and the s^u of Eq. 10.
 
-        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product an image and
+        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: one dot product per image and
         category. NaN where nothing is stored.
         """
         r = regions.to(self.bank.dtype)
@@ -65,7 +65,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update_thresholds(self, s, labels):
-        """Eq. 9: mean similarity of the batch's known positives and negatives. Eq. 11: moving mean.
+        """Eq. 9: mean similarity of the batch's positives and negatives. Eq. 11: their moving mean.
 
         s (2, B, C) from `similarities`, labels (B, C). A category without such a label keeps its
         threshold. The paper updates theta_positive twice; the second line is theta_negative.
@@ -82,8 +82,8 @@ class MemoryBank(nn.Module):
     def verdicts(self, s):
         """Eq. 10: what each modality says. s (2, B, C) -> (2, B, C) int8, 0 where it says nothing.
 
-        As printed, +1 asks theta_pos <= s <= theta_neg; read as: +1 above theta_positive, -1 below
-        theta_negative. A category whose thresholds are missing, or not in order, gets no verdict.
+        As printed, +1 asks theta_pos <= s <= theta_neg; read as: +1 from theta_pos up, -1 from
+        theta_neg down. A category whose thresholds are missing, or not in order, gets no verdict.
         """
         theta_pos, theta_neg = self.theta[:, :, None].unbind(1)  # (2, 1, C)
         in_order = theta_pos > theta_neg

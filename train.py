@@ -168,7 +168,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     loaders = evaluation_loaders(cfg, splits, encoder, device, rank, world)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    steps = max(2, cfg.epochs * math.ceil(len(loader) / cfg.batch))  # OneCycleLR ends near 0
+    steps = max(2, cfg.epochs * math.ceil(len(loader) / cfg.batch))  # the rate of one would be 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=cfg.lr, total_steps=steps)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     state = State(model, memory, optimizer, scheduler, scaler)
@@ -180,7 +180,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         if rank == 0:
             write_metrics(run, state.history)  # a kill may have come between the two files
     zero = evaluate(model, encoder, g_zero, train_split, {} if state.epoch else loaders,
-                    "zero-shot")[0]  # epoch 0; a run that is resumed has told it
+                    "zero-shot")[0]  # epoch 0; a run that is resumed has printed it
     if rank == 0:
         report.of_start(run, cfg, train_split, trainable, zero)
     fixed = dict(config=json.dumps(dataclasses.asdict(cfg)), names=train_split.names,
@@ -189,15 +189,15 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         line = train_one_epoch(state, encoder, loader, cfg)
         state.epoch += 1
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
-        numbers, texts, scaled = evaluate(model, encoder, g_zero, train_split,
+        numbers, texts, evaluated = evaluate(model, encoder, g_zero, train_split,
                                           loaders if due else {}, cfg.score)
-        if due or not state.scaled:  # else the last evaluation's stay
-            state.scaled = scaled
+        if due or not state.evaluated:  # else the last evaluation's stay
+            state.evaluated = evaluated
         line |= numbers
         state.history.append(line)
         improved = note_best(state, numbers)
         if rank == 0:
-            save(run, state, fixed | texts | state.scaled, improved)
+            save(run, state, fixed | texts | state.evaluated, improved)
             report.of_epoch(run, line, cfg.epochs)
         if on_epoch:
             on_epoch(state, line)

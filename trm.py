@@ -61,8 +61,8 @@ class Prompts(nn.Module):
 
     def forward(self, clip):
         """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context."""
-        sot = self.sot.expand(2, -1, -1, -1)
-        name = self.name_eot.expand(2, -1, -1, -1)
+        sot = self.sot.expand(2, -1, -1, -1)  # (2, C, 1, W)
+        name = self.name_eot.expand(2, -1, -1, -1)  # (2, C, S-1, W)
         prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)  # (2C, M+S, W)
         eot = self.eot.repeat(2)  # (2C,)
         parts = list(zip(prompts.split(self.at_once), eot.split(self.at_once)))
@@ -99,7 +99,7 @@ class CARL(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, f):
-        """f (B, N, D) -> energy (B, C, N) before the sigmoid, regions and queries (B, C, D)."""
+        """f (B, N, D) -> energy (B, C, N) before the sigmoid, F^r (B, C, D) and F^q (B, C, D)."""
         # Self-attention sees no image: it is computed once for the whole batch.
         Q = self.Q[None]
         attended = self.self_att(Q, Q, Q, need_weights=False)[0]
@@ -113,12 +113,12 @@ class CARL(nn.Module):
     def decode(self, Q, f):
         """Cross-attention and feed-forward.
 
-        Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), queries (B, C, D).
+        Q (C, D) after its self-attention, f (B, N, D) -> energy (B, C, N), F^q (B, C, D).
         """
         D = f.shape[-1]
-        # Not in the paper: keys and values see LayerNorm(f): CLIP's features share a large part.
+        # Not in the paper: keys and values see LayerNorm(f), without weights (docs/readings.md).
         x = F.layer_norm(f, (D,))  # (B, N, D)
-        # q.k = q.(W_k x + b_k) = (W_k' q).x + q.b_k: project C queries instead of B*N keys.
+        # q.k = q.(W_k x + b_k) = (W_k^T q).x + q.b_k: project C queries instead of B*N keys.
         q = self.q(Q)  # (C, D)
         energy = (x @ (q @ self.k.weight).T + q @ self.k.bias).mT / D**0.5  # (B, C, N)   R of Eq. 3
         # W_v may follow the sum over the locations, since the weights sum to one. (Under dropout

@@ -172,7 +172,7 @@ def policy(image, rng):
 
 
 def taidpt(image, size, rng, smallest_crop=0.5):
-    """The training augmentation of the paper's partial-label setting, without the normalisation."""
+    """The training augmentation of the paper, without the normalisation."""
     if rng.random() < 0.5:
         image = random_crop(image, size, rng, smallest_crop)
     else:

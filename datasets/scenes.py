@@ -1,4 +1,4 @@
-"""Draws the embedded data set from a seed: scenes of 24 everyday things, in COCO's own layout.
+"""Draws the default data set from a seed: scenes of 24 everyday things, in COCO's own layout.
 
     python -m datasets.scenes     3,000 train2014, 1,000 tune2014, 2,000 val2014 of 256 px
 

@@ -8,7 +8,7 @@
 
 The options of train.py hold for all rows, but for those that the rows set (--ratio, --matching,
 --without, ...). The numbers are mAP after the last epoch. Tables go to --out as Markdown, every
-seed's numbers as JSON; those of another command get a number behind their name.
+seed's numbers as JSON. Where another command wrote such files, the new ones get a number.
 """
 import copy
 import dataclasses
@@ -149,7 +149,7 @@ def settings_of(runs, seeds):
 # ---- what is reproduced: own options, Config of all rows, file of the table -> Markdown
 
 def mAP_table(args, base, file):
-    """A line a row, under it the paper's numbers where there are any."""
+    """A line per row, under it the paper's numbers where there are any."""
     rows, columns, paper, data = rows_of(args, base)
     if args.table == "2":  # whose setups have lists of their own
         base = dataclasses.replace(base, **next(iter(columns.values())))

@@ -1,7 +1,7 @@
 """What a run keeps on disk, in files that survive a kill: written beside, flushed, renamed.
 
     config.json      settings, sha256 of CLIP's weights and of each split's names, labels, truth
-    metrics.jsonl    a line an epoch
+    metrics.jsonl    a line per epoch
     last.pt          all that training goes on from (State), and all of best.pt
     best.pt          what inference needs of the epoch that validation chose: model, epoch, config,
                      names, clip_sha256, g_pos, g_neg, g_zero, zero_shot_scale, threshold, rests_on
@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from support import UserError, refused
 
-SCALED = ("zero_shot_scale", "threshold", "rests_on")  # what inference needs of an evaluation
+EVALUATED = ("zero_shot_scale", "threshold", "rests_on")  # what inference needs of an evaluation
 FILES = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "curves.png", "regions.png")
 
 
@@ -80,7 +80,7 @@ class State:
     epoch: int = 0  # finished epochs
     best: dict = None  # {"epoch", "chosen_on", "mAP"} of the best epoch
     history: list = field(default_factory=list)  # a line of metrics.jsonl an epoch
-    scaled: dict = None  # SCALED of the last epoch that was evaluated
+    evaluated: dict = None  # EVALUATED of the last epoch that was evaluated
     PARTS = ("model", "memory", "optimizer", "scheduler", "scaler")
 
     def state_dict(self):
@@ -92,7 +92,7 @@ class State:
             getattr(self, name).load_state_dict(saved[name])
         self.epoch, self.best = saved["epoch"], saved["best"]
         self.history = json.loads(saved["history"])
-        self.scaled = {name: saved[name] for name in SCALED}  # `save` adds them for inference
+        self.evaluated = {name: saved[name] for name in EVALUATED}  # `save` adds them for inference
 
 
 # ---- the folder

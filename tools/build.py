@@ -15,7 +15,7 @@ from support.checkpoint import begun, read_checkpoint
 from tools.predictor import evaluation_loader
 from trm import TRM, Prompts
 
-FEW = 5  # photos: the scale of fewer is noise, of one it is none (docs/readings.md)
+FEW = 5  # photos: with fewer the scale is noise, with one it has no deviation (docs/readings.md)
 
 
 def load_data(cfg):
@@ -36,7 +36,7 @@ def settled(cfg, run, split, encoder, resume=False):
         raise UserError("expected a CLIP of clip.load, got one that clip.build made: save its "
                         "state dict, and load the file")
     found = dict(out=str(run.absolute()), clip=encoder.name, activation=encoder.activation)
-    told = split.truth  # not what a mask has hidden, as long as it leaves labels "absent"
+    told = split.truth  # what a mask hides changes nothing, unless it leaves no label "absent"
     if cfg.single_positive or not (split.labels == NEGATIVE).any():
         told = split.labels
     if resume:  # what it was begun with, although the sheet may have got its first 0s since

@@ -137,11 +137,11 @@ class Predictor:
         for index, f, x in loader.batches(0, shuffle=False):
             p, out = self.score_batch(f, x)
             maps = region_map(out, self.cfg.matching).float().cpu().numpy()
-            for i, scores, regions in zip(index.tolist(), p.float().cpu().numpy(), maps):
+            for i, row, of_image in zip(index.tolist(), p.float().cpu().numpy(), maps):
                 if i < 0:  # data.Images could not decode it
                     unreadable.append(images[-1 - i])
                 else:
-                    yield i, scores, regions
+                    yield i, row, of_image
 
     def splits(self):
         """{"train", "val", "test"}: data.Split or None, as the run was trained on."""

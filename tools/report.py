@@ -1,4 +1,4 @@
-"""What a run tells: a line an epoch, and at the end its numbers, curves.png and regions.png."""
+"""What a run tells: a line per epoch, and at the end its numbers, curves.png and regions.png."""
 import data
 import kernels
 from support.checkpoint import FILES

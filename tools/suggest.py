@@ -80,8 +80,8 @@ def suggest(predictor, args):
                  for i, c in cells]
         shown += [(kind, i, c) for i, c in cells[:most // (2 if kind == "present" else 4)]]
     photos = {i: jpeg(paths[i]) for i in sorted({i for _, i, _ in shown})}
-    regions = predictor.iterate([paths[i] for i in photos])
-    maps = {i: of_image for i, (_, _, of_image) in zip(photos, regions)}  # (C, N) each
+    scored = predictor.iterate([paths[i] for i in photos])
+    maps = {i: of_image for i, (_, _, of_image) in zip(photos, scored)}  # (C, N) each
     cells = []
     for kind, i, c in shown:
         # scaled by its peak; cosines, which a method without a mask shows, are nearly alike

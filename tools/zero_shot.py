@@ -34,8 +34,8 @@ def zero_shot(g, batches):
 
 
 def scores_of(out, f, x, g):
-    """trm.Output of a batch -> {score: (B, C)}: logits, of which the paper has "region" and a
-    baseline no other, and the "zero-shot" cosines."""
+    """trm.Output of a batch -> {score: (B, C)}: the logits "region" (the paper's, and a baseline's
+    only one), "query" and "mean", and the "zero-shot" cosines."""
     scores = {"region": out.logits_r}
     if out.logits_q is not None:
         scores |= {"query": out.logits_q, "mean": (out.logits_r + out.logits_q) / 2}
