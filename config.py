@@ -35,7 +35,7 @@ class Config:
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
     root: str | None = option(None, "folder of the data set")
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
-    single_positive: str | None = option(None, "one positive an image", choices="largeloss|splc")
+    single_positive: str | None = option(None, "one positive per image", choices="largeloss|splc")
     assume_negative: float | None = option(
         None, "weight of unknown labels as negatives; by default 0.3 where at most half as many "
         "labels are absent as present (a single positive, ticks), else 0", 0, 1)
@@ -91,7 +91,7 @@ class Config:
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
     # ---- optimisation
     epochs: int = option(40, "epochs", 1)
-    batch: int = option(128, "images a step, over all GPUs; a sheet: a row in eight, 16 to 128", 1)
+    batch: int = option(128, "images per step, over all GPUs; of a sheet rows / 8, 16 to 128", 1)
     lr: float = option(5e-4, "peak of OneCycleLR", above=0)
     weight_decay: float = option(0.01, "of AdamW")
     clip_grad: float = option(1.0, "largest norm of the gradient", above=0)

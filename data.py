@@ -158,7 +158,7 @@ def load(cfg):
             if not 0 <= share < 1:
                 raise ValueError("out of range")
     if share and (cfg.data, cfg.single_positive) == ("nuswide", "splc"):
-        raise UserError("--val: SPLC's list of NUS-WIDE tells one label an image: drop it")
+        raise UserError("--val: SPLC's list of NUS-WIDE tells one label per image: drop it")
     parts = complete(cfg)
     train = parts["train"]
     if cfg.single_positive == "splc":

@@ -231,7 +231,7 @@ class VisionTransformer(nn.Module):
 class CLIP(nn.Module):
     """CLIP with its own initialisation. layers: blocks of each of the four stages (a ResNet) or
     their number (a ViT). vision_width: channels of the stem (even) or of the tokens. patch,
-    vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels a head, in a ViT 16 heads at
+    vision_heads, vision_mlp: of a ViT. *_heads: None for 64 channels per head, in a ViT 16 heads at
     most. *_mlp: None for four times the width. mean, std: of its pixels; name, sha256: `load`'s."""
 
     def __init__(self, embed_dim, resolution, layers, vision_width, patch, context_length,

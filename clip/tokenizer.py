@@ -1,6 +1,6 @@
 """CLIP's tokenizer: byte-level byte-pair encoding over lower-cased, cleaned text.
 
-The vocabulary: 256 byte symbols, the same 256 that end a word (`</w>`), one symbol a merge, start
+The vocabulary: 256 byte symbols, the same 256 that end a word (`</w>`), one symbol per merge, start
 of text, end of text. Merges are ordered by frequency: 512 + merges + 2 tokens take the first ones.
 No text stands for start or end: "<|endoftext|>" is read as the characters it has.
 

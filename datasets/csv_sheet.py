@@ -167,7 +167,7 @@ def read(path, root, cfg, names=()):
                  for name, n in Counter(map(str.lower, prompts if once else names)).items()
                  if n > 1 or not name]
     if not (body and names):
-        problems.append(f"{path}: expected a row for each image, a column of labels a category: "
+        problems.append(f"{path}: expected a row for each image, a column of labels per category: "
                         "1 present, 0 absent, empty unknown")
     files = image_files(path, root, body, problems)
     if problems:

@@ -14,7 +14,7 @@ FOLDERS = ("Flickr", "images", "Flickr/images", ".")
 
 def load(root, cfg):
     """The official split; in the LargeLoss setup formatted_{train,val}_*.npy, whose rows without a
-    positive stay; in the SPLC setup its two lists, of which the first tells one label an image."""
+    positive stay; in the SPLC setup its two lists, of which the first tells one label per image."""
     if cfg.single_positive == "splc":
         train, test = splc_files(cfg)
         return {"train": photos(root, *positive_list(train, 81, single=True), train),

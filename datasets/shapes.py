@@ -32,7 +32,7 @@ def shade(colour, factor):
 
 def outline(shape, n):
     """The polygons of one shape with its numbers n, in the thing's own coordinates."""
-    if shape == "line":  # width, then points: one quadrangle a stretch
+    if shape == "line":  # width, then points: one quadrangle per stretch
         points, polygons = list(zip(n[1::2], n[2::2])), []
         for (u, v), (s, t) in zip(points, points[1:]):
             half = n[0] / 2 / math.hypot(s - u, t - v)

@@ -1,11 +1,11 @@
 """Eq. 7: the features at the K largest energies of each known positive enter its category's queue.
 
-B images, C categories, N locations, D dims, L queue length, K rows an image. The rules of both
+B images, C categories, N locations, D dims, L queue length, K rows per image. The rules of both
 paths:
 - a category's queue is fed in the order of the images, within an image by falling energy, equal
   energies by location;
 - row r of a category (counted since the start, `cursor`) lies in slot r % L: the last L stay;
-- min(K, N) rows an image; a NaN energy ranks with -inf, i.e. last (raising would wait for the GPU);
+- min(K, N) rows per image; a NaN energy ranks as -inf, i.e. last (raising would wait for the GPU);
 - rows are unit length in float32, then rounded to the bank's type; a zero row stays zero.
 
 The cost at the paper's size (B 128, C 80, N 196, D 512, K 3, 10 % of labels known: some 37

@@ -248,7 +248,7 @@ def parse(argv):
     kind.add_argument("--figure", type=int, choices=(4,))
     kind.add_argument("--study", choices=sorted(STUDIES), help="where the paper is silent")
     add = parser.add_argument
-    add("--seeds", type=int, default=3, help="runs a row, from --seed on (default: 3)")
+    add("--seeds", type=int, default=3, help="runs per row, from --seed on (default: 3)")
     add("--ratios", type=float, nargs="+", help="known shares (the paper's, or fewer on scenes)")
     add("--rows", nargs="+", metavar="TEXT", help="rows of these names, or with such words")
     add("--jobs", type=int, default=1, help="runs at a time; best one a core (default: 1)")

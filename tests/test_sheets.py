@@ -152,7 +152,7 @@ def test_a_second_sheet_without_labels_is_none_of_lists(folder, unlisted):
     (folder / "a.csv").write_text("image,dog\n0.jpg,1\n1.jpg,0\n")
     (folder / "b.csv").write_text("image,cat\n3.jpg,\n")
     cfg = Config(data=str(folder / "a.csv"), val=str(folder / "b.csv"), unlisted=unlisted)
-    with pytest.raises(UserError, match="its classes differ|a column of labels a category"):
+    with pytest.raises(UserError, match="its classes differ|a column of labels per category"):
         data.load(cfg)
 
 
@@ -274,7 +274,7 @@ def test_the_words_of_excel_in_other_languages(folder):
     assert labels.tolist() == [[1, -1], [-1, 1], [1, -1]]
     rows = "".join(f"{i}.jpg,cierto,incierto\n" for i in range(3))
     fake.write(folder / "s.csv", HEAD + rows)
-    refused("a column of labels a category: 1 present", folder / "s.csv")
+    refused("a column of labels per category: 1 present", folder / "s.csv")
 
 
 def test_lists_with_words_for_nothing(folder, capsys):

@@ -15,7 +15,7 @@ def parse(argv, about):
     command("--image", nargs="+", metavar="PATH", help="photos or folders")
     command("--suggest", metavar="FILE", help="CSV of unknown labels it believes, and its page")
     command("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these")
-    command("--categories", action="store_true", help="a line a category, labels that look wrong")
+    command("--categories", action="store_true", help="a line per category, labels that look wrong")
     command("--ensemble", nargs="+", metavar="RUN", help="average probabilities with these runs")
     add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
         "--clip, --size and the like in the place of a run")

@@ -63,7 +63,7 @@ def picture_names(paths):
 
 
 def predict(predictor, paths, args):
-    """A line a photo as soon as its batch is done, its picture, and a row of --csv."""
+    """A line per photo as soon as its batch is done, its picture, and a row of --csv."""
     folder = Path(args.out or predictor.run / "regions")
     pictures = [folder / name for name in picture_names(paths)[:args.pictures]]
     if args.csv:

@@ -200,7 +200,7 @@ def merge(sheet, answers, minus_one, unlisted):
 # ---- other doors
 
 def new_sheet(folder, categories):
-    """FOLDER/labels.csv: a row an image that Pillow opens, every cell empty."""
+    """FOLDER/labels.csv: a row per image that Pillow opens, every cell empty."""
     folder = Path(folder)
     file = new(folder / "labels.csv", "the sheet")
     rows, skipped = [], []

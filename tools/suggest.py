@@ -100,7 +100,7 @@ def suggest(predictor, args):
         if weight:  # the answers' 0s may end it as a default
             then += f" with --assume-negative {weight}"
         if not set(predictor.names) <= set(read_cells(sheet)[0]):
-            then = "; a sheet with one column of lists takes no answers: write a column a category"
+            then = "; a sheet with a column of lists takes no answers: write a column per category"
     write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
     write_page(page, Path(sheet).name, cells, photos, predictor.grid, then)
 
