@@ -254,7 +254,9 @@ def table(predictors, split, args):
     if args.json:
         return print(json.dumps(numbers))
     first = predictors[0]
-    chosen_here = split.name.endswith("/val") and not changed(first.run, [split])
+    # thresholds of the mixed score are chosen on photos of training, too
+    chosen_here = (split.name.endswith("/val") and not changed(first.run, [split])
+                   or split.name.endswith("/train") and first.cfg.score == "mixed")
     who = f"mean of {len(found)} runs"
     if len(found) == 1:
         who = f"{first.cfg.score} score, epoch {first.epoch}"

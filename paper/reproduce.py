@@ -220,13 +220,15 @@ def figure_4(args, base, file):
     images = images_in(args.image) if args.image else split.paths[:4]
     ratio = dict(ratio=(args.ratios or [0.1])[0])
     methods = {"DualCoOp": ratio | dict(matching="dualcoop"), "TRM-ML": ratio}
+    configs = {name: runs.config(settings, base.seed) for name, settings in methods.items()}
+    for cfg in configs.values():  # a table may have trained it
+        there = Path(cfg.out, "config.json").exists()
+        chosen_for = begun(Path(cfg.out))["config"]["score"] if there else cfg.score
+        if chosen_for != cfg.score:
+            raise UserError(f"{cfg.out} chose its thresholds for --score {chosen_for}: say so, or "
+                            f"train others with --score {cfg.score} in another --out")
     runs.train([(settings, base.seed) for settings in methods.values()])
-    predictors = {name: runs.predictor(runs.config(settings, base.seed).out)
-                  for name, settings in methods.items()}
-    chosen_for = begun(predictors["TRM-ML"].run)["config"]["score"]
-    if chosen_for != base.score:
-        raise UserError(f"these runs chose their thresholds for --score {chosen_for}: say so, or "
-                        f"train others with --score {base.score} in another --out")
+    predictors = {name: runs.predictor(cfg.out) for name, cfg in configs.items()}
     rows = []
     for path in images:
         for name, predictor in predictors.items():

@@ -22,7 +22,7 @@ import clip
 import data
 import train
 from clip.weights import sha256
-from config import MACHINE, is_path
+from config import MACHINE, PLACES, is_path
 from eval import metrics
 from paper import captions
 from support import UserError
@@ -67,9 +67,9 @@ class Runs:
             files.append(captions.file_of(cfg))
         if cfg.single_positive == "splc":
             files += data.splc_files(cfg)
+        places = MACHINE | PLACES - {"val"} | {"out", "score"}  # val may be a share
         result = {name: value for name, value in dataclasses.asdict(cfg).items()
-                  if name not in MACHINE | {"out", "score"}
-                  and not (value and is_path(name, value))}
+                  if name not in places and not is_path(name, value)}
         # NUS-WIDE's setups have images and labels of their own
         content = self.content(cfg.single_positive if cfg.data == "nuswide" else None)
         identity = json.dumps([self.encoder.sha256, content, result,

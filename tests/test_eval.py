@@ -389,6 +389,8 @@ def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, wo
                        capfd)[2] == []
     _, out, err = command(evaluation.main, [folder, "--split", "val"], capfd)
     assert err == [] and "chosen on these labels" in out[0]
+    _, out, err = command(evaluation.main, [folder, "--split", "train"], capfd)
+    assert err == [] and "mixed score" in out[0] and "chosen on these labels" in out[0]
     file.write_text(file.read_text().replace(",1,", ",0,"))
     _, out, err = command(evaluation.main, [folder, "--split", "val"], capfd)
     assert "other names, labels or images" in err[0] and "chosen on these labels" not in out[0]

@@ -294,6 +294,12 @@ def test_a_run_is_known_by_what_it_reads_not_by_where_that_lies(tmp_path):
     assert folder(tmp_path, table_4) == folder(tmp_path, table_4, out=tmp_path / "elsewhere")
     assert folder(tmp_path, table_4) != folder(tmp_path, dict(ratio=0.1))
     assert folder(tmp_path, {}, val="0.2") != folder(tmp_path, {}, val="0.3")
+    # what this row does not read, or another name of the same place
+    plain = folder(tmp_path, {})
+    assert folder(tmp_path, {}, captions="more.json", lists="lists") == plain
+    assert folder(tmp_path, {}, clip="RN101.pt", test=None) == plain
+    here, moved = (dict(data=f"{place}/x.csv", val=f"{place}/y.csv") for place in ("a", "b"))
+    assert folder(tmp_path, {}, **here) == folder(tmp_path, {}, **moved)
 
 
 def test_other_photos_of_the_same_names_are_other_data(world, tmp_path):
@@ -427,7 +433,17 @@ def test_figure_4_needs_runs_whose_thresholds_are_of_its_score(call, world, capf
     other = {"region": "query", "query": "region"}[chosen["config"]["score"]]
     one_line(reproduce.main, ["--figure", 4, *options(world, world / "tables", ratio=None, epochs=2,
                                                       augment="none"),
-                              "--ratios", 0.5, "--score", other], capfd, "chose their thresholds")
+                              "--ratios", 0.5, "--score", other], capfd, "chose its thresholds")
+
+
+def test_figure_4_asks_the_baseline_too_and_before_it_trains(call, world, capfd):
+    """A table of the mixed score has trained DualCoOp alone: its thresholds are no probabilities of
+    the region score."""
+    call("--table", 3, "--ratios", 0.6, "--rows", "DualCoOp", "--score", "mixed")
+    words = options(world, world / "tables", ratio=None, epochs=2, augment="none")
+    one_line(reproduce.main, ["--figure", 4, *words, "--ratios", 0.6, "--score", "query"], capfd,
+             "chose its thresholds for --score mixed")
+    assert not list(world.glob("tables/runs/*0.6-carl-*/last.pt"))
 
 
 def test_a_study_needs_validation_alone(world, tmp_path, capfd):

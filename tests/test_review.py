@@ -242,6 +242,21 @@ def test_label_studio_finds_photos_below_its_document_root(tmp_path, capfd):
     assert data["image"] == "/data/local-files/?d=my%20photos/2024/-a%20b.jpg"
 
 
+@pytest.mark.parametrize("address", [
+    "/data/local-files/?d=photos/in/a.jpg", "/data/local-files/?d=photos%5Cin%5Ca.jpg",
+    "/data/upload/1/0f3a9c21-a.jpg"])
+@pytest.mark.parametrize("name", ["in\\a.jpg", ".\\in\\a.jpg", "in/a.jpg"])
+def test_names_of_windows_go_through_label_studio(tmp_path, capfd, name, address):
+    """A sheet with backslashes is read everywhere else; Label Studio on Windows sends them."""
+    after, _ = merged(tmp_path, capfd, f"image,dog\n{name},\n", task(address, [choices("dog")]))
+    assert after == f"image,dog\n{name},1\n"
+    (tmp_path / "s.csv").write_text(f"image,category,label\n{name},dog,1\n")
+    words = ["export", tmp_path / "s.csv", tmp_path / "tasks.json", "--folder", "photos"]
+    assert command(main, words, capfd)[0] == 0
+    data = json.loads((tmp_path / "tasks.json").read_text())[0]["data"]
+    assert data["image"] == "/data/local-files/?d=photos/in/a.jpg"
+
+
 def task(image, *annotations, **more):
     """A task of an export. An annotation: its results, or its fields in a dict."""
     notes = [note if isinstance(note, dict) else {"result": note} for note in annotations]

@@ -130,8 +130,8 @@ def read_label_studio(path, names, rows, unlisted):
 
 
 def nfc(name):
-    """A name in one form: macOS writes an umlaut as two characters, and ./a.jpg is a.jpg."""
-    return normalize("NFC", name.strip()).removeprefix("./")
+    """A name in one form: macOS writes an umlaut as two characters, Windows .\\a.jpg for a.jpg."""
+    return normalize("NFC", name.strip()).replace("\\", "/").removeprefix("./")
 
 
 def folded(category):
@@ -244,7 +244,7 @@ def export(suggestions, tasks, folder):
     for image, names in chosen.items():
         result = {"from_name": "category", "to_name": "image", "type": "choices",
                   "value": {"choices": names}}
-        place = posixpath.normpath(posixpath.join(folder, image))
+        place = posixpath.normpath(posixpath.join(folder, image.replace("\\", "/")))
         data = {"image": "/data/local-files/?d=" + urllib.parse.quote(place),
                 "offered": sorted(categories)}  # for the way back
         tasks.append({"data": data, "predictions": [{"result": [result]}]})
