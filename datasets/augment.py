@@ -44,15 +44,6 @@ def read(source):
         return upright(image)
 
 
-def turn_of(image):
-    """PIL's transposition that the orientation mark of an image asks for, or None."""
-    try:
-        mark = image.getexif().get(0x0112)
-        return TURNED.get(mark[0] if isinstance(mark, tuple) else mark)
-    except Exception:  # whatever damaged EXIF makes Pillow raise: no turn
-        return None
-
-
 def refuse_thumbnail(image):
     if getattr(image, "tag_v2", {}).get(254, 0) & 1:  # a TIFF's NewSubfileType
         raise ValueError("its first picture is a thumbnail, as in raw photos; convert it")
@@ -65,10 +56,9 @@ def upright(image):
         raise ValueError("32 bits a pixel have no defined white; convert it to 8 bits")
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    turn = turn_of(image)
     key = image.info.get("transparency")  # a colour that is transparent
-    if turn is not None:
-        image = image.transpose(turn)
+    with contextlib.suppress(Exception):  # no mark, or whatever damaged EXIF makes Pillow raise
+        image = image.transpose(TURNED[np.ravel(image.getexif()[0x0112])[0]])
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         if key is not None:
