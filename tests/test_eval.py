@@ -600,19 +600,6 @@ def test_without_triton_a_run_trains_and_predicts(world, tmp_path):
     assert (tmp_path / "run" / "last.pt").exists()
 
 
-def test_names_of_pictures_are_distinct_and_cost_no_more_for_more_photos():
-    from tools.predict import picture_names
-
-    assert picture_names(["d/a.jpg", "e/A.png", "a.bmp", "b.jpg"]) == [
-        "a.png",
-        "A-2.png",
-        "a-3.png",
-        "b.png",
-    ]
-    # once quadratic: minutes
-    assert len(set(picture_names([f"{i:06d}.jpg" for i in range(50000)]))) == 50000
-
-
 def test_memory_of_a_split_that_is_scored_does_not_grow_with_its_batches():
     # in a process of its own: its heap is new
     script = """

@@ -51,21 +51,12 @@ def new(file, option):
     return file
 
 
-def picture_names(paths):
-    """Names of the pictures, each its own: a.jpg and a.png make a.png and a-2.png."""
-    names = {}  # in lower case: some disks see no difference
-    for number, path in enumerate(paths, 1):
-        name = Path(path).stem[:60]  # with up to 4 bytes each, 255 are the limit
-        while name.lower() in names:
-            name = f"{name}-{number}"
-        names[name.lower()] = f"{name}.png"
-    return list(names.values())
-
-
 def predict(predictor, paths, args):
     """A line per photo as soon as its batch is done, its picture, and a row of --csv."""
     folder = Path(args.out or predictor.run / "regions")
-    pictures = [folder / name for name in picture_names(paths)[:args.pictures]]
+    # a number, since a.jpg may lie beside a.png; of 255 bytes a character may need four
+    pictures = [folder / f"{Path(path).stem[:60]}-{number}.png"
+                for number, path in enumerate(paths[:args.pictures], 1)]
     if args.csv:
         new(args.csv, "--csv")
     if pictures:
