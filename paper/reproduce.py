@@ -31,7 +31,7 @@ from datasets.csv_sheet import is_sheet, note
 from eval import compare, metrics
 from paper import captions
 from paper.run_table import Runs
-from support import NotFound, UserError
+from support import UserError
 from support.checkpoint import begun, write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.plots import region_tiles, save_grid, two_axes
@@ -76,7 +76,7 @@ def rows_of(args, base):
             try:
                 load(dataclasses.replace(base, **setup))
                 setups[name] = setup
-            except NotFound as error:
+            except UserError as error:
                 missing[name] = error
         if not setups:
             raise next(iter(missing.values()))
