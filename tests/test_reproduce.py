@@ -174,7 +174,7 @@ def test_missing_captions_are_told_before_anything_is_trained(world, tmp_path, c
     root = shutil.copytree(world / "scenes", tmp_path / "coco")
     (root / "annotations" / "captions_train2014.json").unlink()
     words = options(world, tmp_path / "out", data="coco", root=root, ratio=None)
-    one_line(reproduce.main, ["--table", 1, *words], capfd, "captions_train2014.json", "--rows")
+    one_line(reproduce.main, ["--table", 1, *words], capfd, "captions_train2014.json")
     assert not (tmp_path / "out" / "runs").exists()
 
 
