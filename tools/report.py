@@ -46,14 +46,11 @@ def of_failure(epoch, step, steps, terms):
 
 def mAPs(line):
     """mAP of each split that was evaluated, and of CLIP without any training."""
-    told = []
-    if numbers := line.get("val"):
-        told.append(f"val mAP {numbers['mAP']:.2f} ({numbers['positives']} positives of "
-                    f"{len(numbers['AP']) - numbers['left_out']} categories, "
-                    f"zero-shot {numbers['mAP_zero-shot']:.2f})")
-    if numbers := line.get("test"):
-        told.append(f"test mAP {numbers['mAP']:.2f} (zero-shot {numbers['mAP_zero-shot']:.2f})")
-    return "  ".join(told)
+    return "  ".join(
+        f"{name} mAP {numbers['mAP']:.2f} ({numbers['positives']} positives of "
+        f"{len(numbers['AP']) - numbers['left_out']} categories, "
+        f"zero-shot {numbers['mAP_zero-shot']:.2f})"
+        for name in ("val", "test") if (numbers := line.get(name)))
 
 
 def warn_if_below(split, numbers, cfg):
