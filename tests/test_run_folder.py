@@ -21,9 +21,10 @@ def test_nothing_that_is_there_is_overwritten(sheet, tmp_path, capfd):
     (tmp_path / "link.csv").symlink_to(labels)
     (tmp_path / "edited").mkdir()
     photo = sorted((tmp_path / "photos").iterdir())[0]
-    (tmp_path / "edited" / f"{photo.stem}.png").write_text("by hand")
+    (tmp_path / "edited" / f"{photo.stem}-1.png").write_text("by hand")
     (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "a.png").symlink_to(photo)
+    (tmp_path / "linked" / "a-1.png").symlink_to(photo)
+    (tmp_path / "a.png").symlink_to(photo)
     before = snapshot(tmp_path)
     for place in (
         labels,
@@ -49,10 +50,10 @@ def test_nothing_that_is_there_is_overwritten(sheet, tmp_path, capfd):
             place,
             "is there already",
         )
-    for images, out in ((photo, "edited"), (tmp_path / "linked", "linked")):
+    for image, out in ((photo, "edited"), (tmp_path / "a.png", "linked")):
         one_line(
             evaluation.main,
-            [folder, "--image", images, "--out", tmp_path / out],
+            [folder, "--image", image, "--out", tmp_path / out],
             capfd,
             "--out",
             "is there already",
