@@ -67,9 +67,9 @@ class Split:
         names = json.dumps([self.names, self.prompts, files])
         content = names.encode() + self.labels.tobytes() + self.truth.tobytes()
         count = {code: int((self.labels == code).sum()) for code in (POSITIVE, NEGATIVE, UNKNOWN)}
+        mask = {"mask_sha256": self.mask_sha256} if self.mask_sha256 else {}
         return dict(images=len(files), positives=count[POSITIVE], negatives=count[NEGATIVE],
-                    unknowns=count[UNKNOWN], sha256=hashlib.sha256(content).hexdigest(),
-                    mask_sha256=self.mask_sha256,
+                    unknowns=count[UNKNOWN], sha256=hashlib.sha256(content).hexdigest(), **mask,
                     dropped={why: n for why, n in self.dropped.items() if n})
 
 
