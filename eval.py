@@ -3,7 +3,7 @@
     python eval.py runs/demo                                  the table of its test split
     python eval.py runs/demo --categories                     a line per category, doubtful labels
     python eval.py runs/demo --image photo.jpg folder/        ranked categories, their regions
-    python eval.py runs/demo --suggest suggested.csv          unknown labels that it believes
+    python eval.py runs/demo --suggest suggested.csv          its guesses for unknown labels
     python eval.py --zero-shot --data sheet.csv --suggest suggested.csv       without a run
     python eval.py runs/demo --compare runs/other             zero-shot CLIP and runs side by side
     python eval.py runs/demo --ensemble runs/other            averaged scores of several runs

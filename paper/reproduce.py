@@ -70,16 +70,16 @@ def rows_of(args, base):
     paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
              if row in rows}
     if args.table == "2":
-        setups, missing = {}, {}
+        setups, left_out = {}, {}
         for name, setup in asked["setups"].items():  # each has published files of its own
             try:
                 load(dataclasses.replace(base, **setup))
                 setups[name] = setup
             except UserError as error:
-                missing[name] = error
+                left_out[name] = error
         if not setups:
-            raise next(iter(missing.values()))
-        for name, error in missing.items():
+            raise next(iter(left_out.values()))
+        for name, error in left_out.items():
             note(f"the {name} is left out: {error}")
         return rows, setups, paper, data
     if base.single_positive:  # which Table 3 leaves out

@@ -13,7 +13,7 @@ def parse(argv, about):
     add("run", nargs="?", help="run folder")
     command = parser.add_mutually_exclusive_group().add_argument
     command("--image", nargs="+", metavar="PATH", help="photos or folders")
-    command("--suggest", metavar="FILE", help="CSV of unknown labels it believes, and its page")
+    command("--suggest", metavar="FILE", help="CSV of its guesses for unknown labels, and its page")
     command("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these")
     command("--categories", action="store_true", help="a line per category, labels that look wrong")
     command("--ensemble", nargs="+", metavar="RUN", help="average probabilities with these runs")

@@ -1,4 +1,4 @@
-"""Which unknown labels of the training images a run believes: `eval.py RUN --suggest out.csv`.
+"""A run's guesses for the unknown labels of its training images: `eval.py RUN --suggest out.csv`.
 
 out.csv lists the cells; out.html is the page on which a person reviews them (tools/review.py).
 n images, C categories, N = h*w locations.
