@@ -23,7 +23,7 @@ from datasets import augment, coco, csv_sheet, cub, nuswide, scenes, vg200, voc
 from datasets.base import (LISTS, NEGATIVE, POSITIVE, UNKNOWN, Split, positive_list, read_array,
                            read_lines, splc_files, twins)
 from datasets.csv_sheet import is_sheet
-from support import UserError, refused
+from support import NotFound, UserError, refused
 
 LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc2012": voc.load,
            "vg200": vg200.load, "nuswide": nuswide.load, "cub": cub.load}
@@ -149,7 +149,7 @@ def load(cfg):
     if given.count(True) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
-        raise UserError(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
+        raise NotFound(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
     sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
     share = None
     if cfg.val is not None and not (sheet and is_sheet(cfg.val)):

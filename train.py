@@ -190,7 +190,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
         state.epoch += 1
         due = state.epoch % cfg.eval_every == 0 or state.epoch == cfg.epochs
         numbers, texts, evaluated = evaluate(model, encoder, g_zero, train_split,
-                                          loaders if due else {}, cfg.score)
+                                             loaders if due else {}, cfg.score)
         if due or not state.evaluated:  # else the last evaluation's stay
             state.evaluated = evaluated
         line |= numbers

@@ -11,7 +11,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from support import UserError, refused
+from support import NotFound, UserError, refused
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project
 # The SPLC setup's published lists, below --lists or --root; the second is a test list.
@@ -98,7 +98,7 @@ def find(root, *names, folders=("",), hint=""):
     for place in places:
         if os.path.exists(os.path.join(root, place)):
             return Path(root, place)
-    raise UserError(f"{root}: {names[0]} not found{hint} (looked for {', '.join(places)})")
+    raise NotFound(f"{root}: {names[0]} not found{hint} (looked for {', '.join(places)})")
 
 
 def read_bytes(path):

@@ -29,8 +29,9 @@ from data import load
 from datasets.base import read_json
 from datasets.csv_sheet import is_sheet, note
 from eval import compare, metrics
+from paper import captions
 from paper.run_table import Runs
-from support import UserError
+from support import NotFound, UserError
 from support.checkpoint import begun, write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.plots import region_tiles, save_grid, two_axes
@@ -70,16 +71,16 @@ def rows_of(args, base):
     paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
              if row in rows}
     if args.table == "2":
-        setups, left_out = {}, {}
+        setups, missing = {}, {}
         for name, setup in asked["setups"].items():  # each has published files of its own
             try:
                 load(dataclasses.replace(base, **setup))
                 setups[name] = setup
-            except UserError as error:
-                left_out[name] = error
+            except NotFound as error:
+                missing[name] = error
         if not setups:
-            raise next(iter(left_out.values()))
-        for name, error in left_out.items():
+            raise next(iter(missing.values()))
+        for name, error in missing.items():
             note(f"the {name} is left out: {error}")
         return rows, setups, paper, data
     if base.single_positive:  # which Table 3 leaves out
@@ -154,6 +155,9 @@ def mAP_table(args, base, file):
         base = dataclasses.replace(base, **next(iter(columns.values())))
     runs = Runs(base, args.out, args.jobs, bool(args.study))
     seeds = range(base.seed, base.seed + args.seeds)
+    if any("TaI-DPT" in row for row in rows) and not captions.file_of(base).is_file():
+        raise UserError(f"{captions.file_of(base)}, from which TaI-DPT learns, is missing: put it "
+                        "there, give --captions, or choose other --rows")
     measured = measure(runs, rows, columns, seeds)
     write_atomically(file.with_suffix(".json"), json.dumps(measured, indent=1))
     if args.table == "1":

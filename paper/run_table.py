@@ -67,9 +67,9 @@ class Runs:
             files.append(captions.file_of(cfg))
         if cfg.single_positive == "splc":
             files += data.splc_files(cfg)
-        places = MACHINE | PLACES - {"val"} | {"out", "score"}  # val may be a share
+        ignored = MACHINE | PLACES - {"val"} | {"out", "score"}  # val may be a share
         result = {name: value for name, value in dataclasses.asdict(cfg).items()
-                  if name not in places and not is_path(name, value)}
+                  if name not in ignored and not is_path(name, value)}
         # NUS-WIDE's setups have images and labels of their own
         content = self.content(cfg.single_positive if cfg.data == "nuswide" else None)
         identity = json.dumps([self.encoder.sha256, content, result,

@@ -9,6 +9,10 @@ class UserError(ValueError):
         super().__init__(" ".join(str(message).rsplit("UserError: ", 1)[-1].split()))
 
 
+class NotFound(UserError):
+    """A download, or a part of it, is not there."""
+
+
 @contextlib.contextmanager
 def refused(message, known=Exception):
     """What a damaged or foreign file makes a reader raise, one of `known`, becomes UserError."""

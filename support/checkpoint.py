@@ -153,6 +153,10 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
     elif (run / "config.json").exists():  # of a run that began meanwhile
         raise UserError(f"{run} holds a run already: choose another --out")
     else:
+        names = [split.name.split("/")[-1] for split in splits if split]
+        if len({*names}) < len(names):
+            raise UserError(f"expected splits of different names, got {', '.join(names)}: "
+                            "dataclasses.replace(split, name=...)")
         about = {"config": asdict(cfg), "clip_sha256": clip_sha256,
                  "data": {split.name: split.info for split in splits if split}}
         write_atomically(run / "config.json", json.dumps(about, indent=1))

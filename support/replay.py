@@ -13,7 +13,7 @@ def replayed(prompts, clip, amp):
     def texts(context):
         return torch.func.functional_call(prompts, {"context": context}, (clip,))
 
-    same = context.detach().requires_grad_()  # its memory; another stream than training's records
+    same = context.detach().requires_grad_()  # its memory; recorded on another stream than training
     with torch.autocast("cuda", amp or torch.bfloat16, amp is not None, cache_enabled=False):
         graph = torch.cuda.make_graphed_callables(texts, (same,))
 

@@ -326,6 +326,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
      "self.content()"),
     ("tools/build.py", "cfg.single_positive or not (split.labels == NEGATIVE).any()",
      "cfg.single_positive"),
+    ("tools/build.py", "if not encoder.name:", "if False:"),
     ("clip/features.py", "str(self.amp), code))", "str(self.amp)))"),
     ("datasets/coco.py", "keep and not largeloss", "keep"),
     ("tools/suggest.py", "weight is None and tells_presence(parts[0].truth)", "False"),

@@ -115,7 +115,7 @@ def test_zero_shot_stands_beside_every_score(trained):
         test = json.loads(line)["test"]
         assert test["mAP_zero-shot"] == pytest.approx(mAP, abs=0.01)
         assert test["mAP"] == test["mAP_mixed"]
-        assert f"zero-shot {test['mAP_zero-shot']:.2f})" in report.mAPs({"test": test})
+        assert f" categories, zero-shot {test['mAP_zero-shot']:.2f})" in report.mAPs({"test": test})
         told = report.mAPs({"val": test})
         categories = (split.truth == 1).any(0).sum()
         assert f"({(split.truth == 1).sum()} positives of {categories} categories, zero" in told
@@ -302,10 +302,10 @@ def test_a_mask_of_ones_own_single_positives_leaves_nothing_absent(world, tmp_pa
 
 
 def test_a_clip_of_unknown_weights_is_refused(world, tmp_path):
-    """Two such would share one cache of features."""
+    """Two such shared one cache of features, and no file could open their runs again."""
     from clip.weights import TINY, read
-    cfg, _ = train.parse(options(world, tmp_path / "run", cache_features=1))
-    with pytest.raises(UserError, match="a cache needs a CLIP of clip.load"):
+    cfg, _ = train.parse(options(world, tmp_path / "run"))
+    with pytest.raises(UserError, match="expected a CLIP of clip.load"):
         train.train(cfg, encoder=clip.build(read(TINY), fold=True))
 
 
@@ -321,6 +321,18 @@ def test_a_run_knows_the_clip_that_it_was_given(world, tmp_path):
     encoder = clip.load(cfg.clip)
     train.train(dataclasses.replace(cfg, clip="RN101"), encoder=encoder)
     assert Predictor(tmp_path / "run").clip.sha256 == encoder.sha256
+
+
+def test_splits_of_one_name_are_refused_before_training(world, tmp_path):
+    """Each split is known by its name when a run goes on."""
+    cfg, _ = train.parse(options(world, tmp_path / "run", epochs=1))
+    split = data.load(cfg)[0]
+    parts = split.subset(range(12)), split.subset(range(12, 24)), None
+    with pytest.raises(UserError, match="splits of different names"):
+        train.train(cfg, splits=parts)
+    named = dataclasses.replace(parts[1], name="scenes/rest")
+    assert len(train.train(cfg, splits=(parts[0], named, None))) == 1
+    assert len(train.train(cfg, resume=str(tmp_path / "run"), splits=(parts[0], named, None))) == 1
 
 
 def test_a_run_that_was_begun_without_the_assumption_goes_on_so(world, tmp_path, sheet):

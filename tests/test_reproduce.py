@@ -174,7 +174,7 @@ def test_missing_captions_are_told_before_anything_is_trained(world, tmp_path, c
     root = shutil.copytree(world / "scenes", tmp_path / "coco")
     (root / "annotations" / "captions_train2014.json").unlink()
     words = options(world, tmp_path / "out", data="coco", root=root, ratio=None)
-    one_line(reproduce.main, ["--table", 1, *words], capfd, "captions_train2014.json")
+    one_line(reproduce.main, ["--table", 1, *words], capfd, "captions_train2014.json", "--rows")
     assert not (tmp_path / "out" / "runs").exists()
 
 
@@ -328,9 +328,11 @@ def test_table_2_has_the_setups_whose_files_are_there(tmp_path, capfd):
     assert "the LargeLoss setup is left out: " in capfd.readouterr().err
     content = (tmp_path / "nus_val.txt").read_text()
     (tmp_path / "nus_val.txt").write_text("a.jpg, 999\n")  # damaged, not missing
-    with pytest.raises(UserError, match="formatted_train_images.npy not found"):  # the first setup
+    with pytest.raises(UserError, match="nus_val.txt:1"):
         reproduce.rows_of(args, cfg)
     (tmp_path / "nus_val.txt").write_text(content)
+    with pytest.raises(UserError, match="--val: SPLC's list"):
+        reproduce.rows_of(args, Config(data="nuswide", root=str(tmp_path), val="0.2"))
     (tmp_path / "nus_val.txt").unlink()
     with pytest.raises(UserError, match="^.*: formatted_train_images.npy not found"):
         reproduce.rows_of(args, cfg)

@@ -32,6 +32,9 @@ def load_data(cfg):
 def settled(cfg, run, split, encoder, resume=False):
     """The Config with what only data and weights tell, and what a run needs after it was moved or
     its weights were renamed."""
+    if not encoder.name:  # from where a run's user loads it again
+        raise UserError("expected a CLIP of clip.load, got one that clip.build made: save its "
+                        "state dict, and load the file")
     found = dict(out=str(run.absolute()), clip=encoder.name, activation=encoder.activation)
     told = split.truth  # what a mask hides changes nothing, unless it leaves no label "absent"
     if cfg.single_positive or not (split.labels == NEGATIVE).any():
