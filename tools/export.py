@@ -41,6 +41,8 @@ def export(run, file, clip=None):
     if file.suffix not in (".pt2", ".onnx"):
         raise UserError(f"expected a file that ends with .pt2 or .onnx, got {file}")
     new(file, "a file")
+    if file.suffix == ".onnx":
+        import onnxscript  # noqa: F401  told before the work where it is missing
     warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
     predictor = Predictor(run, device="cpu", places=clip and {"clip": clip})
     predictor.model.heads = None  # training's alone
