@@ -410,7 +410,8 @@ def test_a_run_on_another_clip_than_the_first_one_loads_its_own(trained):
     assert Predictor(trained, encoder=shared).clip.sha256 == own != shared.sha256
 
 
-def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(trained, capfd):
+def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(trained, tmp_path,
+                                                                              capfd):
     from datasets.base import Split
     from tools.categories import category_lines, suspects
     truth = np.where(np.random.RandomState(0).random_sample((60, 3)) < 0.4, 1, -1).astype(np.int8)
@@ -439,6 +440,9 @@ def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(tr
     names = Predictor(trained).names
     assert status == 0 and {line.split("  ")[0] for line in out[-99:]} >= set(names)
     one_line(evaluation.main, [trained, "--categories", "--json"], capfd, "--categories")
+    words = [trained, "--suggest", tmp_path / "out.csv", "--json"]
+    one_line(evaluation.main, words, capfd, "drop --json")
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_a_sheet_without_a_test_split_is_scored_on_its_validation_rows(trained, world, tmp_path,

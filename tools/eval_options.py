@@ -36,8 +36,8 @@ def parse(argv, about):
         add(flag(name), help="where it lies now, if it moved since training")
 
     args = parser.parse_args(words(argv))
-    if args.json and (args.categories or args.compare):
-        raise UserError("--categories and --compare print lines for people: drop --json")
+    if args.json and (args.categories or args.compare or args.suggest):
+        raise UserError("--categories, --compare and --suggest print lines for people: drop --json")
     if not args.image and (args.csv or args.out or args.strict):
         raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
     if min(args.top, args.batch) < 1 or min(args.workers or 0, args.pictures or 0) < 0:
