@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import BrokenExecutor
 
 from support import UserError
@@ -133,11 +132,9 @@ def end_with_parent(_=None):
     gc.freeze()  # what the parent left is not theirs to destroy: a CUDA graph would end them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process().pid  # it may be gone already
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()  # not getppid(): that may be Python's fork server
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
