@@ -81,9 +81,8 @@ def resources(cubin, arch):
         use = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-        sass = subprocess.run(
-            [knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        sass = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True,
+                              text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", use)[1]) for word in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))  # loads from and stores to local memory
     matrix = re.findall(r"\b(UTC\w*MMA|[HQ]GMMA|[HQ]MMA)\b", sass)

@@ -3,6 +3,7 @@ writers. Always a readable checkpoint of a finished epoch or one clear line. tes
 kills 200 times; here it kills four times."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -158,14 +159,14 @@ def test_a_run_folder_that_became_read_only_is_refused_for_writing_and_read(
 
 
 def test_a_loader_process_that_dies_ends_in_one_line(world, tmp_path, capfd, monkeypatch):
-    read, parent = data.Images.__getitem__, os.getpid()
+    train_one_epoch = train.train_one_epoch
 
-    def dies(self, key):
-        if key[0] == 1 and os.getpid() != parent:  # in the second epoch
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, key)
+    def with_dead_workers(state, *args):
+        for process in multiprocessing.active_children() if state.epoch == 1 else ():
+            process.kill()
+        return train_one_epoch(state, *args)
 
-    monkeypatch.setattr(data.Images, "__getitem__", dies)
+    monkeypatch.setattr(train, "train_one_epoch", with_dead_workers)
     one_line(
         train.main,
         options(world, tmp_path / "run", workers=2, cache_features=0),
@@ -311,7 +312,6 @@ def test_a_table_that_is_stopped_tells_of_no_semaphores(world, tmp_path, number)
 @pytest.mark.parametrize("error", (RuntimeError, OSError))  # no thread, no process
 def test_no_thread_is_left_while_scenes_are_drawn(tmp_path, monkeypatch, error):
     """The processes that were started would wait without end, and be waited for."""
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from datasets import scenes
 
@@ -331,7 +331,6 @@ def test_no_thread_is_left_while_scenes_are_drawn(tmp_path, monkeypatch, error):
 def test_a_worker_destroys_nothing_of_its_parents(tmp_path):
     """A CUDA graph among the parent's garbage, collected in a forked process, would end it."""
     import gc
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from support.cli import end_with_parent
 

@@ -1,4 +1,5 @@
 """What a run says about photos: `eval.py RUN --image photo.jpg folder/`."""
+import contextlib
 import glob
 import json
 import os
@@ -44,7 +45,8 @@ def images_in(paths):
 def new(file, option):
     """A file to write at the end, checked before the work: nothing that is there is replaced."""
     file = Path(file)
-    if file.is_symlink() or file.exists():
+    with contextlib.suppress(FileNotFoundError):
+        file.lstat()  # raises for what can be no file's name, which exists() may pass over
         raise UserError(f"{option} {file} is there already: choose another name, or move it away")
     if not file.parent.is_dir():
         raise UserError(f"{option} {file} cannot be written, its folder is missing: make it")

@@ -5,7 +5,7 @@
 
 Our modules find each other while this file is imported. Afterwards a name belongs to another module
 where one is found: `from datasets import load_dataset` gives Hugging Face's, before or after.
-(Workers of Predictor.predict have to be forked then, which is Linux's way.)
+(Workers of Predictor.predict have to be forked then: Linux's way below Python 3.14.)
 """
 import importlib
 import os
