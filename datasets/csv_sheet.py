@@ -10,6 +10,7 @@ by an empty cell, or by a category that a list lacks. What could mean two things
 option that settles it; `python data.py SHEET.csv` prints every problem.
 """
 import csv
+import functools
 import io
 import os
 import re
@@ -34,6 +35,7 @@ MEANING = {None: CODES, "unknown": CODES | {"-1": UNKNOWN},
 FORMULA = re.compile(r"'*[=+\-@]")  # a spreadsheet computes such a cell; ' makes it text
 
 
+@functools.lru_cache  # a sheet has many cells, and few words
 def word(cell):
     """A cell as WORDS has it: "Yes" is yes; "1.0", and "1,00" where a comma is no end, are 1."""
     return re.sub(r"^(-?[01])[.,]0+$", r"\1", cell.lower())
