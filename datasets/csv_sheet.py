@@ -91,33 +91,37 @@ def load(root, cfg):
     return parts
 
 
-def sheet_text(path):
-    """(Excel's line "sep=;" or "", the text after it, its delimiter, its encoding)."""
-    text, encoding = read_text(path)
-    pattern = '(?i)("?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$))?([^\r\n]*)'
-    mark, delimiter, first = re.match(pattern, text).groups("")
-    first = re.sub('"[^"]*("|$)', "", first) + ","  # the comma of "red, small car" ends no cell
-    return mark, text[len(mark):], delimiter or re.search("[,;\t]", first)[0], encoding
+class Sheet:
+    """A CSV. header: its cells; body: {line number: cells}, without blanks around cells, empty rows
+    and end columns, short rows filled; prompts: {category: its name in prompts}; raw: all rows as
+    they stand, by line number, with text, delimiter and encoding what writes them back."""
 
-
-def read_cells(path):
-    """(header, [(line number, cells)]): empty rows and end columns go, short rows are filled."""
-    mark, text, delimiter, _ = sheet_text(path)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    above = 1 if mark else 0  # Excel's line "sep=;"
-    try:
-        rows = [(reader.line_num + above, [cell.strip() for cell in row]) for row in reader]
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num + above}: not a CSV row ({error})") from None
-    rows = [(line, row) for line, row in rows if any(row)]
-    if not rows:
-        raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
-    width = max(i + 1 for _, row in rows for i, cell in enumerate(row) if cell)
-    (_, header), *body = [(line, row[:width]) for line, row in rows]
-    body = [(line, row + [""] * (len(header) - len(row))) for line, row in body]
-    if not header[1:] or ("." in header[0] and all(word(cell) in CODES for cell in header[1:])):
-        raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {header[:9]}")
-    return header, body
+    def __init__(self, path):
+        self.path = path
+        self.text, self.encoding = read_text(path)
+        sep = '(?i)(?:"?sep=([^"\r\n]?)[^\r\n]*(?:\r\n|\r|\n|$))?'  # Excel's line "sep=;"
+        delimiter, first = re.match(sep + "([^\r\n]*)", self.text).groups()
+        first = re.sub('"[^"]*("|$)', "", first) + ","  # the comma of "red, small car" ends no cell
+        self.delimiter = delimiter or re.search("[,;\t]", first)[0]
+        lines = io.StringIO(self.text, newline="")
+        reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        try:
+            self.raw = {reader.line_num: row for row in reader}
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not a CSV row ({error})") from None
+        rows = {line: [cell.strip() for cell in row] for line, row in self.raw.items()
+                if any(map(str.strip, row)) and (line > 1 or delimiter is None)}
+        if not rows:
+            raise UserError(f"{path}: the sheet is empty; expected a header 'image,<class>,...'")
+        width = max(i + 1 for row in rows.values() for i, cell in enumerate(row) if cell)
+        self.header = header = rows.pop(min(rows))[:width]
+        if not header[1:] or ("." in header[0] and all(word(cell) in CODES for cell in header[1:])):
+            raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {header[:9]}")
+        self.body = {line: row[:width] + [""] * (len(header) - len(row))
+                     for line, row in rows.items()}
+        self.prompts = {}
+        if rows and rows[min(rows)][0] == "#prompt":
+            self.prompts = dict(zip(header, self.body.pop(min(rows))))
 
 
 def read(path, root, cfg, names=()):
@@ -125,78 +129,88 @@ def read(path, root, cfg, names=()):
     sheet's folder). names: of the training sheet, where this is another; lists need not use all.
     UserError for the first problem; its attribute `problems` lists them all."""
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
-    first = not names  # the training sheet
+    sheet = Sheet(path)
     empty = NEGATIVE if cfg.unlisted == "absent" else UNKNOWN
     codes = MEANING[cfg.minus_one] | dict.fromkeys(EMPTY, empty)
-    header, body = read_cells(path)
-    ignored = {*split_names(cfg.ignore or "")}
-    if (missing := ignored - set(header)) and first:
-        raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
-    problems, prompt_of = [], {}
-    if body and body[0][1][0] == "#prompt":
-        prompt_of = dict(zip(header, body.pop(0)[1]))
-    problems += [f"{path}:{line}: {len(row)} cells, but the header has {len(header)}"
-                 for line, row in body if len(row) > len(header)]
-
-    columns = [c for c in range(1, len(header)) if header[c] not in ignored]
-    filled = {c: [word(row[c]) for _, row in body if CODES.get(word(row[c])) != UNKNOWN]
-              for c in columns}
-    # a column of three or more filled cells without any label is no category (the only one: lists,
-    # if --unlisted says so); of a second sheet one that the first sheet does not have
-    texts = [c for c in columns if not {*codes, "-1"} & {*filled[c]}
-             and (len(filled[c]) > 2 or not (first or header[c] in names)
-                  or (cfg.unlisted and len(columns) == 1 and filled[c] and first))]
-    may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
-    if may_list and len(texts) < len(columns):
-        raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "
-                        f"--ignore {may_list[0]}, or the others (docs/data.md: lists, long)")
-    if len(texts) == len(columns) == 1 and filled[texts[0]]:
-        if cfg.unlisted is None:
-            raise UserError(f"{path}: its cells are lists ({filled[texts[0]][0][:60]!r}): is what "
-                            "they do not name absent or unknown? Say --unlisted absent or unknown")
-        cells, names = lists(path, body, texts[0], names, codes)
-    else:
-        if texts:
-            note(f"{path}: no categories, since none of their cells is a label: "
-                 f"{[header[c] for c in texts]}")
-        columns = [c for c in columns if c not in texts]
-        names = [header[c] for c in columns]
-        cells = label_cells(path, header, body, columns, codes, problems)
-    labels = np.array(cells, np.int8).reshape(len(body), len(names))
-    prompts = [prompt_of.get(name) or name.replace("_", " ") for name in names]
+    names, cells = categories(sheet, cfg, names, codes)
+    problems = [f"{path}:{line}: {len(row)} cells, but the header has {len(sheet.header)}"
+                for line, row in sheet.body.items() if len(row) > len(sheet.header)]
+    for line, row in zip(sheet.body, cells):
+        bad = [f"{name}={cell!r}" for name, cell in zip(names, row) if word(cell) not in codes]
+        if bad:
+            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 (present), 0 "
+                            "(absent), empty (unknown), or -1 with --minus-one; a column that is "
+                            "no category goes into --ignore (docs/data.md: lists)")
+    prompts = [sheet.prompts.get(name) or name.replace("_", " ") for name in names]
     once = len({*map(str.lower, names)}) == len(names)
     problems += [f"{path}:1: the class {name!r} is there twice, capitals aside, or has no name"
                  for name, n in Counter(map(str.lower, prompts if once else names)).items()
                  if n > 1 or not name]
-    if not (body and names):
+    if not (cells and names):
         problems.append(f"{path}: expected a row for each image, a column of labels per category: "
                         "1 present, 0 absent, empty unknown")
-    files = image_files(path, root, body, problems)
+    files = image_files(sheet, root, problems)
     if problems:
         more = f" (and {len(problems) - 1} more; python data.py {path} lists them)"
         error = UserError(problems[0] + (more if len(problems) > 1 else ""))
         error.problems = problems
         raise error
-    return Split(Path(path).stem, files, names, labels, prompts=prompts,
-                 listed=[row[0] for _, row in body], where=[f"{path}:{line}" for line, _ in body])
+    labels = [[codes[word(cell)] for cell in row] for row in cells]
+    return Split(Path(path).stem, files, names, np.array(labels, np.int8), prompts=prompts,
+                 listed=[row[0] for row in sheet.body.values()],
+                 where=[f"{path}:{line}" for line in sheet.body])
 
 
-def label_cells(path, header, body, columns, codes, problems):
-    """N rows of C label codes; what is no label joins `problems`."""
-    for line, row in body:
-        bad = [f"{header[c]}={row[c]!r}" for c in columns if word(row[c]) not in codes]
-        if bad:
-            problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 (present), 0 "
-                            "(absent), empty (unknown), or -1 with --minus-one; a column that is "
-                            "no category goes into --ignore (docs/data.md: lists)")
-    return [[codes.get(word(row[c]), UNKNOWN) for c in columns] for _, row in body]
+def categories(sheet, cfg, names, codes):
+    """-> (C names, N rows of their cells). names: of the training sheet, where this is another"""
+    path, header, rows = sheet.path, sheet.header, sheet.body.values()
+    first = not names  # the training sheet
+    ignored = {*split_names(cfg.ignore or "")}
+    if (missing := ignored - set(header)) and first:
+        raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
+    filled = {c: [word(row[c]) for row in rows if CODES.get(word(row[c])) != UNKNOWN]
+              for c in range(1, len(header)) if header[c] not in ignored}
+    # a column of three or more filled cells without any label is no category (the only one: lists,
+    # if --unlisted says so); of a second sheet one that the first sheet does not have
+    texts = [c for c, words in filled.items() if not {*codes, "-1"} & {*words}
+             and (len(words) > 2 or not (first or header[c] in names)
+                  or (cfg.unlisted and len(filled) == 1 and words and first))]
+    may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
+    if may_list and len(texts) < len(filled):
+        raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "
+                        f"--ignore {may_list[0]}, or the others (docs/data.md: lists, long)")
+    if len(texts) == len(filled) == 1 and filled[texts[0]]:
+        if cfg.unlisted is None:
+            raise UserError(f"{path}: its cells are lists ({filled[texts[0]][0][:60]!r}): is what "
+                            "they do not name absent or unknown? Say --unlisted absent or unknown")
+        return lists(path, [row[texts[0]] for row in rows], names)
+    if texts:
+        note(f"{path}: no categories, since none of their cells is a label: "
+             f"{[header[c] for c in texts]}")
+    columns = [c for c in filled if c not in texts]
+    return [header[c] for c in columns], [[row[c] for c in columns] for row in rows]
 
 
-def image_files(path, root, body, problems):
+def lists(path, cells, names):
+    """A column of lists, such as `dog|cat` -> all names, and rows of the cells that a column for
+    each would hold: 1, or empty, or the word in a list's place ("?": nothing is known)."""
+    blank = [cell if CODES.get(word(cell)) == UNKNOWN else "" for cell in cells]
+    cells = ["" if CODES.get(word(cell)) == UNKNOWN else cell for cell in cells]
+    if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
+        raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
+    separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
+    rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
+    names = sorted({*names}.union(*rows))
+    note(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
+    return names, [["1" if name in row else other for name in names]
+                   for row, other in zip(rows, blank)]
+
+
+def image_files(sheet, root, problems):
     """Absolute file names of the rows, links followed: one image, one row."""
     first = {}  # file: its line
-    for line, row in body:
-        where, name = f"{path}:{line}", row[0]
+    for line, (name, *_) in sheet.body.items():
+        where = f"{sheet.path}:{line}"
         try:
             folder = Path(name).anchor or root  # "/" of an absolute name
             file = name and locate(name, [folder], where)
@@ -210,17 +224,3 @@ def image_files(path, root, body, problems):
         except UserError as error:
             problems.append(str(error))
     return list(first)
-
-
-def lists(path, body, column, names, codes):
-    """One column of lists, such as `dog|cat` -> cells (N rows of C codes), and all names."""
-    cells = ["" if CODES.get(word(row[column])) == UNKNOWN else row[column] for _, row in body]
-    if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
-        raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
-    separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")
-    rows = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
-    names = sorted({*names}.union(*rows))
-    note(f"{path}: one column of lists, {len(names)} categories: {', '.join(names)[:300]}")
-    rest = [codes.get(word(row[column]), codes[""]) for _, row in body]  # "?": nothing is known
-    return [[POSITIVE if name in row else code for name in names]
-            for row, code in zip(rows, rest)], names

@@ -27,8 +27,7 @@ from PIL import Image
 
 from datasets import augment
 from datasets.base import NEGATIVE, POSITIVE, UNKNOWN, read_json, require_unique
-from datasets.csv_sheet import (CODES, FORMULA, MEANING, csv_text, read_cells, sheet_text,
-                                split_names, word)
+from datasets.csv_sheet import CODES, FORMULA, MEANING, Sheet, csv_text, split_names, word
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_command
@@ -51,19 +50,16 @@ def write_page(file, title, cells, photos, grid, then):
 # ---- answers into the sheet
 
 def read_answers(path):
-    """[(image, category, code)] of a CSV with these columns: suggestions or answers."""
-    header, body = read_cells(path)
-    columns = ("image", "category", "label")
-    if missing := set(columns) - set(header):
+    """Yields (image, category, code) of a CSV with image, category, label: suggestions, answers."""
+    sheet, columns = Sheet(path), ("image", "category", "label")
+    if missing := set(columns) - set(sheet.header):
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
-    answers = []
-    for line, row in body:
+    for line, row in sheet.body.items():
         row = [re.sub(f"^'(?={FORMULA.pattern})", "", cell) for cell in row]  # csv_text put it
-        image, category, label = map(dict(zip(header, row)).get, columns)
+        image, category, label = map(dict(zip(sheet.header, row)).get, columns)
         if word(label) not in CODES:
             raise UserError(f"{path}:{line}: a label is 1, 0 or empty, got {label!r}: correct it")
-        answers.append((image, category, CODES[word(label)]))
-    return answers
+        yield image, category, CODES[word(label)]
 
 
 def row_of(address, rows, uploads):
@@ -140,57 +136,50 @@ def folded(category):
 
 def merge(sheet, answers, minus_one, unlisted):
     """Fills empty cells of the sheet with the answers."""
-    sheet, file = Path(sheet), answers
-    read_cells(sheet)  # refuses what is no sheet
-    mark, text, delimiter, encoding = sheet_text(sheet)
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    header, *body = (row for row in rows if any(map(str.strip, row)))
-    image = {nfc(row[0]): row for row in body if nfc(row[0]) != "#prompt"}
-    cells = [{word(row[c].strip()) for row in image.values() if c < len(row)}
-             for c in range(len(header))]
+    path, file, sheet = Path(sheet), answers, Sheet(sheet)
+    image = {nfc(row[0]): line for line, row in sheet.body.items()}
+    cells = [{word(row[c]) for row in sheet.body.values()} for c in range(len(sheet.header))]
     labels = {text for text, code in CODES.items() if code != UNKNOWN} | {"-1"}
-    column = {folded(cell): c for c, cell in enumerate(header)  # notes and ages are no category
-              if c and cell.strip() and (cells[c] & labels or cells[c] <= CODES.keys())}
+    column = {folded(name): c for c, name in enumerate(sheet.header)  # notes, ages: no category
+              if c and name and (cells[c] & labels or cells[c] <= CODES.keys())}
     if minus_one is None and any("-1" in cells[c] for c in column.values()):
-        raise UserError(f"{sheet}: what does -1 mean? Say --minus-one absent (then 0 is unknown) "
+        raise UserError(f"{path}: what does -1 mean? Say --minus-one absent (then 0 is unknown) "
                         "or --minus-one unknown")
-    if file.lower().endswith(".json"):
-        answers = read_label_studio(file, column, image, unlisted)
-    else:
-        answers = read_answers(file)
+    answers = (read_label_studio(file, column, image, unlisted) if file.lower().endswith(".json")
+               else read_answers(file))
     answers = [answer for answer in answers if answer[2] != UNKNOWN]
 
     codes = MEANING[minus_one]
     written = {POSITIVE: "1", NEGATIVE: "-1" if minus_one == "absent" else "0"}
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
-        row, c = image.get(nfc(name)), column.get(folded(category))
-        if row and c:
-            row += [""] * (len(header) - len(row))  # cells that Excel left out at the end
-        said = codes.get(word(row[c].strip())) if row and c else None
-        if said is None:  # no such image or category, or the cell is no label
+        line, c = image.get(nfc(name)), column.get(folded(category))
+        cell = sheet.body[line][c] if line and c else "no such image or category"
+        said = codes.get(word(cell))
+        if said is None:
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
-            row[c] = written[code]
+            raw = sheet.raw[line]
+            raw += [""] * (c + 1 - len(raw))  # Excel left the cell out
+            raw[c] = sheet.body[line][c] = written[code]
             filled += 1
         elif said == code:
             same += 1
         else:
-            conflicts.append(f"{name}, {category}: sheet {row[c]}, answer {written[code]}")
+            conflicts.append(f"{name}, {category}: sheet {cell}, answer {written[code]}")
     if strangers and len(strangers) == len(answers):
-        raise UserError(f"{file}: none of its {len(answers)} answers has a cell in {sheet} "
+        raise UserError(f"{file}: none of its {len(answers)} answers has a cell in {path} "
                         f"(first {strangers[0]}): is it the answers' sheet? A sheet with "
                         "one column of lists takes none")
     if filled:
-        backups = (sheet.with_name(f"{sheet.name}.{k}.bak") for k in itertools.count(1))
+        backups = (path.with_name(f"{path.name}.{k}.bak") for k in itertools.count(1))
         kept = next(file for file in backups if not file.exists())
-        write_atomically(kept, sheet.read_bytes())
-        merged = io.StringIO()
-        csv.writer(merged, delimiter=delimiter).writerows(rows)  # \r\n; so \r and \n get quotes
-        line_end = re.search("\r\n|\r|\n", re.sub('"[^"]*"', "", text))[0]
-        text = mark + merged.getvalue().replace("\r\n", line_end)
-        write_atomically(sheet, text.encode(encoding))
-        print(f"{sheet}: {filled} cells filled; what it was is kept as {kept}")
+        write_atomically(kept, path.read_bytes())
+        merged = io.StringIO()  # \r\n ends its lines; so a cell with \r or \n gets quotes
+        csv.writer(merged, delimiter=sheet.delimiter).writerows(sheet.raw.values())
+        line_end = re.search("\r\n|\r|\n", re.sub('"[^"]*"', "", sheet.text))[0]
+        write_atomically(path, merged.getvalue().replace("\r\n", line_end).encode(sheet.encoding))
+        print(f"{path}: {filled} cells filled; what it was is kept as {kept}")
     print(f"{len(answers)} answers: {filled} new, {same} were there, {len(conflicts)} conflicts, "
           f"{len(strangers)} without a cell")
     for line in conflicts[:50] + strangers[:50]:

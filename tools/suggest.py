@@ -14,7 +14,7 @@ import torch
 import data
 from datasets import augment
 from datasets.base import ASSUMED_NEGATIVE, tells_presence
-from datasets.csv_sheet import csv_text, is_sheet, read_cells
+from datasets.csv_sheet import Sheet, csv_text, is_sheet
 from support import UserError
 from support.checkpoint import write_atomically
 from tools.plots import fit
@@ -99,7 +99,7 @@ def suggest(predictor, args):
             weight = ASSUMED_NEGATIVE
         if weight:  # the answers' 0s may end it as a default
             then += f" with --assume-negative {weight}"
-        if not set(predictor.names) <= set(read_cells(sheet)[0]):
+        if not set(predictor.names) <= set(Sheet(sheet).header):
             then = "; a sheet with a column of lists takes no answers: write a column per category"
     write_atomically(file, csv_text(["image", "category", "label", "probability", "kind"], rows))
     write_page(page, Path(sheet).name, cells, photos, predictor.grid, then)
