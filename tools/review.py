@@ -99,7 +99,7 @@ def read_label_studio(path, names, rows, unlisted):
     if unlisted is None:
         raise UserError(f"{path}: what was not chosen is --unlisted absent or --unlisted unknown?")
     rest = NEGATIVE if unlisted == "absent" else UNKNOWN
-    answers, shown, starts, uploads = [], {}, set(), collections.defaultdict(list)
+    shown, starts, uploads = {}, set(), collections.defaultdict(list)
     for row in rows:
         name = posixpath.basename(row).replace(" ", "_")  # as Django names an uploaded file
         uploads[re.sub(r"[^-\w.]", "", name)].append(row)
@@ -111,18 +111,17 @@ def read_label_studio(path, names, rows, unlisted):
             if shown.setdefault(image, address) != address:
                 raise UserError(f"{path}: two tasks show {image}: {shown[image]} and {address}; "
                                 "delete one")
-            offered = [*map(folded, task["data"].get("offered", names))]
+            offered = {*map(folded, task["data"].get("offered", names))}
             done = [note for note in task["annotations"] if not note.get("was_cancelled")]
             starts |= {start} - {None} if done else set()
             # of two that differ the first counts
             for note in sorted(done, key=lambda note: not note.get("ground_truth")):
                 chosen = {name for result in note["result"] for name in named(result, names)}
-                answers += [(image, name, POSITIVE) for name in sorted(chosen)]
-                answers += [(image, name, rest) for name in offered if name not in chosen]
+                for name in sorted(chosen | offered):
+                    yield image, name, POSITIVE if name in chosen else rest
     if len(starts) > 1:  # a camera gives the same names again
         raise UserError(f"{path}: its photos start from {' and '.join(sorted(starts))}, those of a "
                         "sheet from one folder: export that one's tasks")
-    return answers
 
 
 def nfc(name):
@@ -207,10 +206,8 @@ def new_sheet(folder, categories):
                 augment.refuse_thumbnail(image)
             rows.append([name, *[""] * len(categories)])
         except Exception:  # whatever a decoder raises, too
-            skipped.append(path)
-    reasons = [f"{path} ({why_not(path) or 'a sheet cannot hold its name: rename it'})"
-               for path in skipped[:5]]
-    told = f"{len(skipped)} files were left out, first {', '.join(reasons)}"
+            skipped.append(f"{path} ({why_not(path) or 'a sheet cannot hold its name: rename it'})")
+    told = f"{len(skipped)} files were left out, first {', '.join(skipped[:5])}"
     if not (rows and categories):
         raise UserError(f"expected images in {folder} and names in --categories; got {len(rows)} "
                         f"images and {len(categories)} names{'; ' + told if skipped else ''}")
@@ -223,22 +220,22 @@ def new_sheet(folder, categories):
 def export(suggestions, tasks, folder):
     """Suggestions -> Label Studio's tasks; what is likely present is chosen beforehand."""
     file = new(tasks, "TASKS")
-    chosen, categories = collections.defaultdict(list), set()
-    for image, category, code in read_answers(suggestions):
-        names = chosen[image]  # an image without a positive gets a task, too
+    answers = [*read_answers(suggestions)]
+    categories = sorted({category for _, category, _ in answers})
+    chosen = {image: [] for image, _, _ in answers}  # one without a positive is a task, too
+    for image, category, code in answers:
         if code == POSITIVE:
-            names.append(category)
-        categories.add(category)
+            chosen[image].append(category)
     tasks = []
     for image, names in chosen.items():
         result = {"from_name": "category", "to_name": "image", "type": "choices",
                   "value": {"choices": names}}
         place = posixpath.normpath(posixpath.join(folder, image.replace("\\", "/")))
-        data = {"image": "/data/local-files/?d=" + urllib.parse.quote(place),
-                "offered": sorted(categories)}  # for the way back
+        address = "/data/local-files/?d=" + urllib.parse.quote(place)
+        data = {"image": address, "offered": categories}  # these for the way back
         tasks.append({"data": data, "predictions": [{"result": [result]}]})
     write_atomically(file, json.dumps(tasks, indent=1))
-    choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in sorted(categories))
+    choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in categories)
     print(f"{file}: {len(tasks)} tasks. The labelling interface of the project:\n"
           '<View><Image name="image" value="$image"/><Choices name="category" toName="image" '
           f'choice="multiple">{choices}</Choices></View>')
