@@ -7,7 +7,6 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 from clip.weights import FILES
 from datasets.csv_sheet import is_sheet
@@ -20,9 +19,9 @@ PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
 CLIPS = ("tiny", *FILES)
 
 
-def option(default, help, low=0, high=2**31, above=None, choices=""):
-    """A setting and its help. A number is from low to high, and more than `above` where that is
-    given; a word is one of choices, "a|b"."""
+def option(default, help, low=0, high=2**31, above=None, choices=None):
+    """A setting, of its type or None, and its help. A number is from low to high, and more than
+    `above` where that is given; a word is one of choices, "a|b"."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above,
                                                 choices=choices))
 
@@ -33,38 +32,38 @@ class Config:
     of scenes and sheets are added by `parse`."""
     # ---- data
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
-    root: str | None = option(None, "folder of the data set")
+    root: str = option(None, "folder of the data set")
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
-    single_positive: str | None = option(None, "one positive per image", choices="largeloss|splc")
-    assume_negative: float | None = option(
+    single_positive: str = option(None, "one positive per image", choices="largeloss|splc")
+    assume_negative: float = option(
         None, "weight of unknown labels as negatives; by default 0.3 where at most half as many "
         "labels are absent as present (a single positive, ticks), else 0", 0, 1)
-    mask: str | None = option(None, "file of the known cells, instead of drawing them")
-    val: str | None = option(None, "validation CSV, or a share of the training rows such as 0.2")
-    test: str | None = option(None, "test CSV of a sheet")
-    ignore: str | None = option(None, "columns of a sheet that are no category: a,b")
-    minus_one: str | None = option(None, "what -1 means in a sheet (absent: 0 is unknown)",
-                                   choices="absent|unknown")
-    unlisted: str | None = option(None, "what a sheet's empty cells mean, or what its lists lack",
-                                  choices="absent|unknown")
-    names: str | None = option(None, "file of prompt names, one category a line")
+    mask: str = option(None, "file of the known cells, instead of drawing them")
+    val: str = option(None, "validation CSV, or a share of the training rows such as 0.2")
+    test: str = option(None, "test CSV of a sheet")
+    ignore: str = option(None, "columns of a sheet that are no category: a,b")
+    minus_one: str = option(None, "what -1 means in a sheet (absent: 0 is unknown)",
+                            choices="absent|unknown")
+    unlisted: str = option(None, "what a sheet's empty cells mean, or what its lists lack",
+                           choices="absent|unknown")
+    names: str = option(None, "file of prompt names, one category a line")
     prompt_names: str = option("peers", "category words in the prompts: the peers', or the data "
                                "set's own", choices="peers|official")
-    lists: str | None = option(None, "folder or training list of the splc setup (else --root)")
+    lists: str = option(None, "folder or training list of the splc setup (else --root)")
     keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
-    train_images: int | None = option(None, "use only the first n training images", 1)
+    train_images: int = option(None, "use only the first n training images", 1)
     images: str = option("photos", "what is learned from", choices="photos|captions")
-    captions: str | None = option(None, "captions_*.json (default: that of the data set)")
+    captions: str = option(None, "captions_*.json (default: that of the data set)")
     size: int = option(448, "side of the input in pixels", 32, 4096)
     augment: str = option("taidpt", "of training images", choices="none|flip|taidpt")
     # ---- model
     clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
                        "in Hugging Face's local cache")
-    activation: str | None = option(None, "of weights that do not say", choices="quickgelu|gelu")
+    activation: str = option(None, "of weights that do not say", choices="quickgelu|gelu")
     matching: str = option("carl", "carl is the paper's method, the others its baselines",
                            choices="carl|dualcoop|dualcoop-fixed|average|global")
     without: str = option("", "parts to leave out: any of kd,mmcp,mmcl or a prototype, visual,text")
-    carl_from: str | None = option(None, "run whose region module is kept frozen (Table 4)")
+    carl_from: str = option(None, "run whose region module is kept frozen (Table 4)")
     dropout: float = option(0.1, "of the region module; raise it when the model memorises its few "
                             "known labels", 0, 0.9)
     queries: str = option("text", "start of the category queries", choices="random|text")
@@ -104,7 +103,7 @@ class Config:
     cache_features: int = option(0, "augmented views whose features are kept on disk, instead of "
                                  "running the backbone in every epoch")
     cache_dir: str = option("generated/features", "where they are kept")
-    out: str | None = option(None, "run folder")
+    out: str = option(None, "run folder")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -155,17 +154,12 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def type_of(f):
-    """int, float, str or bool of a field; of `str | None` it is str."""
-    return get_args(f.type)[0] if get_args(f.type) else f.type
-
-
 def check(f, value):
     """UserError for a value that a field cannot have."""
     choices, low, high, above = (f.metadata[rule] for rule in ("choices", "low", "high", "above"))
     if choices and value not in choices.split("|"):
         raise UserError(f"{flag(f.name)} expects one of {choices}, got {value!r}")
-    if type_of(f) in (int, float) and (not low <= value <= high or value == above):
+    if f.type in (int, float) and (not low <= value <= high or value == above):
         least = f"from {low}" if above is None else f"above {above}"
         raise UserError(f"{flag(f.name)} expects a number {least} up to {high}, got {value}")
 
@@ -196,8 +190,8 @@ def parse(argv, about=""):
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run and its "
                         "settings; say where things lie now: --data, --root, --clip, ...")
     for f in dataclasses.fields(Config):
-        how = dict(type=type_of(f), metavar=f.metadata["choices"] or None)
-        if type_of(f) is bool:
+        how = dict(type=f.type, metavar=f.metadata["choices"])
+        if f.type is bool:
             how = dict(action="store_true")
         others = "".join(f"; {data}: {recipe[f.name]}" for data, recipe in PRESETS.items()
                          if f.name in recipe)
