@@ -41,52 +41,49 @@ from tools.zero_shot import zero_shot, zero_shot_text
 from trm import TRM, Prompts
 
 # Of each table: "rows" {row: [settings of runs whose scores are averaged]}, columns ("ratios" of
-# known labels, or "setups"), and the "paper" {data set: {row: mAPs of the "printed" columns}}
+# known labels, or "setups"), and the "paper" {data set: {row: mAPs of the "printed" columns}};
+# "defaults" are settings below the data set's preset, "mean" says what a printed mean is of.
 TABLES = read_json(Path(__file__).with_name("tables.json"))
 # Our own studies, in the same form. They report validation, because settings are chosen on it.
-STUDIES = {name: dict(rows=rows, ratios=[0.1], printed=[], paper={"coco": {}})
-           for name, rows in read_json(Path(__file__).with_name("studies.json")).items()}
+STUDIES = {name: dict(about="", ratios=[0.1], printed=[], paper={"coco": {}}) | study
+           for name, study in read_json(Path(__file__).with_name("studies.json")).items()}
+ASKED = TABLES | STUDIES
 AVERAGE = "Avg."
 
 
 def rows_of(args, base):
     """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}, and
     the data set that these are of."""
-    asked = STUDIES[args.study] if args.study else TABLES[args.table]
+    asked = ASKED[args.table or args.study]
     known = asked["paper"]  # where the data set is not in it, another's numbers are shown
     data = next(name for name in (base.data, "coco", *known) if name in known)
     captions_work = base.captions or base.data in ("scenes", "coco")
-    held_out = base.val or base.data == "scenes" or is_sheet(base.data)
-    if base.score == "mixed" and not held_out:
+    if base.score == "mixed" and not (base.val or base.data == "scenes" or is_sheet(base.data)):
         captions_work = False  # the mixed score is scaled on photos, and there are none
+    texts = args.rows or [""]  # one that is no row's name chooses all rows that hold it
     rows = {row: runs for row, runs in asked["rows"].items()
-            if captions_work or "TaI-DPT" not in row}
-    if args.rows:  # a text that is no row's name chooses all rows that hold it
-        words_of_names = [text for text in args.rows if text not in asked["rows"]]
-        rows = {row: runs for row, runs in rows.items()
-                if row in args.rows or any(text in row for text in words_of_names)}
+            if (row in texts or any(text in row and text not in asked["rows"] for text in texts))
+            and (captions_work or "TaI-DPT" not in row)}
     if not rows:
         raise UserError(f"no row of this table holds {' or '.join(args.rows)} (those of TaI-DPT "
                         "need --captions, except on coco and scenes, and --val for --score mixed)")
-    paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
-             if row in rows}
-    if args.table == "2":
-        setups, missing = {}, {}
-        for name, setup in asked["setups"].items():  # each has published files of its own
-            try:
-                load(dataclasses.replace(base, **setup))
-                setups[name] = setup
-            except NotFound as error:
-                missing[name] = error
-        if not setups:
-            raise next(iter(missing.values()))
-        for name, error in missing.items():
-            note(f"the {name} is left out: {error}")
-        return rows, setups, paper, data
     if base.single_positive:  # which Table 3 leaves out
         return rows, {f"single positive, {base.single_positive}": dict(ratio=1.0)}, {}, data
+    paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
+             if row in rows}
     ratios = args.ratios or asked.get(f"ratios of {base.data}", asked["ratios"])
-    return rows, {f"{100 * ratio:g} %": dict(ratio=ratio) for ratio in ratios}, paper, data
+    columns, missing = {f"{100 * ratio:g} %": dict(ratio=ratio) for ratio in ratios}, {}
+    for name, setup in asked.get("setups", {}).items():  # each has published files of its own
+        try:
+            load(dataclasses.replace(base, **setup))
+            columns[name] = setup
+        except NotFound as error:
+            missing[name] = error
+    for name, error in missing.items():
+        if not columns:
+            raise error
+        note(f"the {name} is left out: {error}")
+    return rows, columns, paper, data
 
 
 # ---- measuring
@@ -143,16 +140,16 @@ def settings_of(runs, seeds):
     return (f"{base.data}, {len(runs.splits[0].paths)} training images, CLIP {base.clip} "
             f"({runs.encoder.sha256[:12]}), {base.size} px, {base.epochs} epochs, seeds "
             f"{seeds.start} to {seeds.stop - 1}; mAP of the {base.score} score on {runs.split} in "
-            "%, last epoch, mean ± standard deviation.\n\n")
+            "%, last epoch, mean ± standard deviation.")
 
 
 # ---- what is reproduced: own options, Config of all rows, file of the table -> Markdown
 
 def mAP_table(args, base, file):
     """A line per row, under it the paper's numbers where there are any."""
+    asked = ASKED[args.table or args.study]
     rows, columns, paper, data = rows_of(args, base)
-    if args.table == "2":  # whose setups have lists of their own
-        base = dataclasses.replace(base, **next(iter(columns.values())))
+    base = dataclasses.replace(base, **next(iter(columns.values())))  # setups have their own lists
     runs = Runs(base, args.out, args.jobs, bool(args.study))
     seeds = range(base.seed, base.seed + args.seeds)
     if any("TaI-DPT" in row for row in rows) and not captions.file_of(base).is_file():
@@ -175,16 +172,12 @@ def mAP_table(args, base, file):
     for row, cells in measured.items():
         lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
         known = paper.get(row, {})
-        printed = {name: str(mAP) for name, mAP in known.items()  # a mean only of the same columns
-                   if name != AVERAGE or set(known) in ({AVERAGE}, set(names))}
-        of = ""
-        if set(known) == {AVERAGE}:  # Tables 3 and 6 print nothing else: it says what it is of
-            first, *_, last = TABLES[args.table]["ratios"]
-            of = f", of {100 * first:.0f}-{100 * last:.0f} %"
-        if printed.keys() & set(names):
-            lines.append([f"*the paper, {data}{of}*", *(printed.get(name, "") for name in names)])
-    about = "" if args.study else TABLES[args.table]["about"] + "\n\n"
-    return settings_of(runs, seeds) + about + markdown(names, lines)
+        same = set(known) in ({AVERAGE}, set(names))  # a mean is shown beside one of its columns
+        beside = [str(known.get(name, "")) if same or name != AVERAGE else "" for name in names]
+        if any(beside):
+            lines.append([f"*the paper, {data}{asked.get('mean', '')}*", *beside])
+    about = settings_of(runs, seeds), asked["about"], markdown(names, lines)
+    return "\n\n".join(filter(None, about))
 
 
 def table_5(*_):
@@ -237,7 +230,7 @@ def figure_4(args, base, file):
             rows.append([(photo, f"{name}\n{caption}"), *tiles])
     save_grid(rows, file)
     compare(list(predictors.values()), split)
-    return settings_of(runs, range(base.seed, base.seed + 1)) + f"{file} is drawn."
+    return settings_of(runs, range(base.seed, base.seed + 1)) + f"\n\n{file} is drawn."
 
 
 # ---- command line
@@ -257,27 +250,23 @@ def parse(argv):
     add("--image", nargs="+", metavar="PATH", help="of --figure 4 (default: test images)")
     add("--out", default="runs/tables", help="folder (default: runs/tables)")
     args, rest = parser.parse_known_args(argv)  # the rest is train.py's
+    asked = ASKED.get(args.table or args.study, {})
     if min(args.seeds, args.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {args.seeds} and {args.jobs}")
-    names = {word.split("=")[0] for word in rest}  # --clip RN101 and --clip=RN101
     rows_differ = {"--resume", "--ratio", "--mask", "--matching", "--without", "--carl-from",
                    "--images"}
-    if wrong := names & rows_differ:
+    if wrong := rows_differ & {word.split("=")[0] for word in rest}:  # --mask x and --mask=x
         raise UserError(f"drop it: rows set {' '.join(wrong)}, and a stopped table just goes on")
-    base, _ = parse_config(rest)
+    base, _ = parse_config(rest, **asked.get("defaults", {}))
     if base.single_positive and args.table != "3":
         raise UserError("--single-positive is for --table 3; Table 2 has its setups: drop it")
-    if args.study == "assume-negative":
-        base.single_positive = "largeloss"
     of_figure = args.figure and len(args.ratios or ()) > 1
-    useless = {"ratios": args.table in ("2", "5") or base.single_positive or of_figure,
+    useless = {"ratios": asked.get("ratios") == [] or base.single_positive or of_figure,
                "rows": args.table == "5" or args.figure, "image": not args.figure}
     if wrong := [f"--{name}" for name in useless if useless[name] and getattr(args, name)]:
         raise UserError(f"{' '.join(wrong)} would change nothing here: drop it")
     if base.data == "scenes" and base.train_images is None:
         base.train_images = 1000
-    if args.table == "2" and base.data != "scenes" and "--clip" not in names:
-        base.clip = "RN50"  # "All models adopt ResNet50"
     return args, base
 
 
