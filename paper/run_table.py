@@ -56,11 +56,10 @@ class Runs:
     def config(self, settings, seed):
         """Settings of a row -> its Config with a folder of its own. `carl_from` may hold the
         settings of another run (Table 4), which is trained first."""
-        settings = dict(settings)
         if "carl_from" in settings:
-            settings["carl_from"] = self.config(settings["carl_from"], seed).out
+            settings = settings | dict(carl_from=self.config(settings["carl_from"], seed).out)
         if settings.get("images") == "captions":  # five an image: a fifth gives as many steps
-            settings["epochs"] = max(1, self.base.epochs // 5)
+            settings = settings | dict(epochs=max(1, self.base.epochs // 5))
         cfg = dataclasses.replace(self.base, **settings, seed=seed)
         files = [cfg.names] if cfg.names else []  # what else is read counts by its content
         if cfg.images == "captions":
@@ -91,9 +90,8 @@ class Runs:
                 and (not cfg.carl_from or finished(cfg, cfg.carl_from))]  # it may have diverged
         trained = map(train_one, todo) if self.jobs == 1 else in_processes(todo, self.jobs)
         for count, cfg in enumerate(tqdm(trained, "runs", len(todo), disable=None), 1):
-            told = "diverged"
-            if finished(cfg):
-                told = f"mAP {history(cfg.out)[-1][self.split]['mAP']:.2f}"
+            lines = history(cfg.out)
+            told = f"mAP {lines[-1][self.split]['mAP']:.2f}" if finished(cfg) else "diverged"
             tqdm.write(f"[{count}/{len(todo)}] {Path(cfg.out).name}: {told}")
 
     def predictor(self, run):
