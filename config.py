@@ -185,8 +185,7 @@ def preset(data):
 
 
 def parse(argv, about="", **below):
-    """Command line, else the data set's preset, else `below`, else the default -> (Config, run to
-    resume)."""
+    """Command line, else the preset, else `below`, else the default -> Config, run to resume."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run and its "
                         "settings; say where things lie now: --data, --root, --clip, ...")
