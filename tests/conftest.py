@@ -18,6 +18,11 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 gpu = pytest.mark.skipif(not GPU, reason="GPU case: no CUDA device")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One process more than cores: many tests wait for others that they have started."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def triton_path():
     """Force the Triton kernels (in the interpreter without a GPU) for one test; the earlier choice
