@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import shlex
 import sys
 import time
@@ -271,6 +272,8 @@ def parse(argv):
 
 
 def reproduce(argv):
+    # the tracker of semaphores clears up after stopped processes, and would say so
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     args, base = parse(argv)
     start = time.perf_counter()
     kind = "table" if args.table else "figure" if args.figure else "study"

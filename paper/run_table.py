@@ -129,8 +129,6 @@ def finished(cfg, run=None):
 
 def in_processes(todo, jobs):
     """What train_one returns, as the runs end."""
-    # the tracker of semaphores clears up after stopped processes, and would say so
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, share_cores, (jobs,)) as pool:
         try:
