@@ -184,8 +184,9 @@ def preset(data):
     return PRESETS["sheet"] | dict(batch=min(128, max(16, rows // 8)))
 
 
-def parse(argv, about="", **below):
-    """Command line, else the preset, else `below`, else the default -> Config, run to resume."""
+def parse(argv, about="", **defaults):
+    """Command line, else the data set's preset, else `defaults`, else Config's own -> (Config, run
+    to resume)."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run and its "
                         "settings; say where things lie now: --data, --root, --clip, ...")
@@ -201,7 +202,7 @@ def parse(argv, about="", **below):
     given = vars(parser.parse_args(words(argv)))
     run = given.pop("resume", None)
     if run is None:
-        return Config(**below | preset(given.get("data", "scenes")) | given), None
+        return Config(**defaults | preset(given.get("data", "scenes")) | given), None
     if kept := given.keys() - PLACES - MACHINE:
         raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
     return restored(begun(run)["config"], run / "config.json", given), run

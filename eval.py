@@ -19,12 +19,13 @@ from contextlib import redirect_stdout
 import numpy as np
 import torch
 
-from config import OF_SHEETS, PLACES, Config, flag, preset
+from config import Config, preset
 from datasets.csv_sheet import is_sheet
 from support import UserError
 from support.checkpoint import changed
-from support.cli import make_parser, run_main, words
+from support.cli import run_main
 from tools.categories import category_lines
+from tools.eval_options import parse
 from tools.predict import images_in, predict
 from tools.predictor import Predictor, ZeroShot, region_map, score_split
 from tools.report import warn_if_below
@@ -34,7 +35,6 @@ from tools.zero_shot import probability_arrays, zero_shot, zero_shot_scale, zero
 # Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
 # choice is worse than the last epoch (docs/readings.md).
 ENOUGH = 10
-WITHOUT_RUN = ("size", "activation", *OF_SHEETS)  # settings that a run has settled
 
 # ---- metrics; scores are probabilities or anything that ranks
 
@@ -269,52 +269,6 @@ def table(predictors, split, args):
         print(*category_lines(split, scores, ap, threshold, first.rests_on), sep="\n")
 
 
-def parse(argv):
-    """-> options; `places` are the settings of the run that were given anew"""
-    parser = make_parser("eval.py", __doc__)
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True).add_argument
-    source("run", nargs="?", help="run folder")
-    source("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
-           "--clip, --size and the like in the place of a run")
-    command = parser.add_mutually_exclusive_group().add_argument
-    command("--image", nargs="+", metavar="PATH", help="photos or folders")
-    command("--suggest", metavar="FILE", help="CSV of its guesses for unknown labels, and its page")
-    command("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these")
-    command("--categories", action="store_true", help="a line per category, labels that look wrong")
-    command("--ensemble", nargs="+", metavar="RUN", help="average probabilities with these runs")
-    for name in WITHOUT_RUN:
-        add(flag(name), type=Config.__annotations__[name], help="--zero-shot: as train.py has it")
-    add("--checkpoint", choices=("best", "last"), help="default: best, where there is a best.pt")
-    add("--split", choices=("train", "val", "test"), help="default: test, or val without one")
-    add("--top", type=int, default=5, help="--image: categories shown (default: 5)")
-    add("--pictures", type=int, help="--image: most pictures drawn; --suggest: cells on the page")
-    add("--out", help="--image: folder of the pictures (default: RUN/regions)")
-    add("--csv", metavar="FILE", help="--image: all probabilities as image,<category>,...")
-    add("--strict", action="store_true", help="--image: fail where a photo cannot be read")
-    add("--json", action="store_true", help="print JSON")
-    add("--batch", type=int, default=32, help="--image: images at once (default: 32)")
-    add("--workers", type=int, help="processes that decode (default: the run's; --image: 0)")
-    for name in sorted(PLACES):
-        add(flag(name), help="where it lies now, if it moved since training")
-
-    args = parser.parse_args(words(argv))
-    if args.json and (args.categories or args.compare or args.suggest):
-        raise UserError("--categories, --compare and --suggest print lines for people: drop --json")
-    if not args.image and (args.csv or args.out or args.strict):
-        raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
-    if min(args.top, args.batch) < 1 or min(args.workers or 0, args.pictures or 0) < 0:
-        raise UserError("--top and --batch count from 1, --workers and --pictures from 0")
-    args.places = {name: value for name in (*PLACES, *WITHOUT_RUN, "workers")
-                   if (value := getattr(args, name)) is not None}
-    extra = [flag(name) for name in WITHOUT_RUN if name in args.places]
-    if args.run and extra:
-        raise UserError(f"{' '.join(extra)} belongs to --zero-shot, a run has its own: drop it")
-    if args.zero_shot and not (args.data and args.suggest):
-        raise UserError("--zero-shot needs --data and --suggest: add them, or give a run")
-    return args
-
-
 def run(args):
     """What `python eval.py` does with its options."""
     if args.zero_shot:
@@ -347,7 +301,7 @@ def run(args):
 
 
 def main(argv=None):
-    return run_main(lambda: run(parse(argv)))
+    return run_main(lambda: run(parse(argv, __doc__)))
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def load(root, cfg):
 
 class Sheet:
     """A CSV. header: its cells; body: {line number: cells}, without blanks around cells, empty rows
-    and end columns, short rows filled; prompts: {category: its name in prompts}; raw: all rows as
-    they stand, by line number, with text, delimiter and encoding what writes them back."""
+    and end columns, short rows filled; prompts: {category: its name in prompts}. A merge writes it
+    back: raw: {line number: cells as they stand} of all rows, text, delimiter, encoding."""
 
     def __init__(self, path):
         self.path = path

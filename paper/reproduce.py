@@ -61,9 +61,10 @@ def rows_of(args, base):
     captions_work = base.captions or base.data in ("scenes", "coco")
     if base.score == "mixed" and not (base.val or base.data == "scenes" or is_sheet(base.data)):
         captions_work = False  # the mixed score is scaled on photos, and there are none
-    texts = args.rows or [""]  # one that is no row's name chooses all rows that hold it
+    texts = args.rows or [""]
+    parts = [text for text in texts if text not in asked["rows"]]  # choose all rows that hold them
     rows = {row: runs for row, runs in asked["rows"].items()
-            if (row in texts or any(text in row and text not in asked["rows"] for text in texts))
+            if (row in texts or any(part in row for part in parts))
             and (captions_work or "TaI-DPT" not in row)}
     if not rows:
         raise UserError(f"no row of this table holds {' or '.join(args.rows)} (those of TaI-DPT "
@@ -272,7 +273,7 @@ def parse(argv):
 
 
 def reproduce(argv):
-    # the tracker of semaphores clears up after stopped processes, and would say so
+    # The tracker of semaphores, which a progress bar may start, would tell of a stop's left-overs.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     args, base = parse(argv)
     start = time.perf_counter()

@@ -18,6 +18,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 gpu = pytest.mark.skipif(not GPU, reason="GPU case: no CUDA device")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers(config):
     """One process more than cores: many tests wait for others that they have started."""
     return (os.cpu_count() or 1) + 1

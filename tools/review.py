@@ -153,9 +153,8 @@ def merge(sheet, answers, minus_one, unlisted):
     filled, same, strangers, conflicts = 0, 0, [], []
     for name, category, code in answers:
         line, c = image.get(nfc(name)), column.get(folded(category))
-        cell = sheet.body[line][c] if line and c else "no such image or category"
-        said = codes.get(word(cell))
-        if said is None:
+        said = codes.get(word(sheet.body[line][c])) if line and c else None
+        if said is None:  # no such image or category, or the cell is no label
             strangers.append(f"{name}, {category}")
         elif said == UNKNOWN:
             raw = sheet.raw[line]
@@ -165,7 +164,8 @@ def merge(sheet, answers, minus_one, unlisted):
         elif said == code:
             same += 1
         else:
-            conflicts.append(f"{name}, {category}: sheet {cell}, answer {written[code]}")
+            conflicts.append(f"{name}, {category}: sheet {sheet.body[line][c]}, answer "
+                             f"{written[code]}")
     if strangers and len(strangers) == len(answers):
         raise UserError(f"{file}: none of its {len(answers)} answers has a cell in {path} "
                         f"(first {strangers[0]}): is it the answers' sheet? A sheet with "
@@ -206,8 +206,10 @@ def new_sheet(folder, categories):
                 augment.refuse_thumbnail(image)
             rows.append([name, *[""] * len(categories)])
         except Exception:  # whatever a decoder raises, too
-            skipped.append(f"{path} ({why_not(path) or 'a sheet cannot hold its name: rename it'})")
-    told = f"{len(skipped)} files were left out, first {', '.join(skipped[:5])}"
+            skipped.append(path)
+    reasons = [f"{path} ({why_not(path) or 'a sheet cannot hold its name: rename it'})"
+               for path in skipped[:5]]
+    told = f"{len(skipped)} files were left out, first {', '.join(reasons)}"
     if not (rows and categories):
         raise UserError(f"expected images in {folder} and names in --categories; got {len(rows)} "
                         f"images and {len(categories)} names{'; ' + told if skipped else ''}")
