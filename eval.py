@@ -242,8 +242,9 @@ def maps_of(out, model):
     return maps
 
 
-def table(predictors, split, args):
-    """The metrics of a split, of one run or of several whose probabilities are averaged."""
+def table(predictors, split, args, seen=False):
+    """The metrics of a split, of one run or of several whose probabilities are averaged. seen:
+    whether the first run was trained with the split as it is."""
     with redirect_stdout(sys.stderr if args.json else sys.stdout):  # no word beside the JSON
         found = [member.all_scores(split)[0] for member in predictors]
     scores = np.mean([one[member.cfg.score] for member, one in zip(predictors, found)], 0)
@@ -255,8 +256,8 @@ def table(predictors, split, args):
         return print(json.dumps(numbers))
     first = predictors[0]
     # thresholds of the mixed score are chosen on photos of training, too
-    chosen_here = (split.name.endswith("/val") and not changed(first.run, [split])
-                   or split.name.endswith("/train") and first.cfg.score == "mixed")
+    chosen_here = seen and (split.name.endswith("/val")
+                            or split.name.endswith("/train") and first.cfg.score == "mixed")
     who = f"mean of {len(found)} runs"
     if len(found) == 1:
         who = f"{first.cfg.score} score, epoch {first.epoch}"
@@ -280,7 +281,8 @@ def run(args):
         encoder = predictors[0].clip if predictors else None  # shared where it is the same
         predictors.append(Predictor(name, args.checkpoint, encoder=encoder, places=args.places))
         if predictors[-1].names != predictors[0].names:
-            raise UserError(f"{name} has other categories than {args.run}: drop it")
+            raise UserError(f"{name} has other categories than {args.run}, or in another order: "
+                            "drop it")
     if args.image:
         return predict(predictors[0], images_in(args.image), args)
     if args.suggest:
@@ -290,14 +292,15 @@ def run(args):
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
     split = splits[name]
+    seen, *others = (not changed(one.run, [split]) for one in predictors)
     if name == "train":
         split = split.measured()  # data.load has done it for val and test
-    elif strange := [one.run for one in predictors[1:] if changed(one.run, [split])]:
-        print(f"note: {split.name} is not what {', '.join(map(str, strange))} was trained with: it "
-              "may have learned from these images", file=sys.stderr)
+    elif strange := [str(one.run) for one, knows in zip(predictors[1:], others) if not knows]:
+        print(f"note: {split.name} is not what {', '.join(strange)} was trained with: it may have "
+              "learned from these images", file=sys.stderr)
     if args.compare:
         return compare(predictors, split)
-    table(predictors, split, args)
+    table(predictors, split, args, seen)
 
 
 def main(argv=None):

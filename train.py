@@ -82,7 +82,7 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
 def update(state, loss, cfg):
     """One step of the optimizer and of its schedule -> norm of the gradient before clipping, 0
     for a step that fp16's scaler skips."""
-    parameters = state.optimizer.param_groups[0]["params"]
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     average_gradients(parameters)  # before unscale_, so that all processes see an overflow

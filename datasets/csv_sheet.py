@@ -67,23 +67,28 @@ def is_sheet(data):
 def load(root, cfg):
     """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first one,
     in its order, and other images."""
-    train = read(cfg.data, root, cfg)
+    sheets = {part: Sheet(path) for part, path in (("train", cfg.data), ("val", cfg.val),
+                                                   ("test", cfg.test)) if is_sheet(path)}
+    columns = {name for sheet in sheets.values() for name in sheet.header}
+    if missing := {*split_names(cfg.ignore or "")} - columns:
+        raise UserError(f"{cfg.data}: --ignore names {sorted(missing)}, the columns are "
+                        f"{sorted(columns)[:20]}")
+    train = read(sheets.pop("train"), root, cfg)
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
     if ticked and not tells_presence(train.labels):
         note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all images have it")
     parts = {"train": train}
-    for part, path in (("val", cfg.val), ("test", cfg.test)):
-        if not is_sheet(path):
-            continue
-        split = read(path, root, cfg, train.names)
+    for part, sheet in sheets.items():
+        split = read(sheet, root, cfg, train.names)
         if differ := set(split.names) ^ set(train.names):
-            raise UserError(f"{path}: its classes differ from the training sheet: {sorted(differ)}")
+            raise UserError(f"{sheet.path}: its classes differ from the training sheet: "
+                            f"{sorted(differ)}")
         others = [file for other in parts.values() for file in other.paths]
         first = twins(others + split.paths)[len(others):]  # a copy is the same image, too
         if both := [file for file, i in zip(split.paths, first) if i < len(others)]:
-            raise UserError(f"{path}: {len(both)} images are in another sheet, first {both[0]}: "
-                            "take them out of one")
+            raise UserError(f"{sheet.path}: {len(both)} images are in another sheet, first "
+                            f"{both[0]}: take them out of one")
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
@@ -124,12 +129,12 @@ class Sheet:
             self.prompts = dict(zip(header, self.body.pop(min(rows))))
 
 
-def read(path, root, cfg, names=()):
+def read(sheet, root, cfg, names=()):
     """-> Split. root: where relative image names start, and what they must not leave (default: the
     sheet's folder). names: of the training sheet, where this is another; lists need not use all.
     UserError for the first problem; its attribute `problems` lists them all."""
+    path = sheet.path
     root = os.path.realpath(root or os.path.dirname(os.path.realpath(path)))
-    sheet = Sheet(path)
     empty = NEGATIVE if cfg.unlisted == "absent" else UNKNOWN
     codes = MEANING[cfg.minus_one] | dict.fromkeys(EMPTY, empty)
     names, cells = categories(sheet, cfg, names, codes)
@@ -165,9 +170,7 @@ def categories(sheet, cfg, names, codes):
     """-> (C names, N rows of their cells). names: of the training sheet, where this is another"""
     path, header, rows = sheet.path, sheet.header, sheet.body.values()
     first = not names  # the training sheet
-    ignored = {*split_names(cfg.ignore or "")}
-    if (missing := ignored - set(header)) and first:
-        raise UserError(f"{path}: --ignore names {sorted(missing)}, the columns are {header[:20]}")
+    ignored = split_names(cfg.ignore or "")
     filled = {c: [word(row[c]) for row in rows if CODES.get(word(row[c])) != UNKNOWN]
               for c in range(1, len(header)) if header[c] not in ignored}
     # a column of three or more filled cells without any label is no category (the only one: lists,
@@ -176,7 +179,7 @@ def categories(sheet, cfg, names, codes):
              and (len(words) > 2 or not (first or header[c] in names)
                   or (cfg.unlisted and len(filled) == 1 and words and first))]
     may_list = [header[c] for c in texts if re.search("(?i)label|tags?$|categ|class", header[c])]
-    if may_list and len(texts) < len(filled):
+    if may_list and len(filled) > 1:
         raise UserError(f"{path}: the column {may_list[0]!r} holds no labels, but may list them: "
                         f"--ignore {may_list[0]}, or the others (docs/data.md: lists, long)")
     if len(texts) == len(filled) == 1 and filled[texts[0]]:

@@ -107,11 +107,12 @@ def measure(runs, rows, columns, seeds):
     return measured
 
 
-def spread(by_seed):
-    """Mean and sample standard deviation over the seeds."""
+def spread(by_seed, seeds=0):
+    """Mean and sample standard deviation over the seeds; how many of `seeds`, if not all."""
     values = list(by_seed.values())
     deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{deviation}" if values else "no run finished"
+    some = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else ""
+    return f"{np.mean(values):.2f}{deviation}{some}" if values else "no run finished"
 
 
 def markdown(columns, rows):
@@ -139,10 +140,11 @@ def plot(measured, paper, titles, file):
 
 def settings_of(runs, seeds):
     base = runs.base
+    only = " (of a baseline its only one)" if base.score in ("query", "mean") else ""
     return (f"{base.data}, {len(runs.splits[0].paths)} training images, CLIP {base.clip} "
             f"({runs.encoder.sha256[:12]}), {base.size} px, {base.epochs} epochs, seeds "
             f"{seeds.start} to {seeds.stop - 1}; mAP of the {base.score} score on {runs.split} in "
-            "%, last epoch, mean ± standard deviation.")
+            f"%{only}, last epoch, mean ± standard deviation.")
 
 
 # ---- what is reproduced: own options, Config of all rows, file of the table -> Markdown
@@ -172,7 +174,7 @@ def mAP_table(args, base, file):
             mAP = metrics(score, test_split.truth)["mAP"]
             lines.append([f"zero-shot CLIP, {name}", *[""] * (len(names) - 1), f"{mAP:.2f}"])
     for row, cells in measured.items():
-        lines.append([f"**{row}**", *(spread(cells[name]) for name in names)])
+        lines.append([f"**{row}**", *(spread(cells[name], args.seeds) for name in names)])
         known = paper.get(row, {})
         same = set(known) in ({AVERAGE}, set(names))  # a mean is shown beside one of its columns
         beside = [str(known.get(name, "")) if same or name != AVERAGE else "" for name in names]

@@ -26,6 +26,7 @@ from config import MACHINE, PLACES, is_path
 from eval import metrics
 from paper import captions
 from support import UserError
+from support.checkpoint import begun
 from support.cli import best_device, end_with_parent
 from tools.build import load_data
 from tools.predictor import Predictor
@@ -149,9 +150,12 @@ def train_one(cfg):
     """Trains a row, or goes on with it; what it prints goes to its folder. -> cfg"""
     run = Path(cfg.out)
     run.mkdir(parents=True, exist_ok=True)
+    resume = (run / "config.json").exists()
+    if resume:  # its score chose its best epoch and its thresholds; a table reads any score
+        cfg = dataclasses.replace(cfg, score=begun(run)["config"]["score"])
     with open(run / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            train.train(cfg, resume=run if (run / "config.json").exists() else None)
+            train.train(cfg, resume=run if resume else None)
         except FloatingPointError as error:
             print(error)  # the row stays unfinished
     return cfg

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -334,6 +335,17 @@ def test_a_sheet_brings_no_captions(sheet, tmp_path, world, capfd):
     words = options(world, tmp_path / "out", data=sheet[1], root=None, images="captions",
                     ratio=None, val=0.2)
     one_line(train.main, words, capfd, "needs --captions FILE")
+
+
+def test_captions_bring_the_labels_of_a_sheet_that_has_none(sheet, tmp_path, world, capfd):
+    sheet[1].write_text(re.sub(",[01]*,[01]*,[01]*\n", ",,,\n", sheet[1].read_text()))
+    words = options(world, tmp_path / "out", data=sheet[1], root=None, images="captions", epochs=1,
+                    captions=world / "scenes" / "annotations" / "captions_train2014.json",
+                    ratio=None, score="query")
+    status, out, err = command(train.main, words, capfd)
+    assert status == 0 and any(line.startswith("epoch   1/1") for line in out), err
+    one_line(train.main, options(world, tmp_path / "photos", data=sheet[1], root=None, ratio=None),
+             capfd, "no positive label is left")
 
 
 def test_a_mixed_score_without_a_photo_is_refused_before_the_training(world, tmp_path, capfd):

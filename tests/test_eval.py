@@ -290,6 +290,8 @@ def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd
         Predictor(trained).predict(photos / "grey.png")
     with pytest.raises(UserError, match="put it in brackets"):
         Predictor(trained).predict(Image.open(photos / "grey.png"))
+    with pytest.raises(UserError, match=r"got ndarray: .*several: list\(images\)"):
+        Predictor(trained).predict(np.zeros((2, 64, 64, 3), np.uint8))
 
 
 def test_thresholds_come_from_validation_and_decide_what_is_present(trained, capfd):
@@ -394,6 +396,19 @@ def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, wo
     file.write_text(file.read_text().replace(",1,", ",0,"))
     _, out, err = command(evaluation.main, [folder, "--split", "val"], capfd)
     assert "other names, labels or images" in err[0] and "chosen on these labels" not in out[0]
+    _, out, err = command(evaluation.main, [folder, "--split", "train"], capfd)
+    assert "other names, labels or images" in err[0] and "chosen on these labels" not in out[0]
+
+
+def test_runs_whose_columns_are_in_another_order_are_not_averaged(sheet, world, capfd):
+    folder, file = sheet
+    rows = [line.split(",") for line in file.read_text().splitlines()]
+    turned = file.with_name("turned.csv")
+    turned.write_text("\n".join(",".join([name, *cells[::-1]]) for name, *cells in rows))
+    other = folder.with_name("turned")
+    run(world, other, data=turned, root=None, ratio=None, epochs=1)
+    status, _, err = command(evaluation.main, [folder, "--ensemble", other], capfd)
+    assert status == 2 and "other categories than" in err[-1] and "another order" in err[-1]
 
 
 def test_the_processes_that_decode_can_be_chosen_for_a_run(trained, monkeypatch, capfd):

@@ -233,6 +233,16 @@ def test_an_update_takes_the_clipped_gradient_of_its_own_batch_at_the_rate_of_it
     assert w.tolist() == pytest.approx([0.94 - 0.5 * 0.3, 1.92 - 0.5 * 0.4], abs=1e-5)
 
 
+def test_an_update_clips_all_groups_of_the_optimizer_together():
+    a, b = (torch.nn.Parameter(torch.tensor(0.0)) for _ in range(2))
+    optimizer = torch.optim.SGD([dict(params=[a]), dict(params=[b], lr=10.0)], lr=1.0)
+    state = SimpleNamespace(optimizer=optimizer, scheduler=SimpleNamespace(step=int),
+                            scaler=torch.amp.GradScaler("cpu", enabled=False))
+    norm = train.update(state, 30 * a + 40 * b, SimpleNamespace(clip_grad=1.0))
+    assert float(norm) == pytest.approx(50)
+    assert (a.item(), b.item()) == pytest.approx((-0.6, -8.0), abs=1e-5)
+
+
 @pytest.mark.parametrize("settings", ({}, dict(pseudo_in_contrastive=True), dict(without="mmcp"),
                                       dict(without="mmcl"), dict(without="kd"),
                                       dict(without="visual"), dict(without="text"),

@@ -31,7 +31,7 @@ def call(world, capfd):
     def work(*arguments, **changes):
         rest = options(world, folder, **dict(ratio=None, epochs=2, augment="none") | changes)
         with mock.patch("tools.report.curves"):
-            status, out, err = command(reproduce.main, [*arguments, "--seeds", 1, *rest], capfd)
+            status, out, err = command(reproduce.main, ["--seeds", 1, *arguments, *rest], capfd)
         assert status == 0, err
         return out, folder
 
@@ -205,6 +205,44 @@ def test_a_stopped_row_goes_on_where_it_was(call):
     ):
         call("--table", 3, "--ratios", 0.7, "--rows", "average")
     assert calls == [1]
+
+
+def test_a_stopped_row_keeps_the_score_that_it_was_begun_with(call):
+    """Its thresholds and best epoch are of that score; the table shows the one that is asked."""
+    epoch = train.train_one_epoch
+
+    def stop(state, *rest):
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        return epoch(state, *rest)
+
+    words = "--table", 3, "--ratios", 0.65, "--rows", "TRM-ML"
+    with mock.patch.object(train, "train_one_epoch", stop), pytest.raises(AssertionError):
+        call(*words, score="query")
+    out, folder = call(*words, score="region")
+    run, = (run for run, cfg in configs(folder).items() if cfg["ratio"] == 0.65)
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert configs(folder)[run]["score"] == json.loads(state["config"])["score"] == "query"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test"]
+    assert last["mAP"] == last["mAP_query"]
+    assert f"| **TRM-ML** | {last['mAP_region']:.2f} |" in out
+
+
+def test_a_table_says_how_many_seeds_a_cell_rests_on(call):
+    step = train.training_step
+
+    def diverge(model, memory, encoder, cfg, *arguments):
+        if (cfg.seed, cfg.ratio) == (0, 0.72):
+            raise FloatingPointError("the loss is not finite")
+        return step(model, memory, encoder, cfg, *arguments)
+
+    with mock.patch.object(train, "training_step", diverge):
+        out, folder = call("--table", 3, "--ratios", 0.72, 0.75, "--rows", "average", "--seeds", 2)
+    row, = (line for line in out if line.startswith("| **average feature**"))
+    cells = measured(folder, "table-3")["average feature"]
+    assert [list(cell) for cell in cells.values()] == [["1"], ["0", "1"], ["1"]]
+    told = ["(1 of 2 seeds)" in cell for cell in row.split("|")[2:-1]]
+    assert told == [True, False, True]  # the mean of the columns, too
 
 
 def test_a_diverged_row_is_told_and_the_others_go_on(call):

@@ -304,6 +304,31 @@ def test_what_the_training_sheet_ignores_may_lack_in_the_others(folder):
     refused("a.csv: --ignore names", folder / "a.csv", ignore="dig")
 
 
+def test_what_only_another_sheet_has_can_be_ignored(folder):
+    fake.write(folder / "a.csv", "image,dog\n0.jpg,1\n1.jpg,0\n")
+    fake.write(folder / "b.csv", "image,people,dog,indoor\n2.jpg,2,1,1\n3.jpg,0,0,1\n")
+    split = fake.load(folder / "a.csv", test=folder / "b.csv", ignore="people,indoor")[2]
+    assert split.names == ["dog"] and split.labels.tolist() == [[1], [-1]]
+    refused("--ignore names .'dig'.", folder / "a.csv", test=folder / "b.csv", ignore="people,dig")
+
+
+@pytest.mark.parametrize("camera", ("camera", "author name"))
+def test_a_column_of_lists_beside_a_column_of_words(folder, camera):
+    """In the training sheet and in another: the one that is no list has to be ignored."""
+    lists = f"image,tags,{camera}\n0.jpg,dog|cat,A\n1.jpg,cat,B\n2.jpg,dog,A\n"
+    fake.write(folder / "a.csv", lists)
+    refused("'tags' holds no labels, but may list them: --ignore tags, or the others",
+            folder / "a.csv", unlisted="absent")
+    train = fake.load(folder / "a.csv", unlisted="absent", ignore=camera, val=0)[0]
+    assert train.labels.tolist() == [[1, 1], [1, -1], [-1, 1]]  # cat, dog
+    for i in range(3):
+        fake.photo(folder / f"u{i}.jpg", 30 + i)
+    fake.write(folder / "b.csv", "image,tags\nu0.jpg,dog\nu1.jpg,cat\nu2.jpg,dog\n")
+    refused("a.csv: .*'tags' holds no labels", folder / "b.csv", test=folder / "a.csv",
+            unlisted="absent")
+    fake.load(folder / "b.csv", test=folder / "a.csv", unlisted="absent", ignore=camera)
+
+
 def test_an_underscore_of_a_column_is_a_blank_of_its_prompt(folder):
     fake.write(folder / "s.csv", "image,red_car\n0.jpg,1\n")
     train = fake.load(folder / "s.csv", val=0)[0]

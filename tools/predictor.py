@@ -117,7 +117,8 @@ class Predictor:
         of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
         UserError for one that is no image."""
         if not isinstance(images, (list, tuple)):
-            raise UserError(f"expected a list of images, got {images!r:.80}: put it in brackets")
+            raise UserError(f"expected a list of images, got {type(images).__name__}: one image: "
+                            "put it in brackets; several: list(images)")
         return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
 
     def row(self, image, p):
