@@ -2,8 +2,8 @@
 
 COCO's annotations at full size (bars: 25 s and 3 GB to parse), images a second
 and core at 448 from 640 x 480 JPEGs with and without augmentation, the augmentation by operation,
-and what JPEG's draft mode would change. Photos: TRM_SAMPLES (default ../shared/data) where present,
-otherwise drawn noise, which decodes slower.
+and what JPEG's draft mode would change. Photos: a folder that TRM_SAMPLES names, or else
+drawn noise, which decodes slower.
 """
 
 import json
@@ -27,7 +27,7 @@ import data
 import fake_datasets as fake
 
 ROOT = Path(data.__file__).resolve().parent
-SAMPLES = Path(os.environ.get("TRM_SAMPLES", ROOT.parent / "shared" / "data"))
+SAMPLES = Path(os.environ.get("TRM_SAMPLES", ROOT / "no samples"))
 
 
 def full_annotations(path, images=82783, notes=604907):

@@ -1,5 +1,5 @@
-"""The six layouts: on faithful fakes everywhere, and on real samples where TRM_SAMPLES (default
-../shared/data) has them."""
+"""The six layouts: on faithful fakes everywhere, and on real samples where TRM_SAMPLES
+names a folder of them."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from data import NEGATIVE, POSITIVE, UNKNOWN
 from support import UserError
 
 ROOT = Path(data.__file__).resolve().parent
-SAMPLES = Path(os.environ.get("TRM_SAMPLES", ROOT.parent / "shared" / "data"))
+SAMPLES = Path(os.environ.get("TRM_SAMPLES", ROOT / "no samples"))
 samples = pytest.mark.skipif(
     not SAMPLES.is_dir(), reason="no real samples: set TRM_SAMPLES to their folder"
 )

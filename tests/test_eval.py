@@ -400,6 +400,11 @@ def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, wo
     assert "other names, labels or images" in err[0] and "chosen on these labels" not in out[0]
 
 
+def test_a_split_that_a_run_does_not_have_is_told(sheet, capfd):
+    one_line(evaluation.main, [sheet[0], "--split", "test"], capfd, "has no test split",
+             "choose another --split")
+
+
 def test_runs_whose_columns_are_in_another_order_are_not_averaged(sheet, world, capfd):
     folder, file = sheet
     rows = [line.split(",") for line in file.read_text().splitlines()]

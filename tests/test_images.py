@@ -126,6 +126,8 @@ def test_formats_with_a_documented_treatment(tmp_path):
     assert np.abs(read(half, "PNG") - 127).max() <= 1
     palette = colour.convert("P")
     assert (read(palette, "PNG", transparency=palette.getpixel((3, 5)))[5, 3] == 255).all()
+    with pytest.raises(ValueError, match="no pixels"):
+        augment.read(Image.new("RGB", (0, 5)))
     alpha = clear.quantize(4)  # whose palette is of RGBA
     assert (np.asarray(augment.read(alpha)) == 255).all()
     assert (read(Image.new("1", (4, 4), 1), "PNG") == 255).all()
@@ -141,6 +143,14 @@ def test_formats_with_a_documented_treatment(tmp_path):
     assert data.Images(tiny, 32, "taidpt")[0][0].shape == (3, 32, 32)
     Image.new("RGB", (3000, 2), (9, 9, 9)).save(tmp_path / "x.jpg", "PNG")
     assert data.Images(tiny, 32, "taidpt")[(5, 0)][0].shape == (3, 32, 32)
+
+
+def test_a_transparent_colour_of_16_bits_is_that_colour_in_8():
+    pixel, header = struct.pack(">3H", 300, 400, 500), struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    for key, seen in ((300, 255), (900, 1)):
+        file = png([(b"IHDR", header), (b"tRNS", struct.pack(">3H", key, 400, 500)),
+                    (b"IDAT", zlib.compress(b"\0" + pixel)), (b"IEND", b"")])
+        assert np.asarray(augment.read(file)).tolist() == [[[seen] * 3]]
 
 
 def test_photos_with_large_notes_or_odd_exif_are_read(tmp_path):

@@ -440,6 +440,17 @@ def test_splc_list_against_the_annotations(tmp_path):
     refused(
         "1 of its images are not in coco's training set", "coco", tmp_path, single_positive="splc"
     )
+    (tmp_path / "mine.txt").write_text("other.jpg,3\n" + rest)  # the list itself as --lists
+    refused("mine.txt: 1 of its images are not in coco's training set", "coco", tmp_path,
+            single_positive="splc", lists=tmp_path / "mine.txt")
+
+
+def test_splits_of_one_data_set_name_the_same_classes(tmp_path):
+    root = tmp_path / "coco"
+    fake.coco(root)
+    file = root / "annotations/instances_val2014.json"
+    file.write_text(file.read_text().replace('"person"', '"people"'))
+    refused(f"{root}: its splits name different classes", "coco", root)
 
 
 def test_captions_with_a_byte_order_mark(tmp_path):

@@ -1,6 +1,7 @@
 """A run folder: what is there is never overwritten; where its data lie may change, the data not."""
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +14,8 @@ import clip
 import eval as evaluation
 from clip import features
 import train
+from config import Config
+from support.checkpoint import new_run
 from tools import build
 
 
@@ -183,6 +186,16 @@ def test_a_run_with_a_frozen_region_module_goes_on_without_its_source(
     run(world, tmp_path / "run", epochs=1, carl_from=tmp_path / "source")
     shutil.rmtree(tmp_path / "source")
     assert command(train.main, ["--resume", tmp_path / "run"], capfd)[0] == 0
+
+
+def test_runs_without_a_folder_of_their_own_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = Config(data="coco", ratio=0.3)
+    for name in ("coco-0.3-carl-seed0", "coco-0.3-carl-seed0-2", "coco-0.3-carl-seed0-3"):
+        found = new_run(cfg)
+        assert found == Path("runs", name)
+        found.mkdir(parents=True)
+        (found / "best.pt").touch()
 
 
 def test_a_run_that_began_while_another_one_decoded_is_not_overwritten(world, tmp_path, capfd):

@@ -304,6 +304,12 @@ def test_what_the_training_sheet_ignores_may_lack_in_the_others(folder):
     refused("a.csv: --ignore names", folder / "a.csv", ignore="dig")
 
 
+def test_lists_ask_what_they_do_not_name(folder):
+    fake.write(folder / "s.csv", "image,tags\n0.jpg,dog|cat\n1.jpg,cat\n2.jpg,dog\n")
+    refused("its cells are lists .'dog|cat'.: .* Say --unlisted absent or unknown",
+            folder / "s.csv")
+
+
 def test_what_only_another_sheet_has_can_be_ignored(folder):
     fake.write(folder / "a.csv", "image,dog\n0.jpg,1\n1.jpg,0\n")
     fake.write(folder / "b.csv", "image,people,dog,indoor\n2.jpg,2,1,1\n3.jpg,0,0,1\n")

@@ -15,8 +15,8 @@ import torch
 from kill_train import same_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_world import (ROOT, command, one_line, options, rows, run, start, timeless, trained,
-                         world)
+from small_world import (ROOT, command, one_line, options, rows, run, sheet, start, timeless,
+                         trained, world)
 
 import train
 from support.checkpoint import read_checkpoint
@@ -457,6 +457,14 @@ def test_the_region_module_of_another_run_stays_as_it_is(world, trained, tmp_pat
                      for folder in (trained, tmp_path / "run"))
     kept = {name: torch.equal(before[name], after[name]) for name in after}
     assert all(same == name.startswith("carl.") for name, same in kept.items())
+
+
+def test_a_region_module_of_other_categories_or_of_a_baseline_is_refused(sheet, world, tmp_path,
+                                                                         capfd):
+    run(world, tmp_path / "baseline", epochs=1, matching="average")
+    for other in (sheet[0], tmp_path / "baseline"):
+        one_line(train.main, options(world, tmp_path / "new", carl_from=other), capfd,
+                 "--carl-from expects a run with --matching carl on the same cat", str(other))
 
 
 def test_a_step_that_fp16_leaves_out_spoils_no_number(world, tmp_path):
