@@ -43,8 +43,9 @@ def average_precision(scores, positive, interpolated=False):
     scikit-learn. scores (n,) float, positive (n,) bool, one True at least. interpolated: VOC's AP
     (2010 and later; SARB's code), at each recall the best precision from there on. Absent, present,
     present, absent, as ranked: (2/3 + 2/3) / 2; the plain AP (1/2 + 2/3) / 2."""
-    positive = positive[np.argsort(-scores, kind="stable")]
-    last_of_tie = np.append(np.diff(np.sort(-scores)) != 0, True)
+    order = np.argsort(-scores, kind="stable")
+    scores, positive = scores[order], positive[order]
+    last_of_tie = np.append(scores[1:] != scores[:-1], True)
     true = np.cumsum(positive)[last_of_tie]
     precision = true / (np.flatnonzero(last_of_tie) + 1)
     if interpolated:

@@ -140,7 +140,8 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     """Trains a run to its end; returns the lines of metrics.jsonl.
 
     resume    folder of a run to go on with
-    splits    (train, val, test) and encoder, of clip.load, where they are loaded already
+    splits    (train, val, test) as data.load returns them, and encoder, of clip.load, where they
+              are loaded already
     on_epoch  called as on_epoch(state, line) after each epoch, with support.checkpoint.State
     """
     rank, world = distributed.start()

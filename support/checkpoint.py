@@ -157,6 +157,8 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
         if len({*names}) < len(names):
             raise UserError(f"expected splits of different names, got {', '.join(names)}: "
                             "dataclasses.replace(split, name=...)")
+        if len({tuple(split.names) for split in splits if split}) > 1:
+            raise UserError("expected splits of the same classes in the same order: data.load's")
         about = {"config": asdict(cfg), "clip_sha256": clip_sha256,
                  "data": {split.name: split.info for split in splits if split}}
         write_atomically(run / "config.json", json.dumps(about, indent=1))

@@ -12,6 +12,7 @@ from small_world import ROOT, command, one_line, run, trained, world
 
 import clip
 import data
+import trm
 from tools import export
 from tools.predictor import Predictor
 
@@ -43,6 +44,16 @@ def test_torch_export_with_any_batch(case, tmp_path, capfd):
     assert about["categories"] == Predictor(folder).names and about["size"] == images.shape[-1]
     one_line(export.main, [folder, tmp_path / "m.pt2"], capfd, "is there already")
     one_line(export.main, [folder, tmp_path / "m.pth"], capfd, ".onnx")
+
+
+def test_many_categories_are_exported_for_any_batch(case, tmp_path, capfd, monkeypatch):
+    """Training takes 1,024 images of 80 categories and 512 dimensions in parts; so few here."""
+    folder, images, want = case
+    monkeypatch.setattr(trm.CARL, "at_once", 2**12)
+    assert command(export.main, [folder, tmp_path / "m.pt2"], capfd)[0] == 0
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for n in (1, 2, 5):
+        assert np.abs(program(images[:n])[0].numpy() - want[n]).max() < 1e-5
 
 
 def test_a_transformer_is_exported_for_any_batch(world, tmp_path, capfd):

@@ -24,6 +24,13 @@ def case(seed, n=60, C=7, ties=True, unknown=0.3):
     return scores, truth
 
 
+def test_equal_scores_are_a_tie_where_they_are_infinite_too():
+    """Absent and present at infinity, then present: P 1/2 at R 1/2, 2/3 at R 1."""
+    scores, positive = np.array([np.inf, np.inf, 0.8, 0.1]), np.array([True, False, True, False])
+    for rows in ([0, 1, 2, 3], [1, 0, 2, 3]):
+        assert average_precision(scores[rows], positive[rows]) == pytest.approx(7 / 12)
+
+
 @pytest.mark.parametrize("ties", (False, True))
 def test_average_precision_is_scikit_learns_in_any_order_of_the_images(ties):
     for seed in range(50):

@@ -331,6 +331,9 @@ def test_splits_of_one_name_are_refused_before_training(world, tmp_path):
     with pytest.raises(UserError, match="splits of different names"):
         train.train(cfg, splits=parts)
     named = dataclasses.replace(parts[1], name="scenes/rest")
+    other = dataclasses.replace(named, names=named.names[::-1])
+    with pytest.raises(UserError, match="same classes in the same order"):
+        train.train(cfg, splits=(parts[0], None, other))
     assert len(train.train(cfg, splits=(parts[0], named, None))) == 1
     assert len(train.train(cfg, resume=str(tmp_path / "run"), splits=(parts[0], named, None))) == 1
 

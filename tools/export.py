@@ -46,6 +46,8 @@ def export(run, file, clip=None):
     warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
     predictor = Predictor(run, device="cpu", places=clip and {"clip": clip})
     predictor.model.heads = None  # training's alone
+    if predictor.cfg.matching == "carl":  # a batch in parts would not be any batch
+        predictor.model.carl.at_once = sys.maxsize
     size, encoder = predictor.cfg.size, predictor.clip
     module = Exported(predictor).eval().requires_grad_(False)
     batch = {"images": {0: torch.export.Dim("batch", max=1024)}}
