@@ -15,6 +15,7 @@ from tools import check
 import fake_datasets as fake
 from support import UserError
 from fake_datasets import refused
+from small_world import trained, world
 from datasets import scenes, vg200
 
 
@@ -497,23 +498,20 @@ def test_a_name_in_another_unicode_normal_form_is_the_same_name(tmp_path, listed
 
 
 @pytest.mark.parametrize("first", (True, False))
-def test_other_packages_of_our_names_work_beside_ours(tmp_path, first):
+def test_other_packages_of_our_names_work_beside_ours(tmp_path, world, trained, first):
     """Hugging Face's datasets and kernels and OpenAI's clip, before or after our Predictor."""
     import subprocess
     import sys
-    from small_world import make, run
 
     for name in ("datasets", "clip", "kernels"):
         (tmp_path / "site" / name).mkdir(parents=True)
         (tmp_path / "site" / name / "__init__.py").write_text("def load_dataset(): return 'theirs'")
     root = Path(__file__).resolve().parents[1]
-    world = make(tmp_path / "world")
-    run(world, tmp_path / "run", epochs=1)
     photo = sorted((world / "scenes" / "val2014").iterdir())[0]
     theirs = "from datasets import load_dataset; import clip, kernels; "
     code = (f"import sys; sys.path.insert(0, 'site'); sys.path.append({str(root / 'tools')!r}); "
             f"{theirs * first}from trm_ml import Predictor; {theirs}"
-            f"p = Predictor({str(tmp_path / 'run')!r}, 'last'); "
+            f"p = Predictor({str(trained)!r}, 'last'); "
             f"assert p.predict([{str(photo)!r}]) and p.inspect({str(photo)!r}); "
             "print(load_dataset(), clip.__file__, kernels.__file__)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
@@ -524,19 +522,16 @@ def test_other_packages_of_our_names_work_beside_ours(tmp_path, first):
 
 @pytest.mark.parametrize("first", (True, False))
 @pytest.mark.parametrize("inside", (False, True))
-def test_a_programs_own_modules_keep_their_names(tmp_path, first, inside):
+def test_a_programs_own_modules_keep_their_names(tmp_path, world, trained, first, inside):
     """inside: the program is kept in a folder of the project."""
     import subprocess
     import sys
-    from small_world import make, run
     from tools import trm_ml
 
     root = Path(__file__).resolve().parents[1]
     ours = {path.stem for path in root.iterdir()
             if path.suffix == ".py" or (path / "__init__.py").is_file()} - {"tests"}
     assert ours == set(trm_ml.NAMES)
-    world = make(tmp_path / "world")
-    run(world, tmp_path / "run", epochs=1)
     photo = sorted((world / "scenes" / "val2014").iterdir())[0]
     program = tmp_path
     if inside:
@@ -549,7 +544,7 @@ def test_a_programs_own_modules_keep_their_names(tmp_path, first, inside):
     theirs = f"import {', '.join(sorted(ours))}; "
     code = (f"import sys; sys.path.append({str(root / 'tools')!r}); "
             f"{theirs * first}from trm_ml import Predictor; {theirs}"
-            f"p = Predictor({str(tmp_path / 'run')!r}, 'last'); "
+            f"p = Predictor({str(trained)!r}, 'last'); "
             f"assert p.predict([{str(photo)!r}]); labels = [1] + [0] * (len(p.names) - 1); "
             f"assert 'losses' in p.inspect({str(photo)!r}, labels); p.splits(); "
             f"print(all(sys.modules[name].MINE for name in {sorted(ours)}))")
