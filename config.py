@@ -1,4 +1,4 @@
-"""Every setting of a run: the defaults are the paper's (Sec. 4.1), the options train.py's.
+"""Every setting of a run: the defaults are the paper's (Sec. 4.1), where it says one.
 
     python train.py --help
 """

@@ -63,9 +63,9 @@ def hold_out(count, share, seed=1200):
 
 
 def hold_out_by_name(split, share, first):
-    """The same for a sheet: a hash of its name says where an image goes, so rows that come, go or
-    move leave the others where they are. Copies of one picture go where the alphabetically first
-    of their names goes. first: for each image the index of its first copy, by `twins`"""
+    """The same for a sheet: a hash of its name says on which side an image is, so new, deleted or
+    moved rows do not change the side of the others. Copies of one picture go where the first of
+    their names, by the alphabet, goes. first: for each image the index of its first copy (twins)"""
     name = {}  # of each picture: the alphabetically first name of its copies
     for i, listed in zip(first, split.listed):
         name[i] = min(listed, name.get(i, listed))
@@ -164,8 +164,8 @@ def load(cfg):
     if cfg.single_positive == "splc":
         train, labels = splc_labels(cfg, train)
     elif largeloss:
-        # Cole et al. left out images without labels before they sampled, but none whose photo has
-        # been lost since (NUS-WIDE): their rows move the random stream.
+        # Cole et al. left out images without labels before they sampled. Rows of NUS-WIDE whose
+        # photo is lost stay: each row takes its random numbers.
         train = train if cfg.data == "nuswide" else train.used()
         labels = single_positives(train.labels, 1200 + cfg.seed)
     elif cfg.mask:

@@ -196,7 +196,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
 
 def note_best(state, numbers):
     """Notes the best epoch so far: by validation, or by test where there is no validation. Returns
-    whether best.pt is written: an epoch chosen on test is only told, as prior work does."""
+    whether best.pt is written: an epoch chosen on test is only printed, as prior work does."""
     split = "val" if "val" in numbers else "test"
     C = len(state.memory.cursor)
     enough = max(1, ENOUGH * C) if split == "val" else 1

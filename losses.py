@@ -38,8 +38,8 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="re
     logits_r, logits_q (B, C)
     how       "softmax": as printed, p over the C categories; "bernoulli": one KL of (present,
               absent) per category, summed
-    teacher   "region": as in the paper; "query": KL(p^q || p^r); in these two the teacher gets no
-              gradient. "both": as "region", but the teacher learns too
+    teacher   "region": p^r teaches p^q, as in the paper; "query": p^q teaches p^r; "both": as
+              "region", but the teacher learns too. Else the teacher gets no gradient
     Multiplied by temperature squared, so that the gradient keeps its size (Hinton et al., 2015).
     """
     # (teacher, student)

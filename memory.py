@@ -101,4 +101,4 @@ class MemoryBank(nn.Module):
         # not verdict[modalities]: a list as an index goes to the GPU, and the host waits for it
         verdict = torch.stack([verdict[i] for i in modalities])
         agree = torch.where((verdict == verdict[0]).all(0), verdict[0], 0)  # Eq. 12
-        return torch.where(labels == 0, agree, 0).to(torch.int8)
+        return torch.where(labels == 0, agree, 0)

@@ -58,7 +58,7 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
         memory.enqueue(out.energy, gather(f, len(labels)), labels, cfg.topk)  # Eq. 7
     if cfg.uses("mmcp") and stage_two:
         s = memory.similarities(out.regions)  # Eq. 8   (2, B, C)
-        # Single positive has no known negatives: without assumed ones no theta_negative exists.
+        # A single positive tells no negatives: without assumed ones no theta_negative exists.
         assumed = torch.where(labels == 0, -1, labels) if cfg.assume_negative else labels
         memory.update_thresholds(s, assumed)  # Eq. 9, 11
         pseudo = memory.pseudo_labels(s, labels, cfg.modalities)  # Eq. 10, 12
@@ -81,7 +81,7 @@ def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None
 
 def update(state, loss, cfg):
     """One step of the optimizer and of its schedule -> norm of the gradient before clipping, 0
-    for a step that fp16's scaler skips."""
+    if not finite: fp16's scaler skips that step."""
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()

@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The global feature: attention from the mean of the map over the map. The value and output
+    """The global feature: the mean of the map attends to itself and the map. The value and output
     projections alone give the dense features (no mean token, no positions), as in TaI-DPT."""
 
     def __init__(self, grid, channels, embed_dim):
@@ -306,7 +306,7 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def fold(self):
         """Fewer operations for a CLIP that stays frozen: BatchNorm goes into the convolutions,
-        v_proj and c_proj into one map, images into channels-last order. In place."""
+        v_proj and c_proj into one map, weights into channels-last order. In place."""
         self.eval()
         for module in list(self.visual.modules()):
             children = list(module.named_children())

@@ -37,7 +37,7 @@ FORMULA = re.compile(r"'*[=+\-@]")  # a spreadsheet computes such a cell; ' make
 
 @functools.lru_cache  # a sheet has many cells, and few words
 def word(cell):
-    """A cell as WORDS has it: "Yes" is yes; "1.0", and "1,00" where a comma is no end, are 1."""
+    """A cell as WORDS has it: "Yes" is yes; "1.0", and "1,00" where commas end no cell, are 1."""
     return re.sub(r"^(-?[01])[.,]0+$", r"\1", cell.lower())
 
 
@@ -198,7 +198,7 @@ def lists(path, cells, names):
     """A column of lists, such as `dog|cat` -> all names, and rows of the cells that a column for
     each would hold: 1, or empty, or the word in a list's place ("?": nothing is known)."""
     blank = [cell if CODES.get(word(cell)) == UNKNOWN else "" for cell in cells]
-    cells = ["" if CODES.get(word(cell)) == UNKNOWN else cell for cell in cells]
+    cells = ["" if unknown else cell for cell, unknown in zip(cells, blank)]
     if odd := [cell for cell in cells if cell[:1] in ("[", "{", "(")]:
         raise UserError(f"{path}: {odd[0][:60]!r}: write a list as dog|cat (docs/data.md: lists)")
     separator = next((s for s in "|;" if any(s in cell for cell in cells)), ",")

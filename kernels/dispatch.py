@@ -16,7 +16,7 @@ except ImportError:  # macOS, Windows: everything runs on the references, and ch
     triton, tl, jit = None, SimpleNamespace(constexpr=bool), lambda fn: fn
 operator = torch.library.custom_op  # triton_op would import Inductor, a second at every start
 _path = "auto"
-# Triton compiles its launchers with it; on Windows it brings its own
+# Triton builds its launchers with a C compiler; on Windows it brings its own
 COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
                 or os.name == "nt")
 

@@ -41,8 +41,8 @@ def pool_kernel(energy, f, out, C: tl.constexpr, N: tl.constexpr, D: tl.constexp
                 stride_c: tl.constexpr, stride_n: tl.constexpr,
                 BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Programs: image x category block x dim block, the dim block fastest: the energies of an image
-    are read from memory once, and from L2 by its other programs. Sizes are constants: only so can
-    the compiler prove that a row of 200 energies may be read 16 bytes at a time."""
+    are read from memory once, and from L2 by its other programs. Sizes are constants: so the
+    compiler sees that a row of 200 energies has whole pieces of 16 bytes, and reads such."""
     blocks_c, blocks_d = tl.cdiv(C, BLOCK_C), tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     b = (pid // (blocks_c * blocks_d)).to(tl.int64)
@@ -146,8 +146,8 @@ def region_pool(energy, f):
 
     energy  (B, C, N) float, before the sigmoid; differentiable
     f       (B, N, D) float; its gradient is computed only if it is asked for
-    returns (B, C, D) in f's type; sums are float32. float32 f takes the reference (which follows
-            autocast): there cuBLAS is 1.5 times as fast as the kernel forward, 5 times backward
+    returns (B, C, D) in f's type; sums are float32. float32 f takes the reference, which returns
+            autocast's type: cuBLAS is 1.5 times as fast as the kernel forward, 5 times backward
     """
     if energy.ndim != 3 or f.ndim != 3 or energy.shape[::2] != f.shape[:2]:
         raise ValueError(f"expected energy (B, C, N) and f (B, N, D), got {tuple(energy.shape)} "

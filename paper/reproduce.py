@@ -275,7 +275,7 @@ def parse(argv):
 
 
 def reproduce(argv):
-    # The tracker of semaphores, which a progress bar may start, would tell of a stop's left-overs.
+    # After a stop Python's tracker of semaphores, which a progress bar starts, would warn of some.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     args, base = parse(argv)
     start = time.perf_counter()

@@ -106,7 +106,7 @@ class Runs:
         return self.predictor(run).probabilities(self.splits[2])
 
     def mAP(self, settings, seed):
-        """Of the last epoch of a run, or of several's mean scores; None where one diverged."""
+        """Of a run's last epoch, or of the mean scores of several runs; None if one diverged."""
         configs = [self.config(one, seed) for one in settings]
         if not all(map(finished, configs)):
             return None

@@ -129,8 +129,8 @@ def begun(run):
 
 
 def changed(run, splits):
-    """The splits whose names, labels or images are not those that a run was begun with. A sheet may
-    have another name now."""
+    """The splits whose classes, labels or image names are not those that a run was begun with. A
+    sheet may have another name now."""
     sha256 = {name.split("/")[-1]: info["sha256"] for name, info in begun(run)["data"].items()}
     return [split.name for split in splits
             if split and sha256.get(split.name.split("/")[-1]) != split.info["sha256"]]

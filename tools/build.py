@@ -61,8 +61,8 @@ def training_loader(cfg, split, encoder, device, rank, world):
 
 def evaluation_loaders(cfg, splits, encoder, device, rank, world):
     """{name: loader} of the splits that an epoch is measured on. "train" is at most 1,000 photos:
-    they bring zero-shot to the scale of the run where validation has few, and help to choose the
-    thresholds of the mixed score."""
+    zero-shot scores get their scale from them where validation has fewer than FEW, and they help to
+    choose the thresholds of the mixed score."""
     train_split, val_split, test_split = splits
     sample = None
     scaled = val_split and len(val_split.paths) >= FEW

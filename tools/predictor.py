@@ -129,8 +129,9 @@ class Predictor:
                 "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
 
     def iterate(self, images, batch=32, workers=0, unreadable=None):
-        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy. One that
-        cannot be decoded goes into the list `unreadable`; without a list it raises UserError."""
+        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy; ZeroShot
+        has cosines for probabilities. One that cannot be decoded goes into the list `unreadable`;
+        without a list it raises UserError."""
         split = data.Split("images", images, self.names, labels=None)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
         loader = FeatureLoader(pixels, self.clip, batch, workers, device=self.device,
