@@ -145,7 +145,7 @@ def spatial_aggregation(f, g_pos, g_neg, scale, spatial_scale):
 class Output(NamedTuple):
     logits_r: Tensor  # (B, C)  text-region matching, the prediction; of a baseline its only score
     logits_q: Optional[Tensor] = None  # (B, C)  text-query matching; None for the baselines
-    energy: Optional[Tensor] = None  # (B, C, N)  before the sigmoid; of a baseline a similarity map
+    energy: Optional[Tensor] = None  # (B, C, N)  before the sigmoid; of a baseline a map or None
     regions: Optional[Tensor] = None  # (B, C, D)  F^r
 
 

@@ -24,7 +24,7 @@ PER_IMAGE = ("paths", "labels", "truth", "boxes", "unused", "listed", "where")
 class Split:
     """The images of one list with their labels."""
     name: str  # "coco/train"
-    paths: list  # N absolute file names
+    paths: list  # N absolute file names; of Predictor.predict whatever augment.read takes
     names: list  # C category names, the data set's own
     labels: np.ndarray  # (N, C) int8: what training may see
     truth: np.ndarray | None = None  # (N, C) int8: all that is known
