@@ -54,8 +54,8 @@ class MemoryBank(nn.Module):
         """Eq. 8 averaged over the prototypes of a category: regions (B, C, D) -> s (2, B, C), the
         inner mean of Eq. 9 and the s^u of Eq. 10.
 
-        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: a dot product per image, category
-        and modality. NaN where nothing is stored.
+        mean_j cos(f^r, v_j) = f^r/|f^r| . mean_j v_j for unit v_j: a dot product per image,
+        category and modality. NaN where nothing is stored.
         """
         r = regions.to(self.bank.dtype)
         visual = self.mean_prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
