@@ -293,15 +293,16 @@ def run(args):
     if splits[name] is None:
         raise UserError(f"{args.run} has no {name} split: choose another --split")
     split = splits[name]
-    seen, *others = (not changed(one.run, [split]) for one in predictors)
+    strange = [one.run for one in predictors if changed(one.run, [split])]
+    others = [str(run) for run in strange if run != predictors[0].run]  # of which `splits` tells
     if name == "train":
         split = split.measured()  # data.load has done it for val and test
-    elif strange := [str(one.run) for one, knows in zip(predictors[1:], others) if not knows]:
-        print(f"note: {split.name} is not what {', '.join(strange)} was trained with: it may have "
+    elif others:
+        print(f"note: {split.name} is not what {', '.join(others)} was trained with: it may have "
               "learned from these images", file=sys.stderr)
     if args.compare:
         return compare(predictors, split)
-    table(predictors, split, args, seen)
+    table(predictors, split, args, seen=predictors[0].run not in strange)
 
 
 def main(argv=None):

@@ -169,7 +169,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     loaders = evaluation_loaders(cfg, splits, encoder, device, rank, world)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    steps = max(2, cfg.epochs * math.ceil(len(loader) / cfg.batch))  # one would leave it near 0
+    steps = max(2, cfg.epochs * math.ceil(len(loader) / cfg.batch))  # the rate of one stays near 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=cfg.lr, total_steps=steps)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     state = State(model, memory, optimizer, scheduler, scaler)

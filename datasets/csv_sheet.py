@@ -67,8 +67,8 @@ def is_sheet(data):
 def load(root, cfg):
     """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first one,
     in its order, and other images."""
-    sheets = {part: Sheet(path) for part, path in (("train", cfg.data), ("val", cfg.val),
-                                                   ("test", cfg.test)) if is_sheet(path)}
+    files = {"train": cfg.data, "val": cfg.val, "test": cfg.test}
+    sheets = {part: Sheet(path) for part, path in files.items() if is_sheet(path)}
     columns = {name for sheet in sheets.values() for name in sheet.header}
     if missing := {*split_names(cfg.ignore or "")} - columns:
         raise UserError(f"{cfg.data}: --ignore names {sorted(missing)}, the columns are "

@@ -42,7 +42,7 @@ def pool_kernel(energy, f, out, C: tl.constexpr, N: tl.constexpr, D: tl.constexp
                 BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Programs: image x category block x dim block, the dim block fastest: the energies of an image
     are read from memory once, and from L2 by its other programs. Sizes are constants: so the
-    compiler sees that a row of 200 energies has whole pieces of 16 bytes, and reads such."""
+    compiler sees that a row of 200 energies is a multiple of 16 bytes, and reads 16 at a time."""
     blocks_c, blocks_d = tl.cdiv(C, BLOCK_C), tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     b = (pid // (blocks_c * blocks_d)).to(tl.int64)

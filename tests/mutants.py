@@ -300,7 +300,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
      "dict.fromkeys(WORDS[UNKNOWN], empty)"),
     ("datasets/csv_sheet.py", 'else other for name in names', 'else "" for name in names'),
     ("tools/suggest.py", "and not is_sheet(predictor.cfg.val)", ""),
-    ("eval.py", "zip(predictors[1:], others)", "zip(predictors[:0], others)"),
+    ("eval.py", "if run != predictors[0].run]", "if run == predictors[0].run]"),
     ("eval.py", 'chosen_here = seen and (', "chosen_here = ("),
     ("train.py", "in state.optimizer.param_groups for", "in state.optimizer.param_groups[:1] for"),
     ("datasets/csv_sheet.py", "in sheets.values() for name", "in [sheets['train']] for name"),

@@ -290,7 +290,7 @@ def test_unreadable_photos_cost_only_themselves(trained, photos, tmp_path, capfd
         Predictor(trained).predict(photos / "grey.png")
     with pytest.raises(UserError, match="put it in brackets"):
         Predictor(trained).predict(Image.open(photos / "grey.png"))
-    with pytest.raises(UserError, match=r"got ndarray: .*several: list\(images\)"):
+    with pytest.raises(UserError, match=r"got ndarray. .*several: list\(images\)"):
         Predictor(trained).predict(np.zeros((2, 64, 64, 3), np.uint8))
 
 

@@ -46,7 +46,7 @@ def export(run, file, clip=None):
     warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
     predictor = Predictor(run, device="cpu", places=clip and {"clip": clip})
     predictor.model.heads = None  # training's alone
-    if predictor.cfg.matching == "carl":  # a batch in parts would not be any batch
+    if predictor.cfg.matching == "carl":  # in one part: a batch of any size cannot be cut
         predictor.model.carl.at_once = sys.maxsize
     size, encoder = predictor.cfg.size, predictor.clip
     module = Exported(predictor).eval().requires_grad_(False)

@@ -117,7 +117,7 @@ class Predictor:
         of {"image", "scores": {category: probability}, "present": [category]}, most probable first.
         UserError for one that is no image."""
         if not isinstance(images, (list, tuple)):
-            raise UserError(f"expected a list of images, got {type(images).__name__}: one image: "
+            raise UserError(f"expected a list of images, got {type(images).__name__}. One image: "
                             "put it in brackets; several: list(images)")
         return [self.row(images[i], p) for i, p, _ in self.iterate(images, batch, workers)]
 
