@@ -100,5 +100,5 @@ class MemoryBank(nn.Module):
         verdict = self.verdicts(s)
         # not verdict[modalities]: a list as an index goes to the GPU, and the host waits for it
         verdict = torch.stack([verdict[i] for i in modalities])
-        agree = torch.where((verdict == verdict[0]).all(0), verdict[0], 0)  # Eq. 12
-        return torch.where(labels == 0, agree, 0)
+        agree = (verdict == verdict[0]).all(0)  # (B, C) bool
+        return torch.where(agree & (labels == 0), verdict[0], 0)  # Eq. 12

@@ -80,7 +80,7 @@ class CARL(nn.Module):
     queries  (C, D) start of the category queries Q, or None: random
     dropout  of the cross-attention's weights, the three residuals and the feed-forward
     """
-    at_once = 2**25  # largest B*C*D whose activations are kept for backward, some 60 bytes each
+    at_once = 2**25  # largest B*C*D whose activations are kept for backward, 50 to 90 bytes each
 
     def __init__(self, C, D, queries: Optional[Tensor] = None, dropout=0.0):
         super().__init__()

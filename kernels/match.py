@@ -46,9 +46,10 @@ def match_kernel(x, difference, out, inverse, B, C, D, SMALLEST: tl.constexpr,
 
 
 @jit
-def match_grad_kernel(grad, x, difference, cosine, inverse, d_x, d_difference, B, C, D,
+def match_grad_kernel(grad, x, difference, matched, inverse, d_x, d_difference, B, C, D,
                       BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
-    """With u = x / |x|: d x = grad / |x| (difference - cosine u), d difference = sum_b grad u.
+    """With u = x / |x| and matched = <u, difference>, which the forward pass returned:
+    d x = grad / |x| (difference - matched u), d difference = sum_b grad u.
     Programs: dim block x category; each walks through all images: nothing is added atomically."""
     c = tl.program_id(0) % C
     d = tl.program_id(0) // C * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -58,11 +59,11 @@ def match_grad_kernel(grad, x, difference, cosine, inverse, d_x, d_difference, B
         b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
         g = tl.load(grad + b * C + c, mask=b < B, other=0.0)
         inverse_norm = tl.load(inverse + b * C + c, mask=b < B, other=0.0)
-        s = tl.load(cosine + b * C + c, mask=b < B, other=0.0)
+        m = tl.load(matched + b * C + c, mask=b < B, other=0.0)
         where = (b[:, None] * C + c) * D + d[None, :]
         inside = (b < B)[:, None] & (d < D)[None, :]
         unit = tl.load(x + where, mask=inside, other=0.0).to(tl.float32) * inverse_norm[:, None]
-        gradient = (g * inverse_norm)[:, None] * (toward[None, :] - s[:, None] * unit)
+        gradient = (g * inverse_norm)[:, None] * (toward[None, :] - m[:, None] * unit)
         tl.store(d_x + where, gradient.to(d_x.dtype.element_ty), mask=inside)
         total += tl.sum(g[:, None] * unit, 0)
     tl.store(d_difference + c * D + d, total, mask=d < D)
@@ -84,18 +85,18 @@ def match_op(x: torch.Tensor, difference: torch.Tensor) -> tuple[torch.Tensor, t
 
 @operator("trm_ml::match_grad", mutates_args=())
 def match_grad_op(grad: torch.Tensor, x: torch.Tensor, difference: torch.Tensor,
-                  cosine: torch.Tensor,
+                  matched: torch.Tensor,
                   inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     B, C, D = x.shape
     d_x, d_difference = torch.empty_like(x), difference.new_empty(C, D)
-    match_grad_kernel[(triton.cdiv(D, TILE["BLOCK_D"]) * C,)](grad, x, difference, cosine, inverse,
+    match_grad_kernel[(triton.cdiv(D, TILE["BLOCK_D"]) * C,)](grad, x, difference, matched, inverse,
                                                               d_x, d_difference, B, C, D, **TILE)
     return d_x, d_difference
 
 
 match_op.register_fake(lambda x, difference: tuple(x.new_empty(x.shape[:2], dtype=torch.float32)
                                                    for _ in range(2)))  # two different tensors
-match_grad_op.register_fake(lambda grad, x, difference, cosine, inverse:
+match_grad_op.register_fake(lambda grad, x, difference, matched, inverse:
                             (torch.empty_like(x), torch.empty_like(difference)))
 match_op.register_autograd(
     lambda ctx, grad, _: match_grad_op(grad.contiguous(), *ctx.saved_tensors),

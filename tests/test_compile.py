@@ -59,7 +59,7 @@ def cases():
             yield "pool, gradient of f", t, pool_kernel, pointers, pool_tile(196) | turned, C
             yield ("pool, gradient of energy", t, grad_kernel, dict(pointers, grad=t),
                    GRAD_TILE | sizes, C)
-        wide = dict.fromkeys(("difference", "out", "inverse", "grad", "cosine", "d_difference"),
+        wide = dict.fromkeys(("difference", "out", "inverse", "grad", "matched", "d_difference"),
                              "fp32")
         yield "match", t, match_kernel, dict(wide, x=t), dict(TILE, SMALLEST=SMALLEST), C
         yield "match, gradient", t, match_grad_kernel, dict(wide, x=t, d_x=t), TILE, C
