@@ -74,17 +74,15 @@ def rows_of(args, base):
     paper = {row: dict(zip(asked["printed"], mAPs)) for row, mAPs in known[data].items()
              if row in rows}
     ratios = args.ratios or asked.get(f"ratios of {base.data}", asked["ratios"])
-    columns, missing = {f"{100 * ratio:g} %": dict(ratio=ratio) for ratio in ratios}, {}
+    columns = {f"{100 * ratio:g} %": dict(ratio=ratio) for ratio in ratios}
     for name, setup in asked.get("setups", {}).items():  # each has published files of its own
         try:
             load(dataclasses.replace(base, **setup))
             columns[name] = setup
         except NotFound as error:
-            missing[name] = error
-    for name, error in missing.items():
-        if not columns:
-            raise error
-        note(f"the {name} is left out: {error}")
+            note(f"the {name} is left out: {error}")
+    if not columns:
+        raise UserError(f"{base.data} has the files of no setup of this table (docs/data.md)")
     return rows, columns, paper, data
 
 

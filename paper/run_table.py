@@ -47,7 +47,7 @@ class Runs:
         self.sha256 = functools.cache(sha256)  # of a file; a table asks again and again
 
     @functools.cache
-    def content(self, single_positive=None):
+    def content(self, single_positive):
         """{"train": sha256 of names and labels, none hidden, ...; "sizes": of the photos' sizes}"""
         whole = data.complete(dataclasses.replace(self.base, single_positive=single_positive))
         found = {name: split.info["sha256"] for name, split in whole.items()}
@@ -70,9 +70,7 @@ class Runs:
         ignored = MACHINE | PLACES - {"val"} | {"out", "score"}  # val may be a share
         result = {name: value for name, value in dataclasses.asdict(cfg).items()
                   if name not in ignored and not is_path(name, value)}
-        # NUS-WIDE's setups have images and labels of their own
-        content = self.content(cfg.single_positive if cfg.data == "nuswide" else None)
-        identity = json.dumps([self.encoder.sha256, content, result,
+        identity = json.dumps([self.encoder.sha256, self.content(cfg.single_positive), result,
                                [self.sha256(file) for file in files],
                                os.path.basename(cfg.carl_from or "")], sort_keys=True)
         labels = "captions" if cfg.images == "captions" else cfg.single_positive or f"{cfg.ratio:g}"
