@@ -81,8 +81,8 @@ class FeatureLoader:
         return len(self.images)
 
     def batches(self, epoch, shuffle=True):
-        """One pass. f is float32, or autocast's dtype in training (shuffle). Processes get equally
-        many rows: a batch is filled up with its first image, which distributed.gather cuts off."""
+        """One pass. x is float32, and f too, or autocast's dtype in training (shuffle). Processes
+        get equally many rows: a batch is filled up with its first image, which gather cuts off."""
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
         padded = (torch.cat([part, part[:1].expand(-len(part) % self.world)])
@@ -96,7 +96,7 @@ class FeatureLoader:
                 f, x = self.encode(data, self.need_global)
             else:
                 data = self.moved(data)  # (B, 1+N, D)
-                f, x = data[:, 1:].contiguous(), data[:, 0].to(dtype)
+                f, x = data[:, 1:].contiguous(), data[:, 0].float()
             yield self.moved(index), f.to(dtype), x
             if self.latest is not this:  # both would get a part of the images
                 raise UserError("another pass over this loader has begun: make a second loader")

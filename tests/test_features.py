@@ -70,6 +70,12 @@ def encoded_images(made, monkeypatch, **changes):
     return seen[0]
 
 
+@pytest.mark.parametrize("views", [0, 2])
+def test_autocast_leaves_the_global_features_float32(made, views):
+    _, f, x = next(cached(made, views=views, amp=torch.bfloat16).batches(0))
+    assert f.dtype == torch.bfloat16 and x.dtype == torch.float32
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_cached_equals_uncached_up_to_bf16(made, shuffle):
     with_cache, without = cached(made), cached(made, views=0)
