@@ -52,15 +52,7 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
-stop.asked, stop.process, stop.cause = False, None, None
-
-
-def thread_failed(failure):
-    """An error in a thread ends the work: a pool without its thread would be waited for forever."""
-    if stop.asked:  # a pool whose processes were ended complains
-        return
-    stop.cause = failure.exc_value
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # wakes it: `stop` raises
+stop.asked, stop.process = False, None
 
 
 def run_command(work, parser, argv):
@@ -71,13 +63,10 @@ def run_command(work, parser, argv):
 def run_main(work, stopped="stopped"):
     """work() -> exit status, 0 where it returns none. An error that `explain` does not know is a
     fault of the project and keeps its traceback."""
-    stop.asked, stop.process, stop.cause = False, os.getpid(), None
-    hook = threading.excepthook
+    stop.asked, stop.process = False, os.getpid()
     if threading.current_thread() is threading.main_thread():  # no other one may hear signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)  # what schedulers send ends a run as Ctrl-C does
-        if hasattr(signal, "pthread_kill"):
-            threading.excepthook = thread_failed
     streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]
     sys.stdout, sys.stderr = streams  # one that is closed (>&-) is None
     for stream in streams:
@@ -91,15 +80,14 @@ def run_main(work, stopped="stopped"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except BaseException as error:
-        if not stop.cause and (stop.asked or isinstance(error, KeyboardInterrupt)):
+        if stop.asked or isinstance(error, KeyboardInterrupt):
             print(f"\n{stopped}", file=sys.stderr)
             return 130
-        line = explain(stop.cause or error)
+        line = explain(error)
         if line is None:
-            raise stop.cause or error
+            raise
         sys.unraisablehook = str  # prints nothing: half-built loaders raise in their destructors
     finally:
-        threading.excepthook = hook
         stop.asked = False  # a notebook that was stopped trains again
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2

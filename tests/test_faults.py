@@ -392,33 +392,6 @@ def test_workers_live_as_long_as_their_parent(method, when, tmp_path):
     assert done.stdout == "2\n" and done.returncode == -signal.SIGKILL, done.stderr
 
 
-@linux
-def test_a_pool_that_loses_its_thread_is_not_waited_for(tmp_path):
-    """Python's own pool puts tasks into a queue whose thread it starts late: with 5 or 6 processes
-    allowed, the thread that hands out tasks died, and everybody waited."""
-    code = """if True:
-        import sys, threading
-        from datasets import scenes
-        from support.cli import run_main
-        real = threading.Thread.start
-
-        def fail(thread):
-            if thread.name == "QueueFeederThread":
-                raise RuntimeError("can't start new thread")
-            real(thread)
-
-        threading.Thread.start = fail
-        sys.exit(run_main(lambda: scenes.write(sys.argv[1])))"""
-    process = start("-c", code, tmp_path / "s")
-    try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    *bar, line = err.splitlines()
-    assert process.returncode == 2 and line.startswith("error: a worker was ended"), err
-    assert "Traceback" not in err and not list(tmp_path.glob("s*"))
-
-
 def test_a_stop_that_came_in_a_fork_ends_the_drawing(tmp_path, monkeypatch):
     from datasets import scenes
 
@@ -426,40 +399,6 @@ def test_a_stop_that_came_in_a_fork_ends_the_drawing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         scenes.write(tmp_path / "s", train=200, val=1, test=1, size=64, workers=1)
     assert not list(tmp_path.glob("s*"))
-
-
-def test_a_thread_that_fails_after_a_stop_changes_nothing(monkeypatch):
-    """Python 3.11's pool raises InvalidStateError in its thread when its processes were ended."""
-    from support import cli
-
-    monkeypatch.setattr(cli.stop, "asked", True)
-    monkeypatch.setattr(cli.stop, "cause", None)
-    monkeypatch.setattr(cli.signal, "pthread_kill", None, raising=False)  # not reached
-    cli.thread_failed(None)
-    assert cli.stop.cause is None
-
-
-@linux
-def test_an_error_in_a_thread_ends_the_command_and_is_told(capfd):
-    """Also one that is a fault of ours: with its traceback. What a program's own threads raise
-    later is theirs."""
-    from support.cli import run_main
-    hook = threading.excepthook
-
-    def work(error):
-        def fail():
-            raise error
-
-        threading.Thread(target=fail).start()
-        time.sleep(60)
-
-    begin = time.time()
-    assert run_main(lambda: work(UserError("what to do"))) == 2
-    assert capfd.readouterr().err == "error: what to do\n"
-    with pytest.raises(ZeroDivisionError):
-        run_main(lambda: work(ZeroDivisionError()))
-    assert time.time() - begin < 30
-    assert threading.excepthook is hook
 
 
 def test_commands_run_in_a_thread(world, tmp_path):
