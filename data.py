@@ -27,8 +27,7 @@ from support import NotFound, UserError, refused
 
 LAYOUTS = {"scenes": scenes.load, "coco": coco.load, "voc2007": voc.load, "voc2012": voc.load,
            "vg200": vg200.load, "nuswide": nuswide.load, "cub": cub.load}
-HERE = Path(__file__).resolve().parent
-SCENES = HERE / "generated" / "scenes"
+SCENES = Path(__file__).resolve().parent / "generated" / "scenes"
 
 
 # ---- which labels are seen
@@ -108,11 +107,8 @@ def complete(cfg):
         root = SCENES
         scenes.write(root)  # leaves them alone when they are there
     elif root is None and cfg.data in LAYOUTS:
-        page = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
-        row = next((line.split(" | ") for line in page.splitlines() if f"`{cfg.data}`" in line),
-                   ("", "its own page", "its files"))  # a layout that somebody added
-        raise UserError(f"{cfg.data}: say with --root which folder holds {row[-1].strip(' |')}; it "
-                        f"comes from {row[1]} (docs/data.md)")
+        raise UserError(f"{cfg.data}: say with --root which folder holds it; docs/data.md tells "
+                        "what has to lie there, and where it comes from")
     parts = layout(root, cfg)
     if len({tuple(split.names) for split in parts.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
