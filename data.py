@@ -61,11 +61,11 @@ def hold_out(count, share, seed=1200):
     return np.sort(order[:count - held]), np.sort(order[count - held:])
 
 
-def hold_out_by_name(split, share, first):
+def hold_out_by_name(split, share):
     """The same for a sheet: a hash of its name says on which side an image is, so new, deleted or
     moved rows do not change the side of the others. Copies of one picture go where the first of
-    their names, by the alphabet, goes. first: for each image the index of its first copy (twins)"""
-    name = {}  # of each picture: the alphabetically first name of its copies
+    their names, by the alphabet, goes."""
+    first, name = twins(split.paths), {}  # name: of each picture, the first of its copies'
     for i, listed in zip(first, split.listed):
         name[i] = min(listed, name.get(i, listed))
     place = [int(hashlib.sha256(name[i].encode(errors="surrogateescape")).hexdigest()[:8], 16)
@@ -169,19 +169,12 @@ def load(cfg):
     else:
         labels = train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
 
-    if sheet:
-        first = twins(train.paths)
-        differ = [i for i, j in enumerate(first) if (train.labels[i] * train.labels[j] < 0).any()]
-        if differ:
-            csv_sheet.note(f"{len(differ)} pictures are copies of others with other labels, first "
-                           f"{train.where[differ[0]]}; python data.py lists them")
-
     rows = np.arange(len(labels))
     val, test = (part and part.measured() for part in (parts.get("val"), parts.get("test")))
     if share is None and val is None and (largeloss or sheet):
         share = 0.2
     if share is not None:
-        rows, held_rows = (hold_out_by_name(train, share, first) if sheet
+        rows, held_rows = (hold_out_by_name(train, share) if sheet
                            else hold_out(len(rows), share))
         val = train.measured().subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not val:

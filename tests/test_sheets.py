@@ -409,14 +409,3 @@ def test_a_category_of_ticks_alone_among_others_is_told(folder, capsys):
         assert not [*check.check(cfg)] and "no 0" not in capsys.readouterr().err
     fake.write(folder / "s.csv", HEAD + "0.jpg,1,\n1.jpg,,\n")  # cats come with later photos
     assert [*check.check(cfg)] and "no 0" not in capsys.readouterr().err
-
-
-def test_copies_with_other_labels_are_told_where_a_sheet_is_trained_on(folder, capsys):
-    shutil.copy(folder / "0.jpg", folder / "copy.jpg")
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,1\n1.jpg,0,0\ncopy.jpg,0,1\n")
-    data.load(Config(data=str(folder / "s.csv")))
-    assert "note: 1 pictures are copies of others with other labels, first " in (
-        capsys.readouterr().err)
-    fake.write(folder / "s.csv", HEAD + "0.jpg,1,1\n1.jpg,0,0\ncopy.jpg,,1\n")
-    data.load(Config(data=str(folder / "s.csv")))
-    assert "copies" not in capsys.readouterr().err
