@@ -57,11 +57,8 @@ def upright(image):
     if 0 in image.size:
         raise ValueError("it has no pixels")
     key = image.info.get("transparency")  # a colour that is transparent
-    turn = None
     with contextlib.suppress(Exception):  # no mark, or whatever damaged EXIF makes Pillow raise
-        turn = TURNED[np.ravel(image.getexif()[0x0112])[0]]
-    if turn is not None:
-        image = image.transpose(turn)
+        image = image.transpose(TURNED[np.ravel(image.getexif()[0x0112])[0]])
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         if key is not None:
