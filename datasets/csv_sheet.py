@@ -4,10 +4,8 @@
     #prompt,dog,cat,small red car          (optional second row: the names to use in prompts)
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
-Other forms: the WORDS below; commas, semicolons or tabs; UTF-8 or UTF-16; columns that are no
-category (--ignore, or found); one column of lists such as `dog|cat`. --unlisted says what is meant
-by an empty cell, or by a category that a list lacks. What could mean two things is refused with the
-option that settles it; `python data.py SHEET.csv` prints every problem.
+Other forms, the WORDS below among them: docs/data.md. What could mean two things is refused with
+the option that settles it; `python data.py SHEET.csv` prints every problem.
 """
 import csv
 import functools
