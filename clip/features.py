@@ -8,6 +8,7 @@ those of V augmented views are kept, bf16, in a memory-mapped file of V * n * (1
 transform, CLIP's file and code (clip/*.py), --amp and shape, not of labels and masks; a CLIP
 changed in Python needs views=0.
 """
+import contextlib
 import copy
 import hashlib
 import math
@@ -180,8 +181,9 @@ class FeatureLoader:
                   flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             for part in folder.glob("*.part"):
-                if time.time() - part.stat().st_mtime > 3600:  # of a process that was killed
-                    part.unlink()
+                with contextlib.suppress(FileNotFoundError):  # another run was quicker
+                    if time.time() - part.stat().st_mtime > 3600:  # of a process that was killed
+                        part.unlink()
             free = shutil.disk_usage(folder).free
             if size > free:
                 raise UserError(f"the feature cache needs {size / 2**30:.1f} GiB, {folder} has "

@@ -317,7 +317,7 @@ class CLIP(nn.Module):
         if isinstance(self.visual, ModifiedResNet):
             pool = self.visual.attnpool
             v, c = pool.v_proj, pool.c_proj
-            pool.folded = nn.Linear(v.in_features, c.out_features, device=v.weight.device)
+            pool.folded = nn.Linear(v.in_features, c.out_features).to(v.weight)
             pool.folded.weight.copy_(c.weight.double() @ v.weight.double())
             pool.folded.bias.copy_(c.weight.double() @ v.bias.double() + c.bias)
         return self.requires_grad_(False).to(memory_format=torch.channels_last)

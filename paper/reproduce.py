@@ -8,7 +8,8 @@
 
 The options of train.py hold for all rows, but for those that the rows set (--ratio, --matching,
 --without, ...). The numbers are mAP after the last epoch. Tables go to --out as Markdown, every
-seed's numbers as JSON. Where another command wrote such files, the new ones get a number.
+seed's numbers as JSON. Where another command has written such files, the new ones get a number;
+two commands at once want two --out.
 """
 import copy
 import dataclasses

@@ -185,6 +185,10 @@ def test_folded_equals_unfolded(kind, size):
     assert not any(p.requires_grad for p in folded.parameters()) and not folded.training
     for got, want in zip(folded.encode(images(*size)), model.encode(images(*size))):
         close(got, want)
+    wide = copy.deepcopy(model).double()
+    pixels = images(*size).double()
+    for got, want in zip(copy.deepcopy(wide).fold().encode(pixels), wide.encode(pixels)):
+        assert (got - want).abs().max() < 1e-12 * max(1, want.abs().max())
     again = copy.deepcopy(folded).fold()
     assert torch.equal(again.encode_dense(images(*size)), folded.encode_dense(images(*size)))
 

@@ -23,7 +23,7 @@ def parse(argv, about):
     for name in WITHOUT_RUN[1:]:
         add(flag(name), help="--zero-shot: as train.py has it")
     add("--checkpoint", choices=("best", "last"), help="default: best, where there is a best.pt")
-    add("--split", choices=("train", "val", "test"), help="default: test, or val without one")
+    add("--split", choices=("train", "val", "test"), help="of numbers (default: test, else val)")
     add("--top", type=int, default=5, help="--image: categories shown (default: 5)")
     add("--pictures", type=int, help="--image: most pictures drawn; --suggest: cells on the page")
     add("--out", help="--image: folder of the pictures (default: RUN/regions)")
