@@ -505,6 +505,9 @@ def test_what_is_asked_wrongly_ends_in_one_line(trained, photos, tmp_path, capfd
     bad(trained, "--image", photos / "grey.png", "--out", photos / "grey.png", words=["grey.png"])
     bad(trained, "--root", tmp_path / "moved", words=["moved"])
     bad(trained, "--split", "val", "--root", tmp_path, words=[str(tmp_path)])
+    # its guesses are for the training images
+    bad(trained, "--suggest", tmp_path / "t.csv", "--split", "test", words=["drop --split"])
+    bad(trained, "--image", photos, "--split", "test", words=["drop --split"])
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def parse(argv, about):
         raise UserError("--categories, --compare and --suggest print lines for people: drop --json")
     if not args.image and (args.csv or args.out or args.strict):
         raise UserError("--csv, --out and --strict belong to --image: add it, or drop them")
+    if args.split and (args.image or args.suggest):
+        raise UserError("--image is of photos, --suggest of the training images: drop --split")
     if min(args.top, args.batch) < 1 or min(args.workers or 0, args.pictures or 0) < 0:
         raise UserError("--top and --batch count from 1, --workers and --pictures from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
