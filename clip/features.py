@@ -82,8 +82,8 @@ class FeatureLoader:
         return len(self.images)
 
     def batches(self, epoch, shuffle=True):
-        """One pass. x is float32, and f too, or autocast's dtype in training (shuffle). Processes
-        get equally many rows: a batch is filled up with its first image, which gather cuts off."""
+        """One pass. x is float32, f too, but autocast's dtype in training (shuffle). Processes get
+        equally many rows: a batch is filled up with its first image, which gather cuts off."""
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
         padded = (torch.cat([part, part[:1].expand(-len(part) % self.world)])
