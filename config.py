@@ -159,7 +159,7 @@ def check(f, value):
     choices, low, high, above = (f.metadata[rule] for rule in ("choices", "low", "high", "above"))
     if choices and value not in choices.split("|"):
         raise UserError(f"{flag(f.name)} expects one of {choices}, got {value!r}")
-    if f.type in (int, float) and (not low <= value <= high or value == above):
+    if f.type in (int, float) and not (low <= value <= high and (above is None or value > above)):
         least = f"from {low}" if above is None else f"above {above}"
         raise UserError(f"{flag(f.name)} expects a number {least} up to {high}, got {value}")
 

@@ -3,7 +3,7 @@
 TRM-ML asks for more than the original: dense features f, a D-vector for each location of the last
 map (Sec. 3.1), and prompts that enter as embeddings, so that context tokens can be learned.
 B images, T texts, S tokens, W text width, N = h*w locations (row-major), D joint dimension,
-C channels of the last map.
+C channels of a map, or of a block's tokens.
 
     model = clip.load("RN101")
     g = model.encode_text(model.tokenize(["a photo of a cat"]))      # (1, 512)
