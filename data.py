@@ -134,20 +134,33 @@ def splc_labels(cfg, train):
     return train, observed
 
 
+def observed_labels(cfg, train):
+    """The setting's images of train (Split) -> train, its (N, C) int8 labels that are seen. Seed 0
+    gives the published masks; Cole's sampler starts at 1200 + seed."""
+    if cfg.single_positive == "splc":
+        return splc_labels(cfg, train)
+    if cfg.single_positive == "largeloss":
+        # Cole et al. left out images without labels before they sampled. Rows of NUS-WIDE whose
+        # photo is lost stay: each row takes its random numbers.
+        train = train if cfg.data == "nuswide" else train.used()
+        return train, single_positives(train.labels, 1200 + cfg.seed)
+    if cfg.mask:
+        return train, train.labels * read_mask(cfg.mask, train)
+    return train, train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
+
+
 def load(cfg):
     """A config.Config -> (train, val or None, test or None) Splits.
 
-    seed 0 gives the published masks; Cole's sampler starts at 1200 + seed. The mask is drawn for
-    all training images, before train_images cuts them. Where cfg.val is None, scenes have their own
-    val, sheets and "largeloss" hold out a fifth, the others nothing; val keeps all labels.
+    Labels are hidden before train_images cuts the rows. Where cfg.val is None, scenes have their
+    own val, sheets and "largeloss" hold out a fifth, the others nothing; val keeps all labels.
     """
     given = [cfg.single_positive is not None, cfg.mask is not None, cfg.ratio != 1]
     if given.count(True) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
         raise NotFound(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
-    sheet, largeloss = is_sheet(cfg.data), cfg.single_positive == "largeloss"
-    share = None
+    sheet, share = is_sheet(cfg.data), None
     if cfg.val is not None and not (sheet and is_sheet(cfg.val)):
         with refused(f"--val expects a share in [0, 1), or for a sheet a CSV; got {cfg.val}"):
             share = float(cfg.val)
@@ -156,22 +169,10 @@ def load(cfg):
     if share and (cfg.data, cfg.single_positive) == ("nuswide", "splc"):
         raise UserError("--val: SPLC's list of NUS-WIDE tells one label per image: drop it")
     parts = complete(cfg)
-    train = parts["train"]
-    if cfg.single_positive == "splc":
-        train, labels = splc_labels(cfg, train)
-    elif largeloss:
-        # Cole et al. left out images without labels before they sampled. Rows of NUS-WIDE whose
-        # photo is lost stay: each row takes its random numbers.
-        train = train if cfg.data == "nuswide" else train.used()
-        labels = single_positives(train.labels, 1200 + cfg.seed)
-    elif cfg.mask:
-        labels = train.labels * read_mask(cfg.mask, train)
-    else:
-        labels = train.labels * partial_mask(train.labels.shape, cfg.ratio, cfg.seed)
-
+    train, labels = observed_labels(cfg, parts["train"])
     rows = np.arange(len(labels))
     val, test = (part and part.measured() for part in (parts.get("val"), parts.get("test")))
-    if share is None and val is None and (largeloss or sheet):
+    if share is None and val is None and (sheet or cfg.single_positive == "largeloss"):
         share = 0.2
     if share is not None:
         rows, held_rows = (hold_out_by_name(train, share) if sheet
