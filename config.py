@@ -11,7 +11,7 @@ from pathlib import Path
 from clip.weights import FILES
 from datasets.csv_sheet import is_sheet
 from support import UserError, refused
-from support.checkpoint import begun
+from support.checkpoint import read_config
 from support.cli import make_parser, words
 
 OF_SHEETS = ("ignore", "minus_one", "unlisted")
@@ -46,7 +46,7 @@ class Config:
                             choices="absent|unknown")
     unlisted: str = option(None, "what a sheet's empty cells mean, or what its lists lack",
                            choices="absent|unknown")
-    names: str = option(None, "file of prompt names, one category a line")
+    names: str = option(None, "file of prompt names (vg200: of categories), one a line")
     prompt_names: str = option("peers", "category words in the prompts: the peers', or the data "
                                "set's own", choices="peers|official")
     lists: str = option(None, "folder or training list of the splc setup (else --root)")
@@ -55,11 +55,11 @@ class Config:
     images: str = option("photos", "what is learned from", choices="photos|captions")
     captions: str = option(None, "captions_*.json (default: that of the data set)")
     size: int = option(448, "side of the input in pixels", 32, 4096)
-    augment: str = option("taidpt", "of training images", choices="none|flip|taidpt")
+    augment: str = option("taidpt", "augmentation of training images", choices="none|flip|taidpt")
     # ---- model
     clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
                        "in Hugging Face's local cache")
-    activation: str = option(None, "of weights that do not say", choices="quickgelu|gelu")
+    activation: str = option(None, "of a CLIP that does not name its own", choices="quickgelu|gelu")
     matching: str = option("carl", "carl is the paper's method, the others its baselines",
                            choices="carl|dualcoop|dualcoop-fixed|average|global")
     without: str = option("", "parts to leave out: any of kd,mmcp,mmcl or a prototype, visual,text")
@@ -92,7 +92,7 @@ class Config:
     epochs: int = option(40, "epochs", 1)
     batch: int = option(128, "images per step, over all GPUs; of a sheet rows / 8, 16 to 128", 1)
     lr: float = option(5e-4, "peak of OneCycleLR", above=0)
-    weight_decay: float = option(0.01, "of AdamW")
+    weight_decay: float = option(0.01, "weight decay of AdamW")
     clip_grad: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "of masks, initialisation, order and augmentation")
     eval_every: int = option(1, "epochs between evaluations", 1)
@@ -102,7 +102,7 @@ class Config:
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode; 0: none", 0, 1000)
     cache_features: int = option(0, "augmented views whose features are kept on disk, instead of "
                                  "running the backbone in every epoch")
-    cache_dir: str = option("generated/features", "where they are kept")
+    cache_dir: str = option("generated/features", "folder of the cached features")
     out: str = option(None, "run folder")
 
     def __post_init__(self):
@@ -205,7 +205,7 @@ def parse(argv, about="", **defaults):
         return Config(**defaults | preset(given.get("data", "scenes")) | given), None
     if kept := given.keys() - PLACES - MACHINE:
         raise UserError(f"drop {' '.join(map(flag, sorted(kept)))}: --resume keeps the settings")
-    return restored(begun(run)["config"], run / "config.json", given), run
+    return restored(read_config(run)["config"], run / "config.json", given), run
 
 
 def is_path(name, value):

@@ -109,13 +109,13 @@ def complete(cfg):
     elif root is None and cfg.data in LAYOUTS:
         raise UserError(f"{cfg.data}: say with --root which folder holds it; docs/data.md tells "
                         "what has to lie there, and where it comes from")
-    parts = layout(root, cfg)
-    if len({tuple(split.names) for split in parts.values()}) > 1:
+    splits = layout(root, cfg)
+    if len({tuple(split.names) for split in splits.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
     if cfg.names and cfg.data != "vg200":  # vg200 has read them as its category names
-        for split in parts.values():
+        for split in splits.values():
             split.prompts = read_lines(cfg.names, len(split.names))
-    return parts
+    return splits
 
 
 def splc_labels(cfg, train):
@@ -168,10 +168,10 @@ def load(cfg):
                 raise ValueError("out of range")
     if share and (cfg.data, cfg.single_positive) == ("nuswide", "splc"):
         raise UserError("--val: SPLC's list of NUS-WIDE tells one label per image: drop it")
-    parts = complete(cfg)
-    train, labels = observed_labels(cfg, parts["train"])
+    whole = complete(cfg)
+    train, labels = observed_labels(cfg, whole["train"])
     rows = np.arange(len(labels))
-    val, test = (part and part.measured() for part in (parts.get("val"), parts.get("test")))
+    val, test = (split and split.measured() for split in (whole.get("val"), whole.get("test")))
     if share is None and val is None and (sheet or cfg.single_positive == "largeloss"):
         share = 0.2
     if share is not None:

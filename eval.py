@@ -218,7 +218,7 @@ def compare(predictors, split):
     boxed = split.boxes and any(map(len, split.boxes))
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
           f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
-    g = zero_shot_text(predictors[0].clip, split.prompts)
+    g = zero_shot_text(predictors[0].encoder, split.prompts)
     batches = predictors[0].loader(split).batches(0, shuffle=False)
     for name, scores in zero_shot(g, batches).items():
         tell(f"zero-shot CLIP, {name}", scores)
@@ -279,7 +279,7 @@ def run(args):
         return suggest(ZeroShot(cfg), args)
     predictors = []
     for name in (args.run, *(args.ensemble or args.compare or ())):
-        encoder = predictors[0].clip if predictors else None  # shared where it is the same
+        encoder = predictors[0].encoder if predictors else None  # shared where it is the same
         predictors.append(Predictor(name, args.checkpoint, encoder=encoder, places=args.places))
         if predictors[-1].names != predictors[0].names:
             raise UserError(f"{name} has other categories than {args.run}, or in another order: "

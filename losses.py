@@ -28,7 +28,7 @@ def asymmetric(logits, labels, gamma_pos=1.0, gamma_neg=2.0, shift=0.05, assume_
     # at least 1e-12: for an exponent below 1 the gradient of 0 ** exponent is infinite
     positive = (1 - p).clamp(min=1e-12) ** gamma_pos * log_p
     negative = p_m.clamp(min=1e-12) ** gamma_neg * log_not_p
-    loss = -torch.where(labels == 1, positive, negative)
+    loss = -torch.where(labels == 1, positive, negative)  # Eq. 14   (B, C)
     return torch.where(labels == 0, assume_negative * loss, loss).sum(1).mean()
 
 
@@ -49,7 +49,7 @@ def distillation(logits_r, logits_q, how="softmax", temperature=1.0, teacher="re
     log_t, log_s = ((x / temperature).log_softmax(-1) for x in logits)
     if teacher != "both":
         log_t = log_t.detach()
-    kl = (log_t.exp() * (log_t - log_s)).sum(-1)  # (B,), or (B, C) for "bernoulli"
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1)  # Eq. 6   (B,), or (B, C) for "bernoulli"
     if how == "bernoulli":
         kl = kl.sum(1)
     return temperature**2 * kl.mean()
@@ -82,7 +82,7 @@ def contrastive(anchors, samples, classes, tau=0.07, at_once=2**26):
     log_n = torch.stack(n).logsumexp(0)  # (C,)
     count = torch.bincount(classes, minlength=C).to(wide)  # |P| of each category
     weight = 1 / count[classes] / (count > 0).sum()  # mean over P, mean over the categories
-    return (weight * F.softplus(log_n[classes] - p)).sum()
+    return (weight * F.softplus(log_n[classes] - p)).sum()  # Eq. 13
 
 
 def total(terms, alpha=1.0, beta=0.05, gamma=0.01):

@@ -61,7 +61,7 @@ class MemoryBank(nn.Module):
         visual = self.mean_prototypes().masked_fill(self.cursor[:, None] == 0, torch.nan)
         prototypes = torch.stack([visual, self.text_prototypes], 1)  # (C, 2, D)
         dots = r.transpose(0, 1) @ prototypes.mT  # (C, B, 2)
-        return dots.permute(2, 1, 0) / r.norm(dim=-1).clamp(min=1e-12)
+        return dots.permute(2, 1, 0) / r.norm(dim=-1).clamp(min=1e-12)  # (2, B, C)   Eq. 8
 
     @torch.no_grad()
     def update_thresholds(self, s, labels):

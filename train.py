@@ -40,9 +40,10 @@ from trm import Output
 def training_step(model, memory, encoder, cfg, f, x, labels, stage_two, amp=None):
     """Section 3 of the paper for one batch -> loss, {name: term}, pseudo-labels (B, C) or None.
 
+    encoder is the frozen CLIP; memory, a MemoryBank, is changed in place; amp: autocast's dtype.
     f (b, N, D) dense and x (b, D) global features (or None, where they are not asked for) of this
     process's images, b = B in one process; labels (B, C) int8 of the whole batch: each process
-    computes the losses of all of it.
+    computes the losses of all of it. stage_two: whether MMCP and MMCL take part.
     """
     with torch.autocast(f.device.type, amp or torch.bfloat16, enabled=amp is not None):
         g_pos, g_neg = model.prompts(encoder)  # Sec. 3.1   (C, D)

@@ -30,43 +30,43 @@ def match(x, g_pos, g_neg, scale):
     """
     # cos(x, g+) - cos(x, g-) = x.(g+ - g-) / |x| for unit g
     difference = F.normalize(g_pos, dim=-1) - F.normalize(g_neg, dim=-1)  # (C, D)
-    return kernels.match(x, difference, scale)  # (..., C)
+    return kernels.match(x, difference, scale)  # (..., C)   Eq. 1
 
 
 class Prompts(nn.Module):
     """Learned context of each category, for "present" and "absent": [SOT] w_1 ... w_M [name] [EOT].
 
-    clip     a frozen clip.CLIP, used here for the embeddings of the names only
+    encoder  a frozen clip.CLIP, used here for the embeddings of the names only
     texts    C category names
     M        context tokens of a prompt
     context  (2, C, M, W) is all that is learned, N(0, 0.02) as in the paper's Sec. 4.1
     """
     at_once = 512  # most prompts whose activations are kept for backward, some 10 MB each in CLIP
 
-    def __init__(self, clip, texts, M=16):
+    def __init__(self, encoder, texts, M=16):
         super().__init__()
-        self.context = nn.Parameter(0.02 * torch.randn(2, len(texts), M, clip.W))
-        tokens = clip.tokenize(texts)  # (C, context_length) SOT, name, EOT, zeros
+        self.context = nn.Parameter(0.02 * torch.randn(2, len(texts), M, encoder.W))
+        tokens = encoder.tokenize(texts)  # (C, context_length) SOT, name, EOT, zeros
         eot = tokens.argmax(-1)  # EOT has the largest id
         longest = int(eot.max()) + 1
-        if M + longest > clip.context_length:
+        if M + longest > encoder.context_length:
             raise UserError(f"{M} context tokens and the longest name "
                              f"({texts[int(eot.argmax())]!r}) need {M + longest} tokens, CLIP "
-                             f"reads {clip.context_length}: use fewer or a shorter name")
+                             f"reads {encoder.context_length}: use fewer or a shorter name")
         # Nothing after EOT can reach it under the causal mask: the longest name gives the length.
-        embedded = clip.token_embedding(tokens[:, :longest]).detach()  # (C, S, W)  S = longest
+        embedded = encoder.token_embedding(tokens[:, :longest]).detach()  # (C, S, W)  S = longest
         self.register_buffer("sot", embedded[:, :1].clone(), persistent=False)
         self.register_buffer("name_eot", embedded[:, 1:].clone(), persistent=False)
         self.register_buffer("eot", eot + M, persistent=False)
 
-    def forward(self, clip):
+    def forward(self, encoder):
         """Returns g_pos, g_neg, each (C, D) of unit length. Gradients reach the context."""
         sot = self.sot.expand(2, -1, -1, -1)  # (2, C, 1, W)
         name = self.name_eot.expand(2, -1, -1, -1)  # (2, C, S-1, W)
         prompts = torch.cat([sot, self.context, name], dim=2).flatten(0, 1)  # (2C, M+S, W)
         eot = self.eot.repeat(2)  # (2C,)
         parts = list(zip(prompts.split(self.at_once), eot.split(self.at_once)))
-        g = torch.cat(checkpointed(clip.encode_prompts, parts))  # (2C, D)
+        g = torch.cat(checkpointed(encoder.encode_prompts, parts))  # (2C, D)
         return F.normalize(g.float(), dim=-1).chunk(2)
 
 

@@ -1,6 +1,6 @@
 """Frozen CLIP features of images, batch by batch: computed on the fly, or kept on disk.
 
-    for index, f, x in FeatureLoader(images, clip).batches(epoch): ...
+    for index, f, x in FeatureLoader(images, encoder).batches(epoch): ...
 
 One pass at a time. index (B,) int64, f (B, N, D) dense and x (B, D) global features. With `views=V`
 those of V augmented views are kept, bf16, in a memory-mapped file of V * n * (1 + N) * D * 2 bytes
@@ -54,16 +54,17 @@ def at_once(images):
 
 
 class FeatureLoader:
-    """images: a data.Images (split, size, augment, seed, fingerprint()); gets clip's mean and std
+    """images: a data.Images (split, size, augment, seed, fingerprint()); a copy gets encoder's
+    mean and std
     batch: images over all processes;  workers: processes that decode
     views: 0 computes on the fly, V > 0 caches V augmented views;  amp: autocast's dtype or None
     rank of world: this process;  need_global: without it x may be None, its pool not computed
     compiled: whether encode_dense goes through torch.compile"""
 
-    def __init__(self, images, clip, batch=128, workers=0, views=0, cache="generated/features",
+    def __init__(self, images, encoder, batch=128, workers=0, views=0, cache="generated/features",
                  device="cpu", amp=None, rank=0, world=1, need_global=True, compiled=False):
         self.images = images = copy.copy(images)  # another loader of them may have another CLIP
-        self.split, self.clip, self.batch = images.split, clip, batch
+        self.split, self.encoder, self.batch = images.split, encoder, batch
         self.workers, self.device, self.amp = workers, torch.device(device), amp
         self.rank, self.world, self.need_global = rank, world, need_global
         self.pinned = self.device.type == "cuda"  # copies that do not wait: CUDA's alone
@@ -72,18 +73,19 @@ class FeatureLoader:
         # interpreter ends, which torch answers with an abort.
         self.reader = ThreadPoolExecutor(1)
         self.cores = torch.get_num_threads()
-        self.encoders = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads,
+        self.threads = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads,
                                            initargs=(1,))
-        self.encode_dense = torch.compile(clip.encode_dense) if compiled else clip.encode_dense
-        images.mean, images.std = clip.mean, clip.std
+        encode = encoder.encode_dense
+        self.encode_dense = torch.compile(encode) if compiled else encode
+        images.mean, images.std = encoder.mean, encoder.std
         self.stored = self.cached(Path(cache), views) if views else None  # (V, n, 1+N, D)
 
     def __len__(self):
         return len(self.images)
 
     def batches(self, epoch, shuffle=True):
-        """One pass. x is float32, f too, but autocast's dtype in training (shuffle). Processes get
-        equally many rows: a batch is filled up with its first image, which gather cuts off."""
+        """One pass. f and x are float32; in training (shuffle) f has autocast's dtype. Processes
+        get equally many rows: a batch is filled up with its first image, which gather cuts off."""
         n = len(self)
         order = epoch_order(n, epoch, self.images.seed) if shuffle else torch.arange(n)
         padded = (torch.cat([part, part[:1].expand(-len(part) % self.world)])
@@ -138,7 +140,7 @@ class FeatureLoader:
             return self.encode_part(images, need_global)
         share = -(-len(images) // self.cores)  # no core stays without work
         parts = images.split(min(at_once(images), share))
-        f, x = zip(*self.encoders.map(lambda part: self.encode_part(part, need_global), parts))
+        f, x = zip(*self.threads.map(lambda part: self.encode_part(part, need_global), parts))
         return torch.cat(f), torch.cat(x) if need_global else None
 
     @torch.no_grad()
@@ -147,19 +149,19 @@ class FeatureLoader:
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, self.amp is not None):
             if not need_global:
                 return self.encode_dense(images), None
-            f, x = self.clip.encode(images)
+            f, x = self.encoder.encode(images)
         return f, x.float()
 
     def cached(self, folder, views):
         """The features of all views (one where nothing is augmented): (V, n, 1+N, D) bf16."""
         views = views if self.images.augment != "none" else 1
-        h, w = self.clip.grid(self.images.size, self.images.size)
-        shape = (views, len(self), 1 + h * w, self.clip.D)
-        if not self.clip.sha256:
+        h, w = self.encoder.grid(self.images.size, self.images.size)
+        shape = (views, len(self), 1 + h * w, self.encoder.D)
+        if not self.encoder.sha256:
             raise UserError("a cache needs a CLIP of clip.load, got one of clip.build: views=0")
         files = sorted(Path(model.__file__).parent.glob("*.py"))  # another backbone: other features
         code = [file.read_bytes() for file in files]
-        depends_on = repr((shape, self.clip.sha256, str(self.amp), code)).encode()
+        depends_on = repr((shape, self.encoder.sha256, str(self.amp), code)).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"
         # The first process says whether the file has to be made, and under which temporary name.

@@ -54,8 +54,8 @@ class Split:
         return self.subset(np.flatnonzero(~self.unused))
 
     def measured(self):
-        """The split as it is measured: where it tells mostly what is present, its unknown cells
-        count as absent. A part of a split is taken after that, since few rows tell little."""
+        """The split for metrics: where most known labels are positive, unknown counts as absent.
+        Call it before `subset`: few rows cannot tell."""
         if not tells_presence(self.truth):
             return self
         return replace(self, truth=np.where(self.truth == UNKNOWN, NEGATIVE, self.truth))

@@ -12,12 +12,12 @@ PEERS = {"motorcycle": "motor bike", "airplane": "aeroplane"}  # as TaI-DPT call
 def load(root, cfg):
     """train2014 and val2014, which is the test set of this field."""
     largeloss, keep = cfg.single_positive == "largeloss", cfg.keep_unannotated
-    parts = {"train": split(root, "train2014", keep and not largeloss, by_id=largeloss),
-             "test": split(root, "val2014", keep)}
+    splits = {"train": split(root, "train2014", keep and not largeloss, by_id=largeloss),
+              "test": split(root, "val2014", keep)}
     if cfg.prompt_names == "peers":
-        for part in parts.values():
-            part.prompts = [PEERS.get(name, name) for name in part.prompts]
-    return parts
+        for one in splits.values():
+            one.prompts = [PEERS.get(name, name) for name in one.prompts]
+    return splits
 
 
 def split(root, folder, keep_unannotated=False, by_id=False):

@@ -66,7 +66,7 @@ def load(root, cfg):
     """train, and val and test where cfg.val and cfg.test name sheets: the classes of the first one,
     in its order, and other images."""
     files = {"train": cfg.data, "val": cfg.val, "test": cfg.test}
-    sheets = {part: Sheet(path) for part, path in files.items() if is_sheet(path)}
+    sheets = {name: Sheet(path) for name, path in files.items() if is_sheet(path)}
     columns = {name for sheet in sheets.values() for name in sheet.header}
     if missing := {*split_names(cfg.ignore or "")} - columns:
         raise UserError(f"{cfg.data}: --ignore names {sorted(missing)}, the columns are "
@@ -76,13 +76,13 @@ def load(root, cfg):
               if {*column} == {POSITIVE, UNKNOWN}]
     if ticked and not tells_presence(train.labels):
         note(f"{cfg.data}: no 0 for {ticked[:5]}: a run would learn that all images have it")
-    parts = {"train": train}
-    for part, sheet in sheets.items():
+    splits = {"train": train}
+    for name, sheet in sheets.items():
         split = read(sheet, root, cfg, train.names)
         if differ := set(split.names) ^ set(train.names):
             raise UserError(f"{sheet.path}: its classes differ from the training sheet: "
                             f"{sorted(differ)}")
-        others = [file for other in parts.values() for file in other.paths]
+        others = [file for other in splits.values() for file in other.paths]
         first = twins(others + split.paths)[len(others):]  # a copy is the same image, too
         if both := [file for file, i in zip(split.paths, first) if i < len(others)]:
             raise UserError(f"{sheet.path}: {len(both)} images are in another sheet, first "
@@ -90,8 +90,8 @@ def load(root, cfg):
         order = [split.names.index(name) for name in train.names]
         split.labels = split.truth = split.labels[:, order]
         split.names, split.prompts = train.names, train.prompts
-        parts[part] = split
-    return parts
+        splits[name] = split
+    return splits
 
 
 class Sheet:
@@ -171,8 +171,8 @@ def categories(sheet, cfg, names, codes):
     ignored = split_names(cfg.ignore or "")
     filled = {c: [word(row[c]) for row in rows if CODES.get(word(row[c])) != UNKNOWN]
               for c in range(1, len(header)) if header[c] not in ignored}
-    # a column of three or more filled cells without any label is no category (the only one: lists,
-    # if --unlisted says so); of a second sheet one that the first sheet does not have
+    # A column of three or more filled cells, none a label, is no category; the only column holds
+    # lists, if --unlisted says so. In a second sheet, one that the first lacks is none either.
     texts = [c for c, words in filled.items() if not {*codes, "-1"} & {*words}
              and (len(words) > 2 or not (first or header[c] in names)
                   or (cfg.unlisted and len(filled) == 1 and words and first))]

@@ -30,7 +30,7 @@ from support import UserError, refused
 from support.cli import end_with_parent, make_parser, run_command, stop
 
 VERSION = 4  # part of the marker: raised whenever a change here changes the pictures
-SPLITS = {"train": "train2014", "val": "tune2014", "test": "val2014"}  # the last as COCO
+SPLITS = {"train": "train2014", "val": "tune2014", "test": "val2014"}  # as for COCO
 VISIBLE = 0.4  # share of an object's pixels that must stay visible for it to be labelled
 MIN_AREA = 60  # pixels that must stay visible at least
 RADIUS = (14, 46)  # half the extent of an object in pixels, whatever the size of the canvas

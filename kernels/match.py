@@ -5,7 +5,8 @@ B images, C categories, D dims.
 The cost at the paper's size (B 128, C 80, D 512) in bf16: forward reads x 10.5 MB and writes the
 logits, backward reads x again and writes its gradient: 31 MB for one of the two scores of a step.
 Plain torch keeps products, norms and their gradients in float32: some 350 MB and 60 launches. An
-H200 takes 13.3 us forward and 24.5 with the backward, in plain torch 47.9 and 183.
+H200's memory needs 2.5 us for the forward, 7.5 for both; measured: 13.3 and 24.5, in plain torch
+47.9 and 183.
 """
 import torch
 

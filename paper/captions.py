@@ -98,10 +98,10 @@ def load(cfg, split, val=None):
 class Captions:
     """The loader of captions: yields index (B,), words f (B, N, D), sentences x (B, D)."""
 
-    def __init__(self, split, clip, batch=128, seed=0, device="cpu", rank=0, world=1):
-        self.split, self.clip, self.batch, self.seed = split, clip, batch, seed
+    def __init__(self, split, encoder, batch=128, seed=0, device="cpu", rank=0, world=1):
+        self.split, self.encoder, self.batch, self.seed = split, encoder, batch, seed
         self.device, self.rank, self.world = device, rank, world
-        self.tokens = clip.tokenize(split.paths, truncate=True).int().cpu()  # (n, S)
+        self.tokens = encoder.tokenize(split.paths, truncate=True).int().cpu()  # (n, S)
 
     def __len__(self):
         return len(self.tokens)
@@ -121,10 +121,11 @@ class Captions:
         in all texts; a text that is shorter than the longest repeats itself, so that no padding has
         to be kept out of the softmax over the locations."""
         eot = tokens.argmax(1)  # (B,) the end of the text has the largest id
-        h = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:tokens.shape[1]]
-        for block in self.clip.transformer.resblocks:
+        h = self.encoder.token_embedding(tokens)
+        h = h + self.encoder.positional_embedding[:tokens.shape[1]]
+        for block in self.encoder.transformer.resblocks:
             h = block(h, causal=True)
-        h = self.clip.ln_final(h) @ self.clip.text_projection  # (B, S, D)
+        h = self.encoder.ln_final(h) @ self.encoder.text_projection  # (B, S, D)
         B, N = len(h), h.shape[1] - 1
         place = 1 + torch.arange(N, device=h.device) % eot[:, None]  # (B, N) 1 ... eot, again ...
         rows = torch.arange(B, device=h.device)

@@ -34,7 +34,7 @@ from eval import compare, metrics
 from paper import captions
 from paper.run_table import Runs
 from support import NotFound, UserError
-from support.checkpoint import begun, write_atomically
+from support.checkpoint import read_config, write_atomically
 from support.cli import best_device, make_parser, run_main, words
 from tools.plots import region_tiles, save_grid, two_axes
 from tools.predict import images_in
@@ -219,7 +219,7 @@ def figure_4(args, base, file):
     configs = {name: runs.config(settings, base.seed) for name, settings in methods.items()}
     for cfg in configs.values():  # a table may have trained it
         there = Path(cfg.out, "config.json").exists()
-        chosen_for = begun(Path(cfg.out))["config"]["score"] if there else cfg.score
+        chosen_for = read_config(Path(cfg.out))["config"]["score"] if there else cfg.score
         if chosen_for != cfg.score:
             raise UserError(f"{cfg.out} chose its thresholds for --score {chosen_for}: say so, or "
                             f"train others with --score {cfg.score} in another --out")

@@ -26,7 +26,7 @@ from config import MACHINE, PLACES, is_path
 from eval import metrics
 from paper import captions
 from support import UserError
-from support.checkpoint import begun
+from support.checkpoint import read_config
 from support.cli import best_device, end_with_parent
 from tools.build import load_data
 from tools.predictor import Predictor
@@ -150,7 +150,7 @@ def train_one(cfg):
     run.mkdir(parents=True, exist_ok=True)
     resume = (run / "config.json").exists()
     if resume:  # its score chose its best epoch and its thresholds; a table reads any score
-        cfg = dataclasses.replace(cfg, score=begun(run)["config"]["score"])
+        cfg = dataclasses.replace(cfg, score=read_config(run)["config"]["score"])
     with open(run / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             train.train(cfg, resume=run if resume else None)

@@ -128,7 +128,8 @@ def choose(p, peak, verdicts, truth, area):
 
 def crops_of(predictor, split):
     """For each category JPEGs of its newest prototypes: the location and what surrounds it."""
-    cfg, encoder, memory, (h, w) = predictor.cfg, predictor.clip, predictor.memory, predictor.grid
+    cfg, encoder = predictor.cfg, predictor.encoder
+    memory, (h, w) = predictor.memory, predictor.grid
     loader = training_loader(cfg, split, encoder, predictor.device, 0, 1)
     mean, std = (torch.tensor(part)[:, None, None] for part in (encoder.mean, encoder.std))
     crops = []
@@ -160,7 +161,7 @@ def contents():
     """All that the page draws, as `inspect` sees it; draws docs/idea.png beside."""
     predictor = Predictor(RUN, "last")
     cfg, (train_split, val, _) = predictor.cfg, predictor.splits().values()
-    frames = [Predictor(RUN / "film" / str(epoch), "last", encoder=predictor.clip)
+    frames = [Predictor(RUN / "film" / str(epoch), "last", encoder=predictor.encoder)
               for epoch in range(1, cfg.epochs + 1)]
     every = [predictor.inspect(*pair) for pair in zip(val.paths, val.truth)]
     logits, mask, s, verdicts = (torch.stack([seen[name] for seen in every]).cpu()

@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class NotFound(UserError):
-    """A download, or a part of it, is not there."""
+    """The data set lacks the files of a setup."""
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What a run keeps on disk, in files that survive a kill: written beside, flushed, renamed.
 
-    config.json      settings, sha256 of CLIP's weights and of each split's names, labels, truth
+    config.json      settings, sha256 of CLIP's weights and of each split's names and labels
     metrics.jsonl    a line per epoch
     last.pt          all that training goes on from (State), and all of best.pt
     best.pt          what inference needs of the epoch that validation chose: model, epoch, config,
@@ -120,7 +120,7 @@ def writable(folder):
     return above.is_dir() and os.access(above, os.W_OK)
 
 
-def begun(run):
+def read_config(run):
     """What config.json says of a run that was begun."""
     file = run / "config.json"
     with refused(f"{file} holds no run: restore it, or give another folder"):
@@ -129,9 +129,10 @@ def begun(run):
 
 
 def changed(run, splits):
-    """The splits whose classes, labels or image names are not those that a run was begun with. A
-    sheet may have another name now."""
-    sha256 = {name.split("/")[-1]: info["sha256"] for name, info in begun(run)["data"].items()}
+    """The splits whose names, prompts or labels are not those that a run was begun with. A sheet
+    may have another name now."""
+    begun = read_config(run)["data"].items()
+    sha256 = {name.split("/")[-1]: info["sha256"] for name, info in begun}
     return [split.name for split in splits
             if split and sha256.get(split.name.split("/")[-1]) != split.info["sha256"]]
 
@@ -145,11 +146,11 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
                  "locks; wait, or choose another --out"):
         lock.acquire(timeout=10)  # a killed run's loader processes end within that
     if resume:
-        if begun(run)["clip_sha256"] != clip_sha256:
+        if read_config(run)["clip_sha256"] != clip_sha256:
             raise UserError(f"{run} was begun on other CLIP weights: give --clip the same file")
         if names := changed(run, splits):
-            raise UserError(f"{run} was begun on other data: names, labels or images of {names[0]} "
-                            "have changed: put them back, or train anew")
+            raise UserError(f"{run} was begun on other data: names, prompts or labels of "
+                            f"{names[0]} have changed: put them back, or train anew")
     elif (run / "config.json").exists():  # of a run that began meanwhile
         raise UserError(f"{run} holds a run already: choose another --out")
     else:

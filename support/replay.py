@@ -2,7 +2,7 @@
 import torch
 
 
-def replayed(prompts, clip, amp):
+def replayed(prompts, encoder, amp):
     """prompts.forward, trm.Prompts', as a CUDA graph: the same numbers, two launches in the place
     of some 600, which take longer than their work (docs/speed.md). amp: autocast's dtype or None.
     Without a gradient, or with too many prompts to keep, forward stays what it was."""
@@ -11,15 +11,15 @@ def replayed(prompts, clip, amp):
         return plain
 
     def texts(context):
-        return torch.func.functional_call(prompts, {"context": context}, (clip,))
+        return torch.func.functional_call(prompts, {"context": context}, (encoder,))
 
     same = context.detach().requires_grad_()  # its memory; recorded on another stream than training
     with torch.autocast("cuda", amp or torch.bfloat16, amp is not None, cache_enabled=False):
         graph = torch.cuda.make_graphed_callables(texts, (same,))
 
-    def forward(clip):
+    def forward(encoder):
         if not torch.is_grad_enabled():
-            return plain(clip)
+            return plain(encoder)
         return tuple(g.clone() for g in graph(context))  # the next replay overwrites its results
 
     return forward

@@ -157,7 +157,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("kernels/topk_prototypes.py", "(count * k)[c][:, None] - L",
      "(count * k)[c][:, None] - L - 1"),
     # A second hundred, thought of without the list above; most of these were not noticed at first.
-    ("trm.py", "if M + longest > clip.context_length", "if M + longest >= clip.context_length"),
+    ("trm.py", "if M + longest > encoder.context_length", "if M + longest >= clip.context_length"),
     ("trm.py", "for linear in (self.q, self.k, self.v, self.out):",
      "for linear in (self.q, self.k, self.v):"),
     ("trm.py", "nn.init.xavier_uniform_(self.v.weight)", "nn.init.eye_(self.v.weight)"),
@@ -285,7 +285,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("config.py", 'self.matching == "carl" and part not in', "part not in"),
     ("tools/build.py", "cfg.assume_negative is None and tells_presence(told)",
      "cfg.assume_negative is None"),
-    ("tools/build.py", 'begun(run)["config"]["assume_negative"]', "cfg.assume_negative"),
+    ("tools/build.py", 'read_config(run)["config"]["assume_negative"]', "cfg.assume_negative"),
     ("train.py", '"zero-shot")[0]', '"region")[0]'),
     ("kernels/dispatch.py", "forward_ad._current_level >= 0", "False"),
     ("eval.py", "scores[best:best + 2].mean()", "scores[best]"),
@@ -304,7 +304,7 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("eval.py", 'chosen_here = seen and (', "chosen_here = ("),
     ("train.py", "in state.optimizer.param_groups for", "in state.optimizer.param_groups[:1] for"),
     ("datasets/csv_sheet.py", "in sheets.values() for name", "in [sheets['train']] for name"),
-    ("paper/run_table.py", 'score=begun(run)["config"]["score"]', "score=cfg.score"),
+    ("paper/run_table.py", 'score=read_config(run)["config"]["score"]', "score=cfg.score"),
     ("paper/reproduce.py", "if len(values) < seeds else", "if len(values) < 0 else"),
     ("datasets/augment.py", "    image.load()  # Pillow turns a TIFF here, and its mark goes", ""),
     ("train.py", "        lr = state.scheduler.get_last_lr()[0]  # of this step\n"

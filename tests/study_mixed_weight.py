@@ -52,7 +52,7 @@ def study(photos, share, mask, root, place):
     scores, _ = score_split(predictor.model, predictor.g_pos, predictor.g_neg,
                             predictor.loader(unseen), predictor.g_zero)
     run, zero = scores["mean"].clamp(-SURE, SURE).numpy(), scores["zero-shot"].numpy()
-    slope, offset, _ = predictor.scale.numpy()
+    slope, offset, _ = predictor.zero_shot_scale.numpy()
     n = (predictor.splits()["train"].labels == 1).sum(0).astype(float)  # (C,)
     found = {"query": scores["query"].numpy(), "zero-shot": zero}
     for rule, weight in WEIGHTS.items():

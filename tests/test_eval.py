@@ -312,10 +312,10 @@ def test_a_checkpoint_holds_the_texts_of_its_prompts(trained):
     """Present first: swapped, every score would be turned round, here as in training."""
     state = torch.load(trained / "last.pt", weights_only=True)
     predictor = Predictor(trained, "last")
-    prompts = Prompts(predictor.clip, predictor.splits()["train"].prompts, predictor.cfg.context)
+    prompts = Prompts(predictor.encoder, predictor.splits()["train"].prompts, predictor.cfg.context)
     prompts.load_state_dict({"context": state["model"]["prompts.context"]})
     prompts.to(predictor.device)
-    for g, saved, used in zip(prompts(predictor.clip), (state["g_pos"], state["g_neg"]),
+    for g, saved, used in zip(prompts(predictor.encoder), (state["g_pos"], state["g_neg"]),
                               (predictor.g_pos, predictor.g_neg)):
         assert torch.allclose(g.cpu(), saved, atol=1e-5) and torch.equal(saved, used.cpu())
 
@@ -395,9 +395,9 @@ def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, wo
     assert err == [] and "mixed score" in out[0] and "chosen on these labels" in out[0]
     file.write_text(file.read_text().replace(",1,", ",0,"))
     _, out, err = command(evaluation.main, [folder, "--split", "val"], capfd)
-    assert "other names, labels or images" in err[0] and "chosen on these labels" not in out[0]
+    assert "other names, prompts or labels" in err[0] and "chosen on these labels" not in out[0]
     _, out, err = command(evaluation.main, [folder, "--split", "train"], capfd)
-    assert "other names, labels or images" in err[0] and "chosen on these labels" not in out[0]
+    assert "other names, prompts or labels" in err[0] and "chosen on these labels" not in out[0]
 
 
 def test_a_split_that_a_run_does_not_have_is_told(sheet, capfd):
@@ -426,8 +426,8 @@ def test_the_processes_that_decode_can_be_chosen_for_a_run(trained, monkeypatch,
 
 def test_a_run_on_another_clip_than_the_first_one_loads_its_own(trained):
     shared = SimpleNamespace(sha256="of other weights")
-    own = Predictor(trained).clip.sha256
-    assert Predictor(trained, encoder=shared).clip.sha256 == own != shared.sha256
+    own = Predictor(trained).encoder.sha256
+    assert Predictor(trained, encoder=shared).encoder.sha256 == own != shared.sha256
 
 
 def test_a_line_a_category_the_worst_first_and_planted_wrong_labels_are_found(trained, tmp_path,

@@ -27,7 +27,7 @@ def case(request, world, tmp_path):
     predictor = Predictor(folder, device="cpu")  # where an export is made
     split = predictor.splits()["test"].subset(range(5))
     images = data.Images(split, predictor.cfg.size)
-    images.mean, images.std = predictor.clip.mean, predictor.clip.std
+    images.mean, images.std = predictor.encoder.mean, predictor.encoder.std
     want = {n: np.array([[row["scores"][name] for name in predictor.names]
                          for row in predictor.predict(split.paths[:n])]) for n in (1, 2, 5)}
     return folder, torch.stack([images[i][0] for i in range(5)]), want

@@ -22,7 +22,7 @@ from datasets.base import tells_presence
 from eval import best_thresholds, metrics
 from paper.run_table import history
 from support import UserError
-from support.checkpoint import begun, read_checkpoint
+from support.checkpoint import read_checkpoint, read_config
 from tools import build, report
 from tools.predictor import Predictor
 from tools.zero_shot import (mixed, probability_arrays, zero_shot, zero_shot_scale,
@@ -107,7 +107,7 @@ def test_zero_shot_stands_beside_every_score(trained):
     predictor = Predictor(trained, "last")
     split = predictor.splits()["test"]
     loader = predictor.loader(split)
-    g = zero_shot_text(predictor.clip, split.prompts)
+    g = zero_shot_text(predictor.encoder, split.prompts)
     found = zero_shot(g, loader.batches(0, shuffle=False))
     assert np.allclose(found["global"] + found["dense"], found["both"], atol=1e-6)
     mAP = metrics(found["both"], split.truth)["mAP"]
@@ -129,7 +129,8 @@ def test_the_scale_is_never_of_the_test_split(world, tmp_path, val, which):
     scores = {name: torch.from_numpy(p) for name, p in scores.items()}
     scores = {name: (p if name == "zero-shot" else p.logit()).float() for name, p in scores.items()}
     positives = (predictor.splits()["train"].labels == 1).sum(0)
-    assert torch.allclose(zero_shot_scale(scores, positives), predictor.scale, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(zero_shot_scale(scores, positives), predictor.zero_shot_scale, rtol=1e-3,
+                          atol=1e-3)
 
 
 @pytest.mark.parametrize("ratio", (1.0, 0.5))
@@ -238,7 +239,7 @@ def test_a_run_whose_epochs_were_never_due_says_so(world, tmp_path):
 def test_unknown_counts_as_absent_where_no_label_is_known_to_be_absent(world, tmp_path, more,
                                                                        weight):
     run(world, tmp_path / "run", epochs=1, **more)
-    assert begun(tmp_path / "run")["config"]["assume_negative"] == weight
+    assert read_config(tmp_path / "run")["config"]["assume_negative"] == weight
     settings = json.loads(read_checkpoint(tmp_path / "run" / "last.pt")["config"])
     assert settings["assume_negative"] == weight
 
@@ -320,7 +321,7 @@ def test_a_run_knows_the_clip_that_it_was_given(world, tmp_path):
     cfg, _ = train.parse(options(world, tmp_path / "run", epochs=1))
     encoder = clip.load(cfg.clip)
     train.train(dataclasses.replace(cfg, clip="RN101"), encoder=encoder)
-    assert Predictor(tmp_path / "run").clip.sha256 == encoder.sha256
+    assert Predictor(tmp_path / "run").encoder.sha256 == encoder.sha256
 
 
 def test_splits_of_one_name_are_refused_before_training(world, tmp_path):

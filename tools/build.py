@@ -8,10 +8,10 @@ import torch
 import data
 import kernels
 from clip.features import FeatureLoader, autocast_dtype
-from datasets.base import ASSUMED_NEGATIVE, NEGATIVE, tells_presence
+from datasets.base import ASSUMED_NEGATIVE, NEGATIVE, UNKNOWN, tells_presence
 from paper import captions
 from support import UserError
-from support.checkpoint import begun, read_checkpoint
+from support.checkpoint import read_checkpoint, read_config
 from tools.predictor import evaluation_loader
 from trm import TRM, Prompts
 
@@ -30,8 +30,7 @@ def load_data(cfg):
 
 
 def settled(cfg, run, split, encoder, resume=False):
-    """The Config with what only data and weights tell, and what a run needs after it was moved or
-    its weights were renamed."""
+    """The Config with this run's folder and CLIP, and with --assume-negative decided."""
     if not encoder.name:  # from where a run's user loads it again
         raise UserError("expected a CLIP of clip.load, got one that clip.build made: save its "
                         "state dict, and load the file")
@@ -40,7 +39,7 @@ def settled(cfg, run, split, encoder, resume=False):
     if cfg.single_positive or not (split.labels == NEGATIVE).any():
         told = split.labels
     if resume:  # what it was begun with, although the sheet may have got its first 0s since
-        found["assume_negative"] = begun(run)["config"]["assume_negative"]
+        found["assume_negative"] = read_config(run)["config"]["assume_negative"]
     elif cfg.assume_negative is None and tells_presence(told):
         found["assume_negative"] = ASSUMED_NEGATIVE
     return dataclasses.replace(cfg, **found)
@@ -71,7 +70,7 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
         # evenly spaced, for a sheet may be sorted
         sample = train_split.subset(range(0, n, -(-n // 1000)))
         if cfg.assume_negative:
-            sample.labels = np.where(sample.labels == 0, -1, sample.labels)
+            sample.labels = np.where(sample.labels == UNKNOWN, NEGATIVE, sample.labels)
     named = {"val": val_split, "train": sample, "test": test_split}
     if not scaled:
         named = {"train": sample} | named  # the first one gives the scale

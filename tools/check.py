@@ -14,11 +14,11 @@ from tools.predict import why_not
 def check(cfg, decode=True):
     """Prints what is in a data set; yields the problems, a line each."""
     try:
-        parts = data.complete(cfg)
+        splits = data.complete(cfg)
     except UserError as error:
         yield from getattr(error, "problems", [str(error)])
         return
-    for name, split in parts.items():
+    for name, split in splits.items():
         split = split.used()
         print(f"\n{name}: {data.describe(split)}")
         print(f"{'class':32}{'present':>9}{'absent':>9}{'unknown':>9}")

@@ -4,6 +4,7 @@ from support import UserError
 from support.cli import make_parser, words
 
 WITHOUT_RUN = ("size", "activation", *OF_SHEETS)  # what a run has settled
+MOVED = sorted(PLACES - {"captions", "carl_from"})  # these two only training reads
 
 
 def parse(argv, about):
@@ -23,7 +24,7 @@ def parse(argv, about):
     for name in WITHOUT_RUN[1:]:
         add(flag(name), help="--zero-shot: as train.py has it")
     add("--checkpoint", choices=("best", "last"), help="default: best, where there is a best.pt")
-    add("--split", choices=("train", "val", "test"), help="of numbers (default: test, else val)")
+    add("--split", choices=("train", "val", "test"), help="measured (default: test, else val)")
     add("--top", type=int, default=5, help="--image: categories shown (default: 5)")
     add("--pictures", type=int, help="--image: most pictures drawn; --suggest: cells on the page")
     add("--out", help="--image: folder of the pictures (default: RUN/regions)")
@@ -32,7 +33,7 @@ def parse(argv, about):
     add("--json", action="store_true", help="print JSON")
     add("--batch", type=int, default=32, help="--image: images at once (default: 32)")
     add("--workers", type=int, help="processes that decode (default: the run's; --image: 0)")
-    for name in sorted(PLACES):
+    for name in MOVED:
         add(flag(name), help="where it lies now, if it moved since training")
 
     args = parser.parse_args(words(argv))
@@ -45,7 +46,7 @@ def parse(argv, about):
     if min(args.top, args.batch) < 1 or min(args.workers or 0, args.pictures or 0) < 0:
         raise UserError("--top and --batch count from 1, --workers and --pictures from 0")
     cold = args.zero_shot and args.suggest and args.data and not args.run
-    args.places = {name: value for name in (*PLACES, *WITHOUT_RUN, "workers")
+    args.places = {name: value for name in (*MOVED, *WITHOUT_RUN, "workers")
                    if (value := getattr(args, name)) is not None}
     extra = [flag(name) for name in WITHOUT_RUN if name in args.places]
     if extra and not cold:

@@ -18,7 +18,7 @@ from torch import nn
 from support import UserError
 from support.checkpoint import save_atomically, write_atomically
 from support.cli import make_parser, run_command
-from tools.predict import new
+from tools.predict import require_new
 from tools.predictor import Predictor
 
 
@@ -27,10 +27,10 @@ class Exported(nn.Module):
 
     def __init__(self, predictor):
         super().__init__()
-        self.predictor, self.clip, self.model = predictor, predictor.clip, predictor.model
+        self.predictor, self.encoder, self.model = predictor, predictor.encoder, predictor.model
 
     def forward(self, images):
-        f, x = self.clip.encode(images)
+        f, x = self.encoder.encode(images)
         p, out = self.predictor.score_batch(f, x)
         return p, out.energy
 
@@ -40,7 +40,7 @@ def export(run, file, clip=None):
     """Writes `file`, .pt2 or .onnx, and `file`.json."""
     if file.suffix not in (".pt2", ".onnx"):
         raise UserError(f"expected a file that ends with .pt2 or .onnx, got {file}")
-    new(file, "a file")
+    require_new(file, "a file")
     if file.suffix == ".onnx":
         import onnxscript  # noqa: F401  told before the work where it is missing
     warnings.filterwarnings("ignore", "No complete tensor")  # channels-last weights: all right
@@ -48,7 +48,7 @@ def export(run, file, clip=None):
     predictor.model.heads = None  # training's alone
     if predictor.cfg.matching == "carl":  # in one part: a batch of any size cannot be cut
         predictor.model.carl.at_once = sys.maxsize
-    size, encoder = predictor.cfg.size, predictor.clip
+    size, encoder = predictor.cfg.size, predictor.encoder
     module = Exported(predictor).eval().requires_grad_(False)
     batch = {"images": {0: torch.export.Dim("batch", max=1024)}}
     program = torch.export.export(module, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch)

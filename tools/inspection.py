@@ -54,7 +54,7 @@ def inspect(predictor, image, labels=None):
     memory, model, cfg = predictor.memory, predictor.model, predictor.cfg
     g_pos, g_neg = predictor.g_pos, predictor.g_neg
     split = data.Split("image", [image], predictor.names, labels=None)
-    loader = FeatureLoader(data.Images(split, cfg.size), predictor.clip, device=predictor.device)
+    loader = FeatureLoader(data.Images(split, cfg.size), predictor.encoder, device=predictor.device)
     _, f, x = next(loader.batches(0, shuffle=False))
     energy, regions, queries = model.carl(f)
     logits_r, logits_q = (match(part, g_pos, g_neg, model.log_scale.exp())

@@ -42,7 +42,7 @@ def images_in(paths):
     return found
 
 
-def new(file, option):
+def require_new(file, option):
     """A file to write at the end, checked before the work: nothing that is there is replaced."""
     file = Path(file)
     with contextlib.suppress(FileNotFoundError):
@@ -60,12 +60,12 @@ def predict(predictor, paths, args):
     pictures = [folder / f"{Path(path).stem[:60]}-{number}.png"
                 for number, path in enumerate(paths[:args.pictures], 1)]
     if args.csv:
-        new(args.csv, "--csv")
+        require_new(args.csv, "--csv")
     if pictures:
         folder.mkdir(parents=True, exist_ok=True)
     if args.out:
         for file in pictures:
-            new(file, "--out")
+            require_new(file, "--out")
     if not args.json:
         tqdm.write("probabilities; * = present, by the category's threshold")
     unreadable, rows = [], []

@@ -77,15 +77,15 @@ class Predictor:
         self.device = torch.device(device or best_device())
         if encoder is None or encoder.sha256 != state["clip_sha256"]:
             encoder = clip.load(cfg.clip, activation=cfg.activation)
-        self.clip = encoder.to(self.device)
-        if self.clip.sha256 != state["clip_sha256"]:
+        self.encoder = encoder.to(self.device)
+        if self.encoder.sha256 != state["clip_sha256"]:
             raise UserError(f"{run} was trained on CLIP {state['clip_sha256'][:12]}..., {cfg.clip} "
-                            f"is {self.clip.sha256[:12]}...: give --clip the same weights")
-        self.grid = self.clip.grid(cfg.size, cfg.size)  # (h, w)
+                            f"is {self.encoder.sha256[:12]}...: give --clip the same weights")
+        self.grid = self.encoder.grid(cfg.size, cfg.size)  # (h, w)
         self.g_pos, self.g_neg, self.g_zero = (  # (C, D) each, the last of zero-shot CLIP
             state[name].to(self.device) for name in ("g_pos", "g_neg", "g_zero"))
-        self.scale = state["zero_shot_scale"]  # (3, C) of the mixed score, or None
-        if cfg.score == "mixed" and self.scale is None:
+        self.zero_shot_scale = state["zero_shot_scale"]  # (3, C) of the mixed score, or None
+        if cfg.score == "mixed" and self.zero_shot_scale is None:
             raise UserError(f"{file}: the mixed score needs photos (train with another --score), "
                             "and an epoch that was evaluated (--resume the run)")
         self.threshold = np.asarray(state["threshold"])  # (C,)
@@ -99,14 +99,14 @@ class Predictor:
     def score_batch(self, f, x):
         """f (B, N, D), x (B, D) -> probabilities (B, C) of the run's score, and trm.Output."""
         out = self.model(f, x, self.g_pos, self.g_neg)
-        scores = probabilities(scores_of(out, f, x, self.g_zero), self.scale)
+        scores = probabilities(scores_of(out, f, x, self.g_zero), self.zero_shot_scale)
         return scores[self.cfg.score], out
 
     def all_scores(self, split, maps=None):
         """{score: (n, C)} of a split, "mixed" among them, and {name: (n, C, N)} of maps. numpy."""
         scores, kept = score_split(self.model, self.g_pos, self.g_neg, self.loader(split),
                                    self.g_zero, maps)
-        return probability_arrays(scores, self.scale), kept
+        return probability_arrays(scores, self.zero_shot_scale), kept
 
     def probabilities(self, split):
         """(n, C) probabilities of the run's score."""
@@ -134,7 +134,7 @@ class Predictor:
         without a list it raises UserError."""
         split = data.Split("images", images, self.names, labels=None)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
-        loader = FeatureLoader(pixels, self.clip, batch, workers, device=self.device,
+        loader = FeatureLoader(pixels, self.encoder, batch, workers, device=self.device,
                                amp=autocast_dtype(self.cfg.amp, self.device))
         for index, f, x in loader.batches(0, shuffle=False):
             p, out = self.score_batch(f, x)
@@ -147,19 +147,19 @@ class Predictor:
 
     def splits(self):
         """{"train", "val", "test"}: data.Split or None, as the run was trained on."""
-        parts = data.load(self.cfg)
-        if parts[0].names != self.names:
-            differ = ", ".join(sorted(set(parts[0].names) ^ set(self.names))[:5])
+        splits = data.load(self.cfg)
+        if splits[0].names != self.names:
+            differ = ", ".join(sorted(set(splits[0].names) ^ set(self.names))[:5])
             raise UserError(f"{self.cfg.root or self.cfg.data} has other categories than {self.run}"
                             f" ({differ or 'in another order'}): put the data back, or train anew")
-        photos = parts if self.cfg.images == "photos" else parts[1:]  # it learned from captions
+        photos = splits if self.cfg.images == "photos" else splits[1:]  # it learned from captions
         for name in changed(self.run, photos):
             print(f"note: {name} is not what {self.run} was trained with: it has other names, "
-                  "labels or images", file=sys.stderr)
-        return dict(zip(("train", "val", "test"), parts))
+                  "prompts or labels", file=sys.stderr)
+        return dict(zip(("train", "val", "test"), splits))
 
     def loader(self, split):
-        return evaluation_loader(self.cfg, split, self.clip, self.device)
+        return evaluation_loader(self.cfg, split, self.encoder, self.device)
 
 
 class ZeroShot(Predictor):
@@ -170,15 +170,15 @@ class ZeroShot(Predictor):
     def __init__(self, cfg):
         # "average": region_map then shows the cosines as they are
         self.cfg, self.device = dataclasses.replace(cfg, matching="average"), best_device()
-        self.parts = {name: split.used() for name, split in data.complete(self.cfg).items()}
-        self.names = self.parts["train"].names
+        self.complete = {name: split.used() for name, split in data.complete(self.cfg).items()}
+        self.names = self.complete["train"].names
         self.threshold = np.full(len(self.names), 0.5)
-        self.clip = clip.load(cfg.clip, activation=cfg.activation).to(self.device)
-        self.grid = self.clip.grid(cfg.size, cfg.size)
-        self.g = zero_shot_text(self.clip, self.parts["train"].prompts)  # (C, D)
+        self.encoder = clip.load(cfg.clip, activation=cfg.activation).to(self.device)
+        self.grid = self.encoder.grid(cfg.size, cfg.size)
+        self.g = zero_shot_text(self.encoder, self.complete["train"].prompts)  # (C, D)
 
     def splits(self):
-        return self.parts
+        return self.complete
 
     def probabilities(self, split):
         batches = self.loader(split).batches(0, shuffle=False)

@@ -7,8 +7,8 @@ from tools.predictor import Predictor
 
 
 def of_start(run, cfg, split, trainable, zero):
-    """Prints what a run learns from, and how much, and what CLIP knows without it: split of
-    training, list of parameters, numbers of the zero-shot score by split."""
+    """Prints the training split, the number of trained parameters (a list), and mAP of zero-shot
+    CLIP (zero: its metrics by split)."""
     count = sum(p.numel() for p in trainable) / 2**20
     print(f"{run}: {data.describe(split)}; {len(split.names)} categories, {count:.2f} Mi "
           f"trainable; {kernels.chosen()}")

@@ -31,7 +31,7 @@ from datasets.csv_sheet import CODES, FORMULA, MEANING, Sheet, csv_text, split_n
 from support import UserError, refused
 from support.checkpoint import write_atomically
 from support.cli import make_parser, run_command
-from tools.predict import images_in, new, why_not
+from tools.predict import images_in, require_new, why_not
 
 
 def write_page(file, title, cells, photos, grid, then):
@@ -190,7 +190,7 @@ def merge(sheet, answers, minus_one, unlisted):
 def new_sheet(folder, categories):
     """FOLDER/labels.csv: a row per image that Pillow opens, every cell empty."""
     folder = Path(folder)
-    file = new(folder / "labels.csv", "the sheet")
+    file = require_new(folder / "labels.csv", "the sheet")
     rows, skipped = [], []
     categories = split_names(categories)
     require_unique([name.lower() for name in categories], "--categories")
@@ -221,7 +221,7 @@ def new_sheet(folder, categories):
 
 def export(suggestions, tasks, folder):
     """Suggestions -> Label Studio's tasks; what is likely present is chosen beforehand."""
-    file = new(tasks, "TASKS")
+    file = require_new(tasks, "TASKS")
     answers = [*read_answers(suggestions)]
     categories = sorted({category for _, category, _ in answers})
     chosen = {image: [] for image, _, _ in answers}  # one without a positive is a task, too

@@ -18,7 +18,7 @@ from datasets.csv_sheet import Sheet, csv_text, is_sheet
 from support import UserError
 from support.checkpoint import write_atomically
 from tools.plots import fit
-from tools.predict import new
+from tools.predict import require_new
 from tools.review import write_page
 
 LABELS = {"present": 1, "uncertain": "", "absent": 0}
@@ -54,10 +54,10 @@ def jpeg(photo, side=256):
 
 def suggest(predictor, args):
     """Writes the list and its page. Rows kept out of a sheet for validation are included."""
-    file = new(args.suggest, "--suggest")
+    file = require_new(args.suggest, "--suggest")
     if file.suffix.lower() != ".csv":
         raise UserError(f"--suggest expects a .csv to write, got {file}")
-    page = new(file.with_suffix(".html"), "--suggest")
+    page = require_new(file.with_suffix(".html"), "--suggest")
     splits = predictor.splits()
     parts = [splits["train"]]
     if splits.get("val") and not is_sheet(predictor.cfg.val):  # answers go into the first sheet
