@@ -21,7 +21,7 @@ from tqdm import tqdm
 import clip
 import kernels
 import losses
-from clip.features import autocast_dtype
+from clip.features import set_precision
 from config import parse
 from eval import count_pseudo, evaluate, note_best, pseudo_numbers
 from memory import MemoryBank
@@ -100,7 +100,7 @@ def train_one_epoch(state, encoder, loader, cfg):
     model, memory, device = state.model, state.memory, state.memory.bank.device
     labels = torch.from_numpy(loader.split.labels).to(device)  # (n, C) what training sees
     truth = torch.from_numpy(loader.split.truth).to(device)  # (n, C) what is known
-    amp = autocast_dtype(cfg.amp, device)
+    amp = set_precision(cfg.amp, device)
     stage_two = state.epoch >= round(cfg.stage_one * cfg.epochs)
     if stage_two and memory.text_prototypes.isnan().any():
         # the end of stage one: "the text representation trained in the first stage"
@@ -162,7 +162,7 @@ def train(cfg, resume=None, splits=None, encoder=None, on_epoch=None):
     if cfg.carl_from and not (run / "last.pt").is_file():
         load_carl(model, cfg.carl_from, train_split, encoder)
     # on a GPU the text encoder's 600 launches are recorded once and replayed
-    model.prompts.forward = replayed(model.prompts, encoder, autocast_dtype(cfg.amp, device))
+    model.prompts.forward = replayed(model.prompts, encoder, set_precision(cfg.amp, device))
     with device:  # not on the CPU first, which may have less memory
         memory = MemoryBank(len(train_split.names), cfg.queue, encoder.D, cfg.eta)
     start = time.perf_counter()

@@ -36,7 +36,7 @@ def epoch_order(n, epoch, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def autocast_dtype(amp, device):
+def set_precision(amp, device):
     """--amp -> autocast's dtype, None for float32. "auto": bf16 on a GPU that has it in hardware.
     Tells torch, too, whether float32 products may use TF32; "none" means IEEE float32."""
     if amp == "auto":

@@ -315,7 +315,7 @@ def test_shares_of_the_ranks(made, ranks):
 
 def test_precision():
     cpu = torch.device("cpu")
-    found = [features.autocast_dtype(amp, cpu) for amp in ("auto", "none", "bf16", "fp16")]
+    found = [features.set_precision(amp, cpu) for amp in ("auto", "none", "bf16", "fp16")]
     assert found == [None, None, torch.bfloat16, torch.float16]
 
 
@@ -354,7 +354,7 @@ def test_a_step_never_waits_for_the_gpu(made, amp):
 def test_auto_is_bf16_where_the_gpu_has_it():
     device = torch.device("cuda")
     has_it = torch.cuda.get_device_capability()[0] >= 8
-    assert features.autocast_dtype("auto", device) is (torch.bfloat16 if has_it else None)
+    assert features.set_precision("auto", device) is (torch.bfloat16 if has_it else None)
 
 
 @gpu

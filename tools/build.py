@@ -7,7 +7,7 @@ import torch
 
 import data
 import kernels
-from clip.features import FeatureLoader, autocast_dtype
+from clip.features import FeatureLoader, set_precision
 from datasets.base import ASSUMED_NEGATIVE, NEGATIVE, UNKNOWN, tells_presence
 from paper import captions
 from support import UserError
@@ -53,7 +53,7 @@ def training_loader(cfg, split, encoder, device, rank, world):
     # for so many images 20 s of compiling pay: then a GPU encodes 2.3 times as fast (docs/speed.md)
     many = not cfg.cache_features and len(images) * cfg.epochs >= 200_000
     return FeatureLoader(images, encoder, cfg.batch, cfg.workers, cfg.cache_features, cfg.cache_dir,
-                         device, autocast_dtype(cfg.amp, device), rank, world,
+                         device, set_precision(cfg.amp, device), rank, world,
                          need_global=cfg.matching == "global",
                          compiled=many and kernels.runs_triton(torch.empty(0, device=device)))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import clip
 import data
-from clip.features import FeatureLoader, autocast_dtype
+from clip.features import FeatureLoader, set_precision
 from config import restored
 from support import UserError
 from support.checkpoint import changed, read_checkpoint, writable
@@ -31,7 +31,7 @@ def evaluation_loader(cfg, split, encoder, device, rank=0, world=1):
     """Features of a split that is scored: not augmented; one cached view where the run caches."""
     views = int(cfg.cache_features > 0 and writable(Path(cfg.cache_dir)))
     return FeatureLoader(data.Images(split, cfg.size), encoder, cfg.batch, cfg.workers, views,
-                         cfg.cache_dir, device, autocast_dtype(cfg.amp, device), rank, world)
+                         cfg.cache_dir, device, set_precision(cfg.amp, device), rank, world)
 
 
 def region_map(out, matching):
@@ -135,7 +135,7 @@ class Predictor:
         split = data.Split("images", images, self.names, labels=None)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
         loader = FeatureLoader(pixels, self.encoder, batch, workers, device=self.device,
-                               amp=autocast_dtype(self.cfg.amp, self.device))
+                               amp=set_precision(self.cfg.amp, self.device))
         for index, f, x in loader.batches(0, shuffle=False):
             p, out = self.score_batch(f, x)
             maps = region_map(out, self.cfg.matching).float().cpu().numpy()
