@@ -118,8 +118,9 @@ class Config:
             raise UserError(f"--without expects any of {','.join(PARTS)}, got {','.join(unknown)}")
         if {"visual", "text"} <= self.left_out:
             raise UserError("--without visual,text leaves no prototype: say --without mmcp")
-        if self.carl_from and self.matching != "carl":
-            raise UserError(f"--carl-from needs --matching carl, got {self.matching}")
+        if (self.without or self.carl_from) and self.matching != "carl":
+            part = flag("carl_from" if self.carl_from else "without")
+            raise UserError(f"{part} needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
             raise UserError("captions bring their labels: drop --ratio, --single-positive, --mask")
         if not is_sheet(self.data):
@@ -179,7 +180,7 @@ def preset(data):
     """The recipe of a data set. A sheet's batch grows with its rows: 150, of which a fifth is held
     out, take 280 steps."""
     if not is_sheet(data):
-        return PRESETS.get(data, {})
+        return PRESETS.get(data.lower(), {})
     rows = Path(data).read_bytes().count(b"\n") if Path(data).is_file() else 0
     return PRESETS["sheet"] | dict(batch=min(128, max(16, rows // 8)))
 

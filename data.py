@@ -196,7 +196,8 @@ def load(cfg):
 def describe(split):
     """One line for the log."""
     info = split.info
-    dropped = "".join(f"; {count} dropped ({why})" for why, count in info["dropped"].items())
+    dropped = "".join(f"; {count} of the list dropped ({why})"
+                      for why, count in info["dropped"].items())
     mask = f"; mask {split.mask_sha256[:16]}" if split.mask_sha256 else ""
     return (f"{split.name}: {info['images']} images, {info['positives']} positive, "
             f"{info['negatives']} negative and {info['unknowns']} unknown cells{dropped}{mask}")
@@ -240,12 +241,7 @@ class Images(Dataset):
                 return torch.zeros(3, self.size, self.size), -1 - index
             name = name_of(path)
             raise UserError(f"{name}: not a readable image ({error}): replace it") from None
-        if self.augment == "taidpt":
-            image = augment.taidpt(image, self.size, rng, self.smallest_crop)
-        else:
-            image = augment.resize(image, self.size)
-            if self.augment == "flip":
-                image = augment.flip(image, rng)
+        image = augment.transform(image, self.augment, self.size, rng, self.smallest_crop)
         return augment.normalise(image, self.mean, self.std), index
 
     def fingerprint(self):

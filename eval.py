@@ -213,11 +213,12 @@ def note_best(state, numbers):
 def compare(predictors, split):
     """Prints mAP of zero-shot CLIP and of each score of runs; with boxes, how maps sit on them."""
     def tell(what, scores):
-        print(f"{what:38s} {metrics(scores, split.truth)['mAP']:5.2f}")
+        print(f"{what:{width}} {metrics(scores, split.truth)['mAP']:5.2f}")
 
+    width = max(38, *(len(f"{one.run}, softmax weights") for one in predictors))
     boxed = split.boxes and any(map(len, split.boxes))
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
-          f"{'':38s}   mAP   pointing  mass in boxes  peak present / absent")
+          f"{'':{width}}   mAP   pointing  mass in boxes  peak present / absent")
     g = zero_shot_text(predictors[0].encoder, split.prompts)
     batches = predictors[0].loader(split).batches(0, shuffle=False)
     for name, scores in zero_shot(g, batches).items():
@@ -230,7 +231,7 @@ def compare(predictors, split):
         for name, of_split in maps.items():
             where = localisation(of_split, predictor.grid, split.boxes, split.truth)
             label = f"{predictor.run}, {name}"
-            print(f"{label:38s}         {where['pointing']:6.1f} %  "
+            print(f"{label:{width}}         {where['pointing']:6.1f} %  "
                   f"{where['mass']:9.1f} %     {where['present']:.2f} / {where['absent']:.2f}")
 
 

@@ -168,3 +168,11 @@ def taidpt(image, size, rng, smallest_crop=0.5):
     else:
         image = cutout(image.resize((size, size), Image.BILINEAR), rng)
     return flip(policy(image, rng), rng)
+
+
+def transform(image, how, size, rng, smallest_crop):
+    """What happens to an image before `normalise`: how is "none", "flip" or "taidpt"."""
+    if how == "taidpt":
+        return taidpt(image, size, rng, smallest_crop)
+    image = resize(image, size)
+    return flip(image, rng) if how == "flip" else image

@@ -34,7 +34,7 @@ class Split:
     dropped: dict = field(default_factory=dict)  # why rows are unused: {"photo missing": 3}
     listed: list | None = None  # N image names as a sheet writes them
     where: list | None = None  # N places to name in messages, such as "sheet.csv:12"
-    mask_sha256: str = ""  # of the seen cells, before any row is left out
+    mask_sha256: str = ""  # of data.load's seen cells, before rows are left out
 
     def __post_init__(self):
         self.truth = self.labels if self.truth is None else self.truth

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from small_world import command, one_line, options, posix, ROOT, run, sheet, start, trained, world
 
+import config
 from tools import check, review
 import fake_datasets as fake
 import eval as evaluation
@@ -63,6 +64,10 @@ def test_a_value_that_cannot_be_is_refused(world, tmp_path, main, arguments, wor
         reproduce.main: ["--root", world / "scenes", "--out", tmp_path],
     }.get(main, [])
     one_line(main, [*more, *arguments], capfd, *words)
+
+
+def test_capitals_do_not_change_the_recipe_of_a_data_set():
+    assert config.parse(["--data", "Scenes"]) == config.parse(["--data", "scenes"])
 
 
 def test_clip_of_table_2_is_the_one_that_is_given(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -377,6 +378,34 @@ def test_the_evaluated_table_is_the_one_of_training(trained, capfd):
         for what,
         line in zip(("region score", "query score", "mean score", "mixed score", "mask"), out[-5:])
     )
+
+
+def test_maps_of_a_split_keep_their_highest_cell(trained):
+    """Two cells of a saturated mask differ by less than float16 can tell."""
+    predictor = Predictor(trained)
+    split = predictor.splits()["test"]
+
+    def nearly_alike(out, model):
+        energy = out.energy.flatten(2)
+        return {"mask": 0.99 + 1e-5 * torch.arange(energy.shape[-1]).expand_as(energy)}
+
+    _, maps = predictor.all_scores(split, nearly_alike)
+    assert (maps["mask"].argmax(-1) == maps["mask"].shape[-1] - 1).all()
+
+
+def test_the_columns_of_compare_stand_below_their_names(trained, tmp_path, capfd):
+    long = tmp_path / ("a-name-" * 6)
+    shutil.copytree(trained, long)
+    _, out, _ = command(evaluation.main, [long, "--compare", trained], capfd)
+    head, *rows = out[2:]
+    assert len(rows) > 8
+    for row in rows:
+        if "%" in row:
+            pointing, mass = (at.end() for at in re.finditer(" %", row))
+            assert head.index("pointing") < pointing <= head.index("pointing") + len("pointing  ")
+            assert head.index("mass") < mass <= head.index("mass") + len("mass in boxes")
+        else:
+            assert row.rindex(".") == head.index("mAP")
 
 
 def test_a_compared_run_that_may_have_learned_from_the_images_is_named(sheet, world, capfd):

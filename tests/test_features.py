@@ -13,10 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from clip import features
+from clip.model import MEAN, STD
 from conftest import gpu
+from datasets import augment
 from clip.features import FeatureLoader, epoch_order
 from fake_datasets import photo
 from small_world import start
@@ -106,6 +109,14 @@ def test_mask_and_labels_do_not_matter(made, monkeypatch):
     cached(made)
     made.split = dataclasses.replace(made.split, labels=np.zeros((21, 2), np.int8))
     assert encoded_images(made, monkeypatch) == 0
+
+
+def test_all_of_the_transform_stands_in_the_file_that_the_key_hashes(made, monkeypatch):
+    grey = Image.new("RGB", (64, 64), (7, 7, 7))
+    monkeypatch.setattr(augment, "transform", lambda *_: grey)
+    for how in ("none", "flip", "taidpt"):
+        pixels, index = data.Images(made.split, 64, how)[2, 5]
+        assert index == 5 and (pixels == augment.normalise(grey, MEAN, STD)).all(), how
 
 
 def test_key(made, monkeypatch):

@@ -268,6 +268,7 @@ def test_pseudo_labels_are_counted_against_the_hidden_truth():
         (dict(context=60), ["context tokens", "use fewer"]),
         (dict(carl_from="nowhere"), ["nowhere"]),
         (dict(carl_from="nowhere", matching="average"), ["--carl-from needs --matching carl"]),
+        (dict(without="kd", matching="dualcoop"), ["--without needs --matching carl"]),
         (dict(kernels="cuda"), ["--kernels"]),
         (dict(mask="nowhere.npy", ratio=None), ["nowhere.npy"]),
         (dict(seed=2**33), ["--seed", "up to 2147483648"]),

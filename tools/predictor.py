@@ -56,9 +56,9 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
             scores[name][rows] = gather(part, rows.stop - rows.start)
         if maps:
             for name, part in maps(out, model).items():
-                kept[name].append(part.half().cpu())  # many: half the memory
+                kept[name].append(part.float().cpu())
     return ({name: whole.float().cpu() for name, whole in scores.items()},
-            {name: torch.cat(parts).float().numpy() for name, parts in kept.items()})
+            {name: torch.cat(parts).numpy() for name, parts in kept.items()})
 
 
 class Predictor:
