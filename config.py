@@ -1,7 +1,5 @@
-"""Every setting of a run: the defaults are the paper's (Sec. 4.1), where it says one.
-
-    python train.py --help
-"""
+"""Every setting of a run, as `python train.py --help` lists them: the defaults are the paper's
+(Sec. 4.1), where it says one."""
 import argparse
 import dataclasses
 import os
@@ -19,9 +17,9 @@ PARTS = ("kd", "mmcp", "mmcl", "visual", "text")
 CLIPS = ("tiny", *FILES)
 
 
-def option(default, help, low=0, high=2**31, above=None, choices=None):
-    """A setting, of its type or None, and its help. A number is from low to high, and more than
-    `above` where that is given; a word is one of choices, "a|b"."""
+def option(default, help, choices=None, low=0, high=2**31, above=None):
+    """A setting, of its type or None, and its help. A word is one of choices, "a|b"; a number is
+    from low to high, and more than `above` where that is given."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above,
                                                 choices=choices))
 
@@ -34,81 +32,71 @@ class Config:
     data: str = option("scenes", "scenes coco voc2007 voc2012 vg200 nuswide cub, or a CSV")
     root: str = option(None, "folder of the data set")
     ratio: float = option(1.0, "share of the training labels that is known", above=0, high=1)
-    single_positive: str = option(None, "one positive per image", choices="largeloss|splc")
-    assume_negative: float = option(
-        None, "weight of unknown labels as negatives; by default 0.3 where at most half as many "
-        "labels are absent as present (a single positive, ticks), else 0", 0, 1)
+    single_positive: str = option(None, "one positive per image", "largeloss|splc")
+    assume_negative: float = option(None, "weight of unknown labels as negatives; default: 0.3 if "
+                                    "at most half as many are absent as present, else 0", high=1)
     mask: str = option(None, "file of the known cells, instead of drawing them")
     val: str = option(None, "validation CSV, or a share of the training rows such as 0.2")
     test: str = option(None, "test CSV of a sheet")
     ignore: str = option(None, "columns of a sheet that are no category: a,b")
-    minus_one: str = option(None, "what -1 means in a sheet (absent: 0 is unknown)",
-                            choices="absent|unknown")
-    unlisted: str = option(None, "what a sheet's empty cells mean, or what its lists lack",
-                           choices="absent|unknown")
+    minus_one: str = option(None, "what a sheet's -1 is (absent: 0 is unknown)", "absent|unknown")
+    unlisted: str = option(None, "what empty cells, or names a list lacks, mean", "absent|unknown")
     names: str = option(None, "file of prompt names (vg200: of categories), one a line")
-    prompt_names: str = option("peers", "category words in the prompts: the peers', or the data "
-                               "set's own", choices="peers|official")
+    prompt_names: str = option("peers", "whose category words the prompts use", "peers|official")
     lists: str = option(None, "folder or training list of the splc setup (else --root)")
     keep_unannotated: bool = option(False, "keep COCO's images without any annotation")
-    train_images: int = option(None, "use only the first n training images", 1)
-    images: str = option("photos", "what is learned from", choices="photos|captions")
+    train_images: int = option(None, "use only the first n training images", low=1)
+    images: str = option("photos", "what is learned from", "photos|captions")
     captions: str = option(None, "captions_*.json (default: that of the data set)")
-    size: int = option(448, "side of the input in pixels", 32, 4096)
-    augment: str = option("taidpt", "augmentation of training images", choices="none|flip|taidpt")
+    size: int = option(448, "side of the input in pixels", low=32, high=4096)
+    augment: str = option("taidpt", "augmentation of training images", "none|flip|taidpt")
     # ---- model
-    clip: str = option("RN101", " ".join(CLIPS) + ", a weights file or folder, or a repository "
-                       "in Hugging Face's local cache")
-    activation: str = option(None, "of a CLIP that does not name its own", choices="quickgelu|gelu")
+    clip: str = option("RN101", " ".join(CLIPS) + ", a file, a folder, a cached Hugging Face repo")
+    activation: str = option(None, "of a CLIP that does not name its own", "quickgelu|gelu")
     matching: str = option("carl", "carl is the paper's method, the others its baselines",
-                           choices="carl|dualcoop|dualcoop-fixed|average|global")
+                           "carl|dualcoop|dualcoop-fixed|average|global")
     without: str = option("", "parts to leave out: any of kd,mmcp,mmcl or a prototype, visual,text")
     carl_from: str = option(None, "run whose region module is kept frozen (Table 4)")
-    dropout: float = option(0.1, "of the region module; raise it when the model memorises its few "
-                            "known labels", 0, 0.9)
-    queries: str = option("text", "start of the category queries", choices="random|text")
-    context: int = option(16, "learned tokens of a prompt", 1)
-    score: str = option("region", "score of inference; mixed: the run's and zero-shot CLIP's",
-                        choices="region|query|mean|mixed")
+    dropout: float = option(0.1, "of the region module; raise it against overfitting", high=0.9)
+    queries: str = option("text", "start of the category queries", "random|text")
+    context: int = option(16, "learned tokens of a prompt", low=1)
+    score: str = option("region", "of inference; mixed: plus zero-shot's", "region|query|mean|mixed")
     # ---- losses
     alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)")
     beta: float = option(0.05, "weight of distillation (Eq. 15)")
     gamma: float = option(0.01, "weight of the contrastive loss (Eq. 15)")
     gamma_pos: float = option(1.0, "gamma+ of Eq. 14")
     gamma_neg: float = option(2.0, "gamma- of Eq. 14: raise it when negatives dominate")
-    shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", 0, 0.99)
-    kd: str = option("softmax", "Eq. 6: as printed, or per category", choices="softmax|bernoulli")
-    kd_teacher: str = option("region", "who teaches in Eq. 6; both: the teacher learns, too",
-                             choices="region|query|both")
+    shift: float = option(0.05, "c of Eq. 14, the margin of easy negatives", high=0.99)
+    kd: str = option("softmax", "Eq. 6: as printed, or per category", "softmax|bernoulli")
+    kd_teacher: str = option("region", "teacher of Eq. 6; both: it learns too", "region|query|both")
     kd_temperature: float = option(1.0, "temperature of Eq. 6", above=0)
     tau: float = option(0.07, "temperature of Eq. 13 (not Eq. 1's)", above=0)
     # ---- memory
-    topk: int = option(3, "K of Eq. 7: locations that enter the bank; 1 to 10 are alike", 1)
-    queue: int = option(64, "L: prototypes kept per category; 16 to 256 are alike", 1)
-    eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", 0, 1)
-    stage_one: float = option(1 / 3, "share of the epochs before mmcp and mmcl join", 0, 1)
+    topk: int = option(3, "K of Eq. 7: locations that enter the bank; 1 to 10 are alike", low=1)
+    queue: int = option(64, "L: prototypes kept per category; 16 to 256 are alike", low=1)
+    eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", high=1)
+    stage_one: float = option(1 / 3, "share of the epochs before mmcp and mmcl join", high=1)
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
     # ---- optimisation
-    epochs: int = option(40, "epochs; more do not help few photos", 1)
-    batch: int = option(128, "images per step, over all GPUs; of a sheet rows / 8, 16 to 128", 1)
+    epochs: int = option(40, "epochs; more do not help few photos", low=1)
+    batch: int = option(128, "images per step over all GPUs; of a sheet rows / 8, 16 to 128", low=1)
     lr: float = option(5e-4, "peak of OneCycleLR; lower it when the loss is not finite", above=0)
     weight_decay: float = option(0.01, "weight decay of AdamW")
     clip_grad: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "of masks, initialisation, order and augmentation")
-    eval_every: int = option(1, "epochs between evaluations", 1)
+    eval_every: int = option(1, "epochs between evaluations", low=1)
     # ---- machine
-    amp: str = option("auto", "auto: bf16 on a GPU that has it", choices="auto|none|bf16|fp16")
-    kernels: str = option("auto", "auto takes Triton on a GPU", choices="auto|reference|triton")
-    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode; 0: none", 0, 1000)
-    cache_features: int = option(0, "augmented views whose features are kept on disk, instead of "
-                                 "running the backbone in every epoch")
+    amp: str = option("auto", "auto: bf16 on a GPU that has it", "auto|none|bf16|fp16")
+    kernels: str = option("auto", "auto takes Triton on a GPU", "auto|reference|triton")
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode; 0: none", high=1000)
+    cache_features: int = option(0, "augmented views whose features stay on disk: quicker epochs")
     cache_dir: str = option("generated/features", "folder of the cached features")
     out: str = option(None, "run folder")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value is not None:
+            if (value := getattr(self, f.name)) is not None:
                 check(f, value)
                 if is_path(f.name, value):  # a run is used from other folders, too
                     setattr(self, f.name, os.path.abspath(value))
@@ -126,8 +114,7 @@ class Config:
         if not is_sheet(self.data):
             self.data = self.data.lower()  # COCO is coco
             if given := [flag(name) for name in OF_SHEETS if getattr(self, name) is not None]:
-                raise UserError(f"{' '.join(given)} tells how to read a sheet, .csv or .tsv; got "
-                                f"--data {self.data}: drop it")
+                raise UserError(f"{' '.join(given)} is for .csv or .tsv, got {self.data}: drop it")
         if self.test and not (is_sheet(self.data) and is_sheet(self.test)):
             raise UserError(f"--test needs sheets, .csv or .tsv; got {self.data} and {self.test}")
 
@@ -165,8 +152,7 @@ def check(f, value):
         raise UserError(f"{flag(f.name)} expects a number {least} up to {high}, got {value}")
 
 
-# --resume takes new places and machine settings: they change nothing that is computed (kernels: up
-# to rounding).
+# What --resume takes anew: it changes nothing that is computed (kernels: up to rounding).
 PLACES = {"data", "root", "mask", "val", "test", "names", "lists", "captions", "clip", "carl_from"}
 MACHINE = {"workers", "cache_dir", "kernels"}
 
@@ -186,8 +172,7 @@ def preset(data):
 
 
 def parse(argv, about="", **defaults):
-    """Command line, else the data set's preset, else `defaults`, else Config's own -> (Config, run
-    to resume)."""
+    """-> (Config, run to resume): of command line, else preset, else `defaults`, else Config's."""
     parser = make_parser("train.py", about, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run and its "
                         "settings; say where things lie now: --data, --root, --clip, ...")
@@ -198,8 +183,7 @@ def parse(argv, about="", **defaults):
         others = "".join(f"; {data}: {recipe[f.name]}" for data, recipe in PRESETS.items()
                          if f.name in recipe)
         default = "" if f.default in (None, "") else f" (default: {f.default}{others})"
-        parser.add_argument(flag(f.name), help=(f.metadata["help"] + default).replace("%", "%%"),
-                            **how)
+        parser.add_argument(flag(f.name), help=f.metadata["help"] + default, **how)
     given = vars(parser.parse_args(words(argv)))
     run = given.pop("resume", None)
     if run is None:

@@ -5,8 +5,7 @@
 
 `load` gives train, val and test in the paper's two settings: partial labels (each cell is kept with
 probability `ratio`) and single positive (one positive a training image). `Images` turns a Split
-into tensors. N images, C categories.
-"""
+into tensors. N images, C categories."""
 import hashlib
 import os
 import random
@@ -38,11 +37,8 @@ def partial_mask(shape, ratio, seed=0):
 
 
 def single_positives(labels, seed=1200):
-    """(N, C) int8 with one POSITIVE per row, the rest UNKNOWN, a row without one all UNKNOWN.
-
-    The sampler of Cole et al. (CVPR 2021) bit for bit: it shuffles every row's negatives too, and
-    takes none of them; that moves the random stream.
-    """
+    """(N, C) int8 with one POSITIVE per row, if it has any, the rest UNKNOWN. Cole et al.'s sampler
+    (CVPR 2021) bit for bit: it shuffles the negatives, too, which only moves the random stream."""
     rng = np.random.RandomState(seed)
     observed = np.zeros_like(labels)
     for row, seen in zip(labels, observed):
@@ -62,9 +58,8 @@ def hold_out(count, share, seed=1200):
 
 
 def hold_out_by_name(split, share):
-    """The same for a sheet: a hash of its name says on which side an image is, so new, deleted or
-    moved rows do not change the side of the others. Copies of one picture go where the first of
-    their names, by the alphabet, goes."""
+    """The same for a sheet: a hash of its name says on which side an image is, whatever other rows
+    come or go. Copies of one picture go where the first of their names, by the alphabet, goes."""
     first, name = twins(split.paths), {}  # name: of each picture, the first of its copies'
     for i, listed in zip(first, split.listed):
         name[i] = min(listed, name.get(i, listed))
@@ -107,8 +102,7 @@ def complete(cfg):
         root = SCENES
         scenes.write(root)  # leaves them alone when they are there
     elif root is None and cfg.data in LAYOUTS:
-        raise UserError(f"{cfg.data}: say with --root which folder holds it; docs/data.md tells "
-                        "what has to lie there, and where it comes from")
+        raise UserError(f"{cfg.data}: say with --root which folder holds it; see docs/data.md")
     splits = layout(root, cfg)
     if len({tuple(split.names) for split in splits.values()}) > 1:
         raise UserError(f"{cfg.root}: its splits name different classes")
@@ -150,13 +144,10 @@ def observed_labels(cfg, train):
 
 
 def load(cfg):
-    """A config.Config -> (train, val or None, test or None) Splits.
-
-    Labels are hidden before train_images cuts the rows. Where cfg.val is None, scenes have their
-    own val, sheets and "largeloss" hold out a fifth, the others nothing; val keeps all labels.
-    """
-    given = [cfg.single_positive is not None, cfg.mask is not None, cfg.ratio != 1]
-    if given.count(True) > 1:
+    """A config.Config -> (train, val or None, test or None) Splits. Labels are hidden before
+    train_images cuts the rows. Where cfg.val is None, scenes have their own val, sheets and
+    "largeloss" hold out a fifth, the others nothing; val keeps all labels."""
+    if [cfg.single_positive is not None, cfg.mask is not None, cfg.ratio != 1].count(True) > 1:
         raise UserError("expected one of --single-positive, --mask and a --ratio below 1")
     if cfg.single_positive == "splc" and cfg.data not in LISTS:
         raise NotFound(f"--single-positive splc needs one of {', '.join(LISTS)}: use largeloss")
@@ -175,8 +166,7 @@ def load(cfg):
     if share is None and val is None and (sheet or cfg.single_positive == "largeloss"):
         share = 0.2
     if share is not None:
-        rows, held_rows = (hold_out_by_name(train, share) if sheet
-                           else hold_out(len(rows), share))
+        rows, held_rows = hold_out_by_name(train, share) if sheet else hold_out(len(rows), share)
         val = train.measured().subset(held_rows) if len(held_rows) else None
         if cfg.val and share and not val:
             raise UserError(f"--val {share} of {len(labels)} training images holds none out")
@@ -196,8 +186,7 @@ def load(cfg):
 def describe(split):
     """One line for the log."""
     info = split.info
-    dropped = "".join(f"; {count} of the list dropped ({why})"
-                      for why, count in info["dropped"].items())
+    dropped = "".join(f"; {n} of the list dropped ({why})" for why, n in info["dropped"].items())
     mask = f"; mask {split.mask_sha256[:16]}" if split.mask_sha256 else ""
     return (f"{split.name}: {info['images']} images, {info['positives']} positive, "
             f"{info['negatives']} negative and {info['unknowns']} unknown cells{dropped}{mask}")

@@ -32,9 +32,7 @@ from tools.report import warn_if_below
 from tools.suggest import suggest
 from tools.zero_shot import probability_arrays, zero_shot, zero_shot_scale, zero_shot_text
 
-# Positives a category, on average, that validation needs to choose the best epoch: with fewer, its
-# choice is worse than the last epoch (docs/readings.md).
-ENOUGH = 10
+ENOUGH = 10  # positives a category, for validation to choose the best epoch (docs/readings.md)
 
 # ---- metrics; scores are probabilities or anything that ranks
 
@@ -66,11 +64,7 @@ def metrics(scores, truth, threshold=0.5):
     CP CR CF1 of the decisions at `threshold` (a number, or (C,)): mean precision of all categories
               (0 where nothing is found), mean recall of those with a positive, and the harmonic
               mean of the two; OP OR OF1 of all decisions together. All in percent
-    left_out  categories without a positive; positives: the number of positive labels
-    """
-    def f1(precision, recall):
-        return 2 * precision * recall / max(precision + recall, 1e-12)
-
+    left_out  categories without a positive; positives: the number of positive labels"""
     positive = truth == 1
     exist = positive.sum(0)  # (C,)
     there = exist > 0
@@ -79,10 +73,10 @@ def metrics(scores, truth, threshold=0.5):
     hit, said = (decided & positive).sum(0), decided.sum(0)  # (C,) each
     CP, CR = np.mean(hit / np.maximum(said, 1)), (hit[there] / exist[there]).sum() / count
     OP, OR = hit.sum() / max(said.sum(), 1), hit.sum() / max(exist.sum(), 1)
+    CF1, OF1 = (2 * P * R / max(P + R, 1e-12) for P, R in ((CP, CR), (OP, OR)))
     mAP, mAP_voc = (ap_per_category(scores, truth, interpolated)[there].sum() / count
                     for interpolated in (False, True))
-    result = dict(mAP=mAP, mAP_voc=mAP_voc, CP=CP, CR=CR, CF1=f1(CP, CR), OP=OP, OR=OR,
-                  OF1=f1(OP, OR))
+    result = dict(mAP=mAP, mAP_voc=mAP_voc, CP=CP, CR=CR, CF1=CF1, OP=OP, OR=OR, OF1=OF1)
     percent = {name: round(100 * float(value), 3) for name, value in result.items()}
     return percent | {"left_out": int((~there).sum()), "positives": int(exist.sum())}
 
@@ -99,10 +93,9 @@ def best_threshold(scores, positive):
 
 
 def best_thresholds(scores, truth, k):
-    """(C,) thresholds with the best F1. Few labels say little, so two steps follow on the scale of
-    logits (docs/readings.md): t is the mean over 25 resamples of the known labels (Breiman's
-    bagging, 1996), and t of n positives becomes n t / (n + k), drawn towards 0.5. It is 0.5 where
-    the known labels are all alike.
+    """(C,) thresholds with the best F1, 0.5 where all known labels are alike. Few labels say
+    little, so two steps follow on the scale of logits (docs/readings.md): t is the mean over 25
+    resamples (Breiman's bagging, 1996), and t of n positives becomes n t / (n + k), towards 0.5.
     scores (n, C) probabilities, truth (n, C) in {1, -1, 0}"""
     logits = torch.as_tensor(scores).logit(eps=1e-6).numpy()  # (n, C)
     thresholds = np.full(truth.shape[1], 0.5)
@@ -125,8 +118,7 @@ def localisation(maps, grid, split_boxes, truth):
     grid (h, w); split_boxes: n arrays (k, 5) of category, x0, y0, x1, y1 in 0..1, not all empty
     pointing  (the pointing game) share of (image, category) whose highest cell is in a box, %
     mass      share of the map's sum that lies in the boxes, %; a cell lies where its centre is
-    present, absent   mean peak of the map where the category is there, and where it is not
-    """
+    present, absent   mean peak of the map where the category is there, and where it is not"""
     cy, cx = (np.indices(grid).reshape(2, -1) + 0.5) / np.array(grid)[:, None]  # (N,) each: centres
     hits, mass = [], []
     for of_image, boxes in zip(maps, split_boxes):
@@ -146,8 +138,7 @@ def localisation(maps, grid, split_boxes, truth):
 def count_pseudo(pseudo, labels, truth):
     """Pseudo-labels of a batch against the truth that training may not see, (B, C) int8 each ->
     (2, 2): how many positives were given and how many of them are right; the same of negatives."""
-    given = torch.stack([pseudo == 1, pseudo == -1])  # (2, B, C)
-    given &= (labels == 0) & (truth != 0)
+    given = torch.stack([pseudo == 1, pseudo == -1]) & (labels == 0) & (truth != 0)  # (2, B, C)
     return torch.stack([given, given & (pseudo == truth)], 1).sum((2, 3))
 
 
@@ -167,8 +158,7 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
     {name: metrics of `score`, and mAP of every score}
     the texts g_pos and g_neg (C, D)
     zero_shot_scale (3, C) or None; threshold (C,), chosen on validation, for the mixed score also
-    on training photos; rests_on (C,), the known positives behind each threshold
-    """
+    on training photos; rests_on (C,), the known positives behind each threshold"""
     g_pos, g_neg = model.prompts(encoder)
     positives = (train_split.labels == 1).sum(0)  # (C,)
     numbers, scale = {}, None
@@ -190,19 +180,16 @@ def evaluate(model, encoder, g_zero, train_split, loaders, score):
             numbers[name]["AP"] = [None if np.isnan(one) else round(100 * one, 2) for one in AP]
     threshold = best_thresholds(rated, labels, k=0.5 if score == "mixed" else 2)
     return numbers, dict(g_pos=g_pos.cpu(), g_neg=g_neg.cpu()), dict(
-        zero_shot_scale=scale, threshold=threshold.tolist(),
-        rests_on=(labels == 1).sum(0).tolist())
+        zero_shot_scale=scale, threshold=threshold.tolist(), rests_on=(labels == 1).sum(0).tolist())
 
 
 def note_best(state, numbers):
     """Notes the best epoch so far: by validation, or by test where there is no validation. Returns
     whether best.pt is written: an epoch chosen on test is only printed, as prior work does."""
     split = "val" if "val" in numbers else "test"
-    C = len(state.memory.cursor)
-    enough = max(1, ENOUGH * C) if split == "val" else 1
-    if split not in numbers or numbers[split]["positives"] < enough:
-        return False
-    if state.best and numbers[split]["mAP"] <= state.best["mAP"]:
+    enough = max(1, ENOUGH * len(state.memory.cursor)) if split == "val" else 1  # of C categories
+    if (split not in numbers or numbers[split]["positives"] < enough
+            or (state.best and numbers[split]["mAP"] <= state.best["mAP"])):
         return False
     state.best = {"epoch": state.epoch, "chosen_on": split, "mAP": numbers[split]["mAP"]}
     return split == "val"
@@ -220,8 +207,7 @@ def compare(predictors, split):
     print(f"\n{split.name}, {len(split.paths)} images, {len(split.names)} categories\n"
           f"{'':{width}}   mAP   pointing  mass in boxes  peak present / absent")
     g = zero_shot_text(predictors[0].encoder, split.prompts)
-    batches = predictors[0].loader(split).batches(0, shuffle=False)
-    for name, scores in zero_shot(g, batches).items():
+    for name, scores in zero_shot(g, predictors[0].loader(split).batches(0, shuffle=False)).items():
         tell(f"zero-shot CLIP, {name}", scores)
     for predictor in predictors:
         found, maps = predictor.all_scores(split, maps_of if boxed else None)
@@ -260,9 +246,8 @@ def table(predictors, split, args, seen=False):
     # thresholds of the mixed score are chosen on photos of training, too
     chosen_here = seen and (split.name.endswith("/val")
                             or split.name.endswith("/train") and first.cfg.score == "mixed")
-    who = f"mean of {len(found)} runs"
-    if len(found) == 1:
-        who = f"{first.cfg.score} score, epoch {first.epoch}"
+    who = (f"{first.cfg.score} score, epoch {first.epoch}" if len(found) == 1
+           else f"mean of {len(found)} runs")
     print(f"{split.name}, {len(split.paths)} images, {who}, CP to OF1 at the run's thresholds"
           f"{', chosen on these labels' if chosen_here else ''}:")
     print("  ".join(f"{name} {value}" for name, value in numbers.items()))
@@ -283,17 +268,15 @@ def run(args):
         encoder = predictors[0].encoder if predictors else None  # shared where it is the same
         predictors.append(Predictor(name, args.checkpoint, encoder=encoder, places=args.places))
         if predictors[-1].names != predictors[0].names:
-            raise UserError(f"{name} has other categories than {args.run}, or in another order: "
-                            "drop it")
+            raise UserError(f"{name}: other categories than {args.run}, or another order: drop it")
     if args.image:
         return predict(predictors[0], images_in(args.image), args)
     if args.suggest:
         return suggest(predictors[0], args)
     splits = predictors[0].splits()
     name = args.split or ("test" if splits["test"] else "val")
-    if splits[name] is None:
+    if not (split := splits[name]):
         raise UserError(f"{args.run} has no {name} split: choose another --split")
-    split = splits[name]
     strange = [one.run for one in predictors if changed(one.run, [split])]
     others = [str(run) for run in strange if run != predictors[0].run]  # of which `splits` tells
     if name == "train":

@@ -6,8 +6,7 @@ One pass at a time. index (B,) int64, f (B, N, D) dense and x (B, D) global feat
 those of V augmented views are kept, bf16, in a memory-mapped file of V * n * (1 + N) * D * 2 bytes
 (x before f), complete or absent; epoch e reads view e mod V. Its name is a hash of images,
 transform, CLIP's file and code (clip/*.py), --amp and shape, not of labels and masks; a CLIP
-changed in Python needs views=0.
-"""
+changed in Python needs views=0."""
 import contextlib
 import copy
 import hashlib
@@ -123,8 +122,7 @@ class FeatureLoader:
 
     def load(self, epoch, parts):
         """Iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next."""
-        # in place: the DataLoader holds this list
-        self.keys[:] = [[(epoch, i) for i in part.tolist()] for part in parts]
+        self.keys[:] = [[(epoch, i) for i in part.tolist()] for part in parts]  # the loader's list
         if self.loader is None:
             self.loader = DataLoader(self.images, batch_sampler=self.keys, pin_memory=self.pinned,
                                      num_workers=self.workers, worker_init_fn=end_with_parent,
@@ -159,8 +157,7 @@ class FeatureLoader:
         shape = (views, len(self), 1 + h * w, self.encoder.D)
         if not self.encoder.sha256:
             raise UserError("a cache needs a CLIP of clip.load, got one of clip.build: views=0")
-        files = sorted(Path(model.__file__).parent.glob("*.py"))  # another backbone: other features
-        code = [file.read_bytes() for file in files]
+        code = [file.read_bytes() for file in sorted(Path(model.__file__).parent.glob("*.py"))]
         depends_on = repr((shape, self.encoder.sha256, str(self.amp), code)).encode()
         name = hashlib.sha256(self.images.fingerprint() + depends_on).hexdigest()[:24]
         file = folder / f"{name}.bf16"

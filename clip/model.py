@@ -78,8 +78,7 @@ class AttentionPool(nn.Module):
     def __init__(self, grid, channels, embed_dim):
         super().__init__()
         self.heads = max(1, channels // 64)
-        positions = torch.randn(grid * grid + 1, channels) / channels ** 0.5
-        self.positional_embedding = nn.Parameter(positions)
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, channels) / channels**0.5)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
         self.c_proj = nn.Linear(channels, embed_dim)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
@@ -184,8 +183,7 @@ class Block(nn.Module):
 
 
 def transformer(width, layers, *block):
-    blocks = [Block(width, *block) for _ in range(layers)]
-    return nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+    return nn.ModuleDict({"resblocks": nn.ModuleList(Block(width, *block) for _ in range(layers))})
 
 
 class VisionTransformer(nn.Module):

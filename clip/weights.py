@@ -4,8 +4,7 @@ configuration beside them says is obeyed (heads, activation, mean and std) or re
     clip.load("tiny")                                  the small CLIP that ships (tools/pretrain.py)
     clip.load("RN101")                                 OpenAI's, downloaded once into ~/.cache/clip
     clip.load("openai/clip-vit-base-patch32")          in Hugging Face's local cache
-    clip.load("model.safetensors", activation="gelu")  a file, or a folder with its configuration
-"""
+    clip.load("model.safetensors", activation="gelu")  a file, or a folder with its configuration"""
 import hashlib
 import json
 import math
@@ -27,7 +26,6 @@ from support import UserError, refused
 TINY = Path(__file__).with_name("tiny.safetensors")
 BASE = "https://openaipublic.azureedge.net/clip/models"  # BASE/sha256/file
 FILES = json.loads(TINY.with_name("openai.json").read_text())  # {name: sha256}
-# What is looked for in a folder, in this order.
 IN_FOLDER = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
              "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENS = r"(text_model\.embeddings\.|text\.)?token_embedding\.weight$"  # a name that all CLIPs have
@@ -72,7 +70,7 @@ def find(name):
 
 
 def weights_in(path):
-    """A weights file, an index of shards or a folder with one of IN_FOLDER -> the files to read."""
+    """A weights file, an index of shards, or a folder: its first of IN_FOLDER -> files to read."""
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).is_file()]
         if not found:
@@ -101,8 +99,7 @@ def read(file):
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# ---- names and configurations of open_clip (github.com/mlfoundations/open_clip) and of CLIPModel
-# (github.com/huggingface/transformers)
+# ---- names and configurations of github.com/mlfoundations/open_clip and huggingface/transformers
 
 def openai_names(saved):
     """What a file holds -> CLIP's state dict with OpenAI's names, and whether Hugging Face named

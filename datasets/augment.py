@@ -1,7 +1,6 @@
 """From image files to tensors: decoding, the test transform, and the training augmentation of
 TaI-DPT, which the paper follows (Sec. 4.1): a random crop or cutout, one of 117 colour and shape
-policies, mirroring. All randomness comes from the `random.Random` that is passed in. H, W: pixels.
-"""
+policies, mirroring. All randomness comes from the random.Random that is passed in. H, W: pixels."""
 import contextlib
 import io
 import math
@@ -18,9 +17,8 @@ with contextlib.suppress(ImportError):  # HEIC, the photos of iPhones, where the
     register_heif_opener()
 
 GREY = (128, 128, 128)
-TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
-          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE,
-          8: Image.ROTATE_90}  # EXIF's orientation
+EXIF_TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+             5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow refuses twice as many: 300 megapixels are some 1 GB
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # profiles, notes
 PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # some are damaged
@@ -58,7 +56,7 @@ def upright(image):
         raise ValueError("it has no pixels")
     key = image.info.get("transparency")  # a colour that is transparent
     with contextlib.suppress(Exception):  # no mark, or whatever damaged EXIF makes Pillow raise
-        image = image.transpose(TURNED[np.ravel(image.getexif()[0x0112])[0]])
+        image = image.transpose(EXIF_TURN[np.ravel(image.getexif()[0x0112])[0]])
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         if key is not None:
@@ -124,6 +122,7 @@ POLICIES = [[(float(step[:-4]), step[-4:-1], int(step[-1])) for step in row.spli
 ENHANCE = {"col": ImageEnhance.Color, "con": ImageEnhance.Contrast, "sha": ImageEnhance.Sharpness,
            "bri": ImageEnhance.Brightness}
 PLAIN = {"aut": ImageOps.autocontrast, "equ": ImageOps.equalize, "inv": ImageOps.invert}
+TONES = {"sol": ImageOps.solarize, "pos": ImageOps.posterize}
 # Values of the levels 0..9: slope of a shear, shift as a share of the side, factor 1 +- change;
 # degrees, threshold of solarize, bits of posterize.
 SLOPE, SHIFT, FACTOR = (np.linspace(0, top, 10) for top in (0.3, 150 / 331, 0.9))
@@ -140,12 +139,10 @@ def apply(image, operation, level, rng):
         m *= rng.choice((-1, 1))
     if operation in ENHANCE:
         return ENHANCE[operation](image).enhance(1 + m)
+    if operation in TONES:
+        return TONES[operation](image, m)
     if operation == "rot":
         return image.rotate(m, fillcolor=GREY)  # always counter-clockwise
-    if operation == "pos":
-        return ImageOps.posterize(image, m)
-    if operation == "sol":
-        return ImageOps.solarize(image, m)
     # the output pixel (x, y) is taken from (a x + b y + c, d x + e y + f)
     matrix = {"shX": (1, m, 0, 0, 1, 0), "trX": (1, 0, m * image.width, 0, 1, 0),
               "shY": (1, 0, 0, m, 1, 0), "trY": (1, 0, 0, 0, 1, m * image.height)}[operation]
@@ -161,18 +158,13 @@ def policy(image, rng):
     return image
 
 
-def taidpt(image, size, rng, smallest_crop=0.5):
-    """The training augmentation of the paper, without the normalisation."""
+def transform(image, how, size, rng, smallest_crop):
+    """What happens to an image before `normalise`. how: "none", "flip", or the paper's "taidpt"."""
+    if how != "taidpt":
+        image = resize(image, size)
+        return flip(image, rng) if how == "flip" else image
     if rng.random() < 0.5:
         image = random_crop(image, size, rng, smallest_crop)
     else:
         image = cutout(image.resize((size, size), Image.BILINEAR), rng)
     return flip(policy(image, rng), rng)
-
-
-def transform(image, how, size, rng, smallest_crop):
-    """What happens to an image before `normalise`: how is "none", "flip" or "taidpt"."""
-    if how == "taidpt":
-        return taidpt(image, size, rng, smallest_crop)
-    image = resize(image, size)
-    return flip(image, rng) if how == "flip" else image

@@ -14,6 +14,7 @@ import numpy as np
 from support import NotFound, UserError, refused
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, -1, 0  # the only label codes of this project
+ASSUMED_NEGATIVE = 0.3  # weight of unknown labels as negatives where labels tell presence
 # The SPLC setup's published lists, below --lists or --root; the second is a test list.
 LISTS = {"coco": ["coco_train_singlelabel.txt"], "voc2012": ["voc_train.txt"],
          "cub": ["cub_train.txt"], "nuswide": ["nus_train_singlelabel.txt", "nus_val.txt"]}
@@ -71,9 +72,6 @@ class Split:
         return dict(images=len(files), positives=count[POSITIVE], negatives=count[NEGATIVE],
                     unknowns=count[UNKNOWN], sha256=hashlib.sha256(content).hexdigest(), **mask,
                     dropped={why: n for why, n in self.dropped.items() if n})
-
-
-ASSUMED_NEGATIVE = 0.3  # weight of unknown labels as negatives where labels tell presence
 
 
 def tells_presence(labels):
@@ -172,8 +170,7 @@ def locate(name, folders, where):
 def require_files(names, folders, where):
     """The files of the names: every image is there, and listed once."""
     paths = [locate(name, folders, where) for name in names]
-    missing = [name for name, path in zip(names, paths) if path is None]
-    if missing:
+    if missing := [name for name, path in zip(names, paths) if path is None]:
         raise UserError(f"{where}: {len(missing)} of {len(names)} images are missing, first "
                         f"{missing[0]} of {folders[0]}; complete the download or correct --root")
     return require_unique(paths, where)

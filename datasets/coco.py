@@ -2,8 +2,7 @@
 image folders. Crowd annotations count as labels and give no box, as in the peers' code."""
 import numpy as np
 
-from datasets.base import (NEGATIVE, POSITIVE, Split, find, read_json, require_files,
-                           require_unique)
+from datasets.base import NEGATIVE, POSITIVE, Split, find, read_json, require_files, require_unique
 from support import UserError, refused
 
 PEERS = {"motorcycle": "motor bike", "airplane": "aeroplane"}  # as TaI-DPT calls them in prompts

@@ -5,8 +5,7 @@
     walk/1.jpg,1,,0                        (image names relative to the sheet, or absolute)
 
 Other forms, the WORDS below among them: docs/data.md. What could mean two things is refused with
-the option that settles it; `python data.py SHEET.csv` prints every problem.
-"""
+the option that settles it; `python data.py SHEET.csv` prints every problem."""
 import csv
 import functools
 import io
@@ -68,9 +67,8 @@ def load(root, cfg):
     files = {"train": cfg.data, "val": cfg.val, "test": cfg.test}
     sheets = {name: Sheet(path) for name, path in files.items() if is_sheet(path)}
     columns = {name for sheet in sheets.values() for name in sheet.header}
-    if missing := {*split_names(cfg.ignore or "")} - columns:
-        raise UserError(f"{cfg.data}: --ignore names {sorted(missing)}, the columns are "
-                        f"{sorted(columns)[:20]}")
+    if missing := sorted({*split_names(cfg.ignore or "")} - columns):
+        raise UserError(f"{cfg.data}: --ignore names {missing}, columns are {sorted(columns)[:20]}")
     train = read(sheets.pop("train"), root, cfg)
     ticked = [name for name, column in zip(train.names, train.labels.T)
               if {*column} == {POSITIVE, UNKNOWN}]
@@ -80,8 +78,7 @@ def load(root, cfg):
     for name, sheet in sheets.items():
         split = read(sheet, root, cfg, train.names)
         if differ := set(split.names) ^ set(train.names):
-            raise UserError(f"{sheet.path}: its classes differ from the training sheet: "
-                            f"{sorted(differ)}")
+            raise UserError(f"{sheet.path}: its classes differ from --data's by {sorted(differ)}")
         others = [file for other in splits.values() for file in other.paths]
         first = twins(others + split.paths)[len(others):]  # a copy is the same image, too
         if both := [file for file, i in zip(split.paths, first) if i < len(others)]:
@@ -122,9 +119,8 @@ class Sheet:
             raise UserError(f"{path}:1: expected a header 'image,<class>,...', got {header[:9]}")
         self.body = {line: row[:width] + [""] * (len(header) - len(row))
                      for line, row in rows.items()}
-        self.prompts = {}
-        if rows and rows[min(rows)][0] == "#prompt":
-            self.prompts = dict(zip(header, self.body.pop(min(rows))))
+        has_prompts = rows and rows[min(rows)][0] == "#prompt"
+        self.prompts = dict(zip(header, self.body.pop(min(rows)))) if has_prompts else {}
 
 
 def read(sheet, root, cfg, names=()):
@@ -139,8 +135,7 @@ def read(sheet, root, cfg, names=()):
     problems = [f"{path}:{line}: {len(row)} cells, but the header has {len(sheet.header)}"
                 for line, row in sheet.body.items() if len(row) > len(sheet.header)]
     for line, row in zip(sheet.body, cells):
-        bad = [f"{name}={cell!r}" for name, cell in zip(names, row) if word(cell) not in codes]
-        if bad:
+        if bad := [f"{name}={cell!r}" for name, cell in zip(names, row) if word(cell) not in codes]:
             problems.append(f"{path}:{line}: {', '.join(bad[:3])}: a cell is 1 (present), 0 "
                             "(absent), empty (unknown), or -1 with --minus-one; a column that is "
                             "no category goes into --ignore (docs/data.md: lists)")
@@ -186,8 +181,7 @@ def categories(sheet, cfg, names, codes):
                             "they do not name absent or unknown? Say --unlisted absent or unknown")
         return lists(path, [row[texts[0]] for row in rows], names)
     if texts:
-        note(f"{path}: no categories, since none of their cells is a label: "
-             f"{[header[c] for c in texts]}")
+        note(f"{path}: no categories, since no cell is a label: {[header[c] for c in texts]}")
     columns = [c for c in filled if c not in texts]
     return [header[c] for c in columns], [[row[c] for c in columns] for row in rows]
 

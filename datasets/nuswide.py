@@ -9,8 +9,6 @@ from datasets.base import (Split, find, locate, positive_list, read_array, read_
                            splc_files, zeros_and_ones)
 from support import UserError
 
-FOLDERS = ("Flickr", "images", "Flickr/images", ".")
-
 
 def load(root, cfg):
     """The official split; in the LargeLoss setup formatted_{train,val}_*.npy, whose rows without a
@@ -31,13 +29,12 @@ def concepts(root):
 def photos(root, names, labels, where):
     """N image names as a list writes them, labels (N, 81) -> Split; missing photos are unused. They
     are looked for below Flickr/ or images/ as the list writes them, or all in one flat folder."""
-    folders = [Path(root) / folder for folder in FOLDERS]
+    folders = [Path(root, folder) for folder in ("Flickr", "images", "Flickr/images", ".")]
     paths = [locate(name, folders, where) or locate(PureWindowsPath(name).name, folders, where)
              for name in names]
     unused = np.array([path is None for path in paths])
     if unused.all():
-        raise UserError(f"{where}: none of its {len(names)} photos is in {folders[0]} or "
-                        f"{folders[1]}, e.g. {names[0]}")
+        raise UserError(f"{where}: its photos are not in Flickr/ or images/ of {root}: {names[0]}")
     return Split("nuswide", [path or name for path, name in zip(paths, names)], concepts(root),
                  labels, unused=unused, dropped={"photo missing": int(unused.sum())})
 

@@ -5,8 +5,7 @@
 What makes them hard enough to matter: small things, rotation, occlusion, textured backgrounds,
 things that keep each other company, and unlabelled look-alikes (a tent is not a house). What there
 is to draw stands in scenes.ini. Every image has its own seed (seed, split, index): splits share no
-scene, workers change no byte. Labels, boxes and captions are about what is visible in the end.
-"""
+scene, workers change no byte. Labels, boxes and captions are about what is visible in the end."""
 import json
 import math
 import multiprocessing

@@ -17,8 +17,7 @@ FOLDERS = ("", "VG", "annotations")
 
 
 def load(root, cfg):
-    hint = (": the names are not part of the public files, pass --names FILE, or find them with "
-            "python data.py vg200 --root DIR --objects objects.json")
+    hint = ": give --names FILE or find it: python data.py vg200 --root DIR --objects objects.json"
     file = cfg.names or find(root, "vg_category_200.txt", folders=FOLDERS, hint=hint)
     names = require_unique(read_lines(file, 200), file)
     folders = [Path(root, above, folder) for folder in ("VG_100K", "VG_100K_2")

@@ -15,24 +15,22 @@ def load(root, cfg):
     """2007: trainval and test; 2012: train and val, as the peers use them. An object seen only as
     "difficult" is NEGATIVE, but POSITIVE in the lists of the SPLC setup."""
     year = int(cfg.data[3:])
-    lists = ("trainval", "test") if year == 2007 else ("train", "val")
+    lists = zip(("train", "test"), ("trainval", "test") if year == 2007 else ("train", "val"))
     difficult = POSITIVE if cfg.single_positive == "splc" else NEGATIVE
-    train, test = (split(root, year, part, difficult) for part in lists)
-    return {"train": train, "test": test}
+    return {name: split(root, year, part, difficult) for name, part in lists}
 
 
 def split(root, year, part, difficult=NEGATIVE):
     jpegs = find(root, "JPEGImages", folders=(f"VOCdevkit/VOC{year}", f"VOC{year}", ""))
-    main = jpegs.parent / "ImageSets" / "Main"
-    listing = main / f"{part}.txt"
+    listing = jpegs.parent / f"ImageSets/Main/{part}.txt"
     ids = [line.split()[0] for line in read_lines(listing)]
     files = require_files([f"{name}.jpg" for name in ids], [jpegs], listing)
-    if (main / f"dog_{part}.txt").exists():
-        columns = [class_list(main / f"{name}_{part}.txt", ids, difficult) for name in VOC]
-        labels = np.stack(columns, 1)
+    lists = [listing.with_name(f"{name}_{part}.txt") for name in VOC]
+    if lists[0].exists():
+        labels = np.stack([class_list(file, ids, difficult) for file in lists], 1)
     else:
-        notes = jpegs.parent / "Annotations"
-        labels = np.stack([annotation(notes / f"{name}.xml", difficult) for name in ids])
+        notes = [jpegs.parent / f"Annotations/{name}.xml" for name in ids]
+        labels = np.stack([annotation(file, difficult) for file in notes])
     unused = ~(labels == POSITIVE).any(1)  # the few whose objects are all difficult
     return Split(f"voc{year}/{part}", files, list(VOC), labels, unused=unused,
                  dropped={"without a positive": int(unused.sum())})

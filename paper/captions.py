@@ -1,14 +1,12 @@
-"""Texts as images: prompts learned from captions alone, without a photo (TaI-DPT, Guo et al., CVPR
-2023; paper, Table 1).
+"""Prompts learned from captions alone, without a photo (TaI-DPT, Guo et al., CVPR 2023; Table 1).
 
     python train.py --data scenes --images captions --matching global      matched with sentences
     python train.py --data scenes --images captions --matching dualcoop    matched with words
 
-CLIP puts texts and images into one space, so a caption's features stand in for an image's: the
-sentence for the global feature x (D,), its words for the dense ones f (N, D). Its labels are the
-categories that it names. TaI-DPT's two kinds of prompts do not meet before inference, so they are
-two runs here, whose scores are averaged (`eval.py RUN --ensemble RUN`). Unlike there, our dual
-prompts and Eq. 14 take the place of its ranking loss.
+CLIP has one space for texts and images, so a caption stands in for an image: the sentence for the
+global feature x (D,), its words for the dense ones f (N, D); its labels are the categories that it
+names. TaI-DPT's two kinds of prompts meet at inference alone: here they are two runs, whose scores
+are averaged (`eval.py RUN --ensemble RUN`). Dual prompts and Eq. 14 replace its ranking loss.
 """
 import os
 from itertools import chain
@@ -73,9 +71,8 @@ def file_of(cfg):
 
 
 def load(cfg, split, val=None):
-    """COCO's captions_*.json -> data.Split for the categories of `split`; its `paths` are the
-    captions of the first cfg.train_images images that are not in the split val, those that name a
-    category."""
+    """COCO's captions_*.json -> data.Split for the categories of `split`; its `paths` are captions
+    that name a category, of the first cfg.train_images images that are not in the split val."""
     file = file_of(cfg)
     raw = read_json(file)
     held = {os.path.basename(path) for path in val.paths} if val else ()

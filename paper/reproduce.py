@@ -6,10 +6,9 @@
     python -m paper.reproduce --figure 4 --image photos/                regions of both methods
     python -m paper.reproduce --study kd                                where the paper is silent
 
-The options of train.py hold for all rows, but for those that the rows set (--ratio, --matching,
---without, ...). The numbers are mAP after the last epoch. Tables go to --out as Markdown, every
-seed's numbers as JSON. Where another command has written such files, the new ones get a number;
-two commands at once want two --out.
+The options of train.py hold for all rows, but for what the rows set (--ratio, --matching, ...). mAP
+is that of the last epoch. Tables go to --out as Markdown, every seed's numbers as JSON; beside such
+files of another command the new ones get a number. Two commands at once want two --out.
 """
 import copy
 import dataclasses
@@ -54,8 +53,7 @@ AVERAGE = "Avg."
 
 
 def rows_of(args, base):
-    """What is asked for -> {row: [settings]}, {column: settings}, {row: {column: the paper's}}, and
-    the data set that these are of."""
+    """-> {row: [settings]}, {column: settings}, {row: {column: the paper's}}, its data set"""
     asked = ASKED[args.table or args.study]
     known = asked["paper"]  # where the data set is not in it, another's numbers are shown
     data = next(name for name in (base.data, "coco", *known) if name in known)
@@ -97,8 +95,7 @@ def measure(runs, rows, columns, seeds):
     for row, of_row in rows.items():
         cells = measured[row] = {}
         for name, column in columns.items():
-            found = {seed: runs.mAP([column | settings for settings in of_row], seed)
-                     for seed in seeds}
+            found = {seed: runs.mAP([column | one for one in of_row], seed) for seed in seeds}
             cells[name] = {seed: mAP for seed, mAP in found.items() if mAP is not None}
         if len(columns) > 1:
             cells[AVERAGE] = {seed: float(np.mean([cell[seed] for cell in cells.values()]))
@@ -256,9 +253,8 @@ def parse(argv):
     asked = ASKED.get(args.table or args.study, {})
     if min(args.seeds, args.jobs) < 1:
         raise UserError(f"--seeds and --jobs start at 1, got {args.seeds} and {args.jobs}")
-    rows_differ = {"--resume", "--ratio", "--mask", "--matching", "--without", "--carl-from",
-                   "--images"}
-    if wrong := rows_differ & {word.split("=")[0] for word in rest}:  # --mask x and --mask=x
+    by_row = {"--resume", "--ratio", "--mask", "--matching", "--without", "--carl-from", "--images"}
+    if wrong := by_row & {word.split("=")[0] for word in rest}:  # --mask x and --mask=x
         raise UserError(f"drop it: rows set {' '.join(wrong)}, and a stopped table just goes on")
     base, _ = parse_config(rest, **asked.get("defaults", {}))
     if base.single_positive and args.table != "3":

@@ -41,8 +41,7 @@ class Runs:
         self.splits = load_data(base)
         self.split = "val" if study and self.splits[1] else "test"
         if self.split == "test" and self.splits[2] is None:
-            raise UserError(f"{base.data} has no test split, nothing can be compared: a sheet's is "
-                            "given with --test")
+            raise UserError(f"{base.data} has no test split to compare on: give a sheet's, --test")
         self.encoder = clip.load(base.clip, activation=base.activation).to(best_device())
         self.sha256 = functools.cache(sha256)  # of a file; a table asks again and again
 

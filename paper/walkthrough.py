@@ -75,15 +75,13 @@ def listing(file, equation, longest=35):
         covered.update(span)
         code = re.sub("(^|  )(# .*)$", r"\1<i>\2</i>", html.escape(code, quote=False), flags=re.M)
         marked = [f"<b>{row}</b>" if equation in cited(row) else row for row in code.split("\n")]
-        shown[first] = (f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p>'
-                        f'<pre data-file="{file}" data-first="{first}">' + "\n".join(marked) +
-                        "</pre>")
+        shown[first] = (f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p><pre '
+                        f'data-file="{file}" data-first="{first}">' + "\n".join(marked) + "</pre>")
     return "".join(shown[first] for first in sorted(shown))
 
 
 def article():
-    """docs/equations.md as HTML: below `### Eq. n` the text stands left, right its code and, to
-    unfold, its slow oracle."""
+    """docs/equations.md as HTML: below `### Eq. n` left the text, right its code and its oracle."""
     text = EQUATIONS.read_text(encoding="utf-8")
     for formula, display in ((r"\$\$(.+?)\$\$", "block"), (r"\$(.+?)\$", "inline")):
         text = re.sub(formula, lambda found: convert(found[1], display=display), text)
@@ -219,8 +217,7 @@ def idea(seen, photo, c, predictor):
 def write(text):
     """Writes the page from its template, walkthrough.html beside this file."""
     if text:
-        page = PAGE.read_text(encoding="utf-8")
-        content = page.split("const data = ")[1].split(";</script>")[0]
+        content = PAGE.read_text(encoding="utf-8").split("const data = ")[1].split(";</script>")[0]
     else:
         if not (RUN / "film" / str(Config.epochs)).is_dir():
             shutil.rmtree(RUN, ignore_errors=True)  # of a build that was stopped

@@ -129,10 +129,9 @@ def read_config(run):
 
 
 def changed(run, splits):
-    """The splits whose names, prompts or labels are not those that a run was begun with. A sheet
-    may have another name now."""
-    begun = read_config(run)["data"].items()
-    sha256 = {name.split("/")[-1]: info["sha256"] for name, info in begun}
+    """The splits whose names, prompts or labels are not the run's. A sheet may have a new name."""
+    begun = read_config(run)["data"]
+    sha256 = {name.split("/")[-1]: info["sha256"] for name, info in begun.items()}
     return [split.name for split in splits
             if split and sha256.get(split.name.split("/")[-1]) != split.info["sha256"]]
 
@@ -156,8 +155,7 @@ def begin(run, cfg, clip_sha256, splits, resume=False):
     else:
         names = [split.name.split("/")[-1] for split in splits if split]
         if len({*names}) < len(names):
-            raise UserError(f"expected splits of different names, got {', '.join(names)}: "
-                            "dataclasses.replace(split, name=...)")
+            raise UserError(f"expected splits of different names, got {names}: set split.name")
         if len({tuple(split.names) for split in splits if split}) > 1:
             raise UserError("expected splits of the same classes in the same order: data.load's")
         about = {"config": asdict(cfg), "clip_sha256": clip_sha256,

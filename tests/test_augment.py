@@ -119,7 +119,7 @@ def test_a_training_image_is_cropped_or_cut_out_then_changed_by_a_policy_and_mir
     cropped, rng = 0, random.Random(0)
     for _ in range(400):
         calls.clear()
-        out = augment.taidpt(image, 32, rng)
+        out = augment.transform(image, "taidpt", 32, rng, 0.5)
         assert calls[0] in ("random_crop", "cutout") and calls[1:] == ["policy", "flip"]
         cropped += calls[0] == "random_crop"
         if calls[0] == "cutout":

@@ -306,7 +306,7 @@ def test_vg200(tmp_path):
         "vg_category_200.txt: expected 200 lines, got 150", "vg200", tmp_path
     )
     names.unlink()
-    refused("not part of the public files.*--names", "vg200", tmp_path)
+    refused("not found: give --names FILE or find it", "vg200", tmp_path)
     names.write_text(keep)
     index = tmp_path / "vg_category_500_labels_index.json"
     index.write_text(index.read_text()[:200])
@@ -346,7 +346,7 @@ def test_nuswide(tmp_path):
     refused("--val: SPLC.s list", "nuswide", tmp_path, single_positive="splc", val=0.4)
     shutil.rmtree(tmp_path / "Flickr")
     shutil.rmtree(tmp_path / "images")
-    refused("none of its 10 photos", "nuswide", tmp_path)
+    refused("its photos are not in Flickr/", "nuswide", tmp_path)
 
 
 def array_file(case):

@@ -279,7 +279,7 @@ def test_the_same_sheet_under_another_name_is_the_same_data(sheet, tmp_path, cap
     assert command(train.main, ["--resume", folder, *there], capfd)[0] == 0
     lines = (tmp_path / "renamed.csv").read_text().splitlines()
     (tmp_path / "renamed.csv").write_text("\n".join(lines[:-1]))
-    assert "has other names" in command(evaluation.main, [folder, *there], capfd)[2][0]
+    assert "other names, prompts" in command(evaluation.main, [folder, *there], capfd)[2][0]
     one_line(train.main, ["--resume", folder, *there], capfd, "was begun on other data")
 
 

@@ -24,16 +24,14 @@ def load_data(cfg):
     if cfg.images != "captions":
         return splits
     if cfg.score == "mixed" and not (splits[1] and len(splits[1].paths) >= FEW):
-        raise UserError(f"--score mixed needs {FEW} photos to be scaled on: hold some out with "
-                        "--val 0.2, or choose another --score")
+        raise UserError(f"--score mixed needs {FEW} photos held out: --val 0.2, or another --score")
     return captions.load(cfg, *splits[:2]), *splits[1:]
 
 
 def settled(cfg, run, split, encoder, resume=False):
     """The Config with this run's folder and CLIP, and with --assume-negative decided."""
     if not encoder.name:  # from where a run's user loads it again
-        raise UserError("expected a CLIP of clip.load, got one that clip.build made: save its "
-                        "state dict, and load the file")
+        raise UserError("expected a CLIP of clip.load, got clip.build's: save and load its weights")
     found = dict(out=str(run.absolute()), clip=encoder.name, activation=encoder.activation)
     told = split.truth  # what a mask hides changes nothing, unless it leaves no label "absent"
     if cfg.single_positive or not (split.labels == NEGATIVE).any():
@@ -67,8 +65,7 @@ def evaluation_loaders(cfg, splits, encoder, device, rank, world):
     scaled = val_split and len(val_split.paths) >= FEW
     if cfg.images == "photos" and (not scaled or cfg.score == "mixed"):
         n = len(train_split.paths)
-        # evenly spaced, for a sheet may be sorted
-        sample = train_split.subset(range(0, n, -(-n // 1000)))
+        sample = train_split.subset(range(0, n, -(-n // 1000)))  # spaced: a sheet may be sorted
         if cfg.assume_negative:
             sample.labels = np.where(sample.labels == UNKNOWN, NEGATIVE, sample.labels)
     named = {"val": val_split, "train": sample, "test": test_split}

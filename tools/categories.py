@@ -7,8 +7,7 @@ def suspects(scores, truth):
 
     A label "absent" is suspect where the probability reaches the mean of the images labelled
     present; a label "present" where it is as low as the mean of those labelled absent.
-    scores (n, C), truth (n, C) in {1, -1, 0} -> list of (i, c), the furthest beyond its mean first.
-    """
+    scores (n, C), truth (n, C) in {1, -1, 0} -> list of (i, c), furthest beyond its mean first."""
     def mean(of):  # (C,); NaN, which nothing reaches, for a category without such a label
         count = of.sum(0)
         return np.where(of, scores, 0).sum(0) / np.where(count, count, np.nan)
@@ -23,8 +22,7 @@ def category_lines(split, scores, ap, threshold, rests_on):
     """Lines of text: the categories, the worst AP first, ten suspect labels, the worst five images.
 
     scores (n, C) probabilities, ap (C,) average precision in 0..1 or NaN, threshold (C,),
-    rests_on (C,) known positives behind each threshold
-    """
+    rests_on (C,) known positives behind each threshold"""
     truth = split.truth
     known, positives = (truth != 0).sum(0), (truth == 1).sum(0)
     right = (((scores >= threshold) == (truth == 1)) & (truth != 0)).sum(0)  # (C,)
@@ -33,9 +31,8 @@ def category_lines(split, scores, ap, threshold, rests_on):
              "wrong"]
     for c in np.argsort(ap, kind="stable"):  # NaN last: no positive
         told = "-" if np.isnan(ap[c]) else f"{100 * ap[c]:.2f}"
-        lines.append(f"{split.names[c]:{width}}  {known[c]:5d}  {positives[c]:9d} {told:>6}  "
-                     f"{threshold[c]:9.3f}  {rests_on[c]:12d}  {right[c]:5d}  "
-                     f"{known[c] - right[c]:5d}")
+        lines += [f"{split.names[c]:{width}}  {known[c]:5}  {positives[c]:9} {told:>6}  "
+                  f"{threshold[c]:9.3f}  {rests_on[c]:12}  {right[c]:5}  {known[c] - right[c]:5}"]
     doubted = suspects(scores, truth)
     lines.append(f"{len(doubted)} labels of {split.name} look wrong (--split asks about others); "
                  "the probability denies them" + (", the clearest first:" if doubted else ""))
@@ -43,9 +40,8 @@ def category_lines(split, scores, ap, threshold, rests_on):
         label = "labelled present" if truth[i, c] == 1 else "labelled absent"
         if split.where and not split.labels[i, c] and truth[i, c] == -1:  # of ticks, or hidden
             label = "no label of training, counted as absent"
-        where = f"{split.where[i]}, " if split.where else ""
-        lines.append(f"  {where}{split.paths[i]}: {split.names[c]} is {label}, "
-                     f"probability {scores[i, c]:.2f}")
+        place = f"{split.where[i]}, {split.paths[i]}" if split.where else split.paths[i]
+        lines.append(f"  {place}: {split.names[c]} is {label}, probability {scores[i, c]:.2f}")
     error = np.where(truth == 0, 0, np.abs(scores - (truth == 1))).sum(1)  # (n,)
     lines.append("the images that it gets most wrong, |probability - label| summed over the known:")
     lines += [f"  {split.paths[i]}: {error[i]:.2f}" for i in np.argsort(-error)[:5]]

@@ -25,10 +25,9 @@ def check(cfg, decode=True):
         counts = [(split.labels == code).sum(0) for code in (POSITIVE, NEGATIVE, UNKNOWN)]  # (C,)
         for category, present, absent, unknown in zip(split.names, *counts):
             print(f"{category[:31]:32}{present:9}{absent:9}{unknown:9}")
-        never = [repr(category) for category, n in zip(split.names, counts[0]) if not n]
+        never = [category for category, n in zip(split.names, counts[0]) if not n]
         if never and name == "train":
-            yield (f"train: {len(never)} categories are in no image, first {', '.join(never[:5])}: "
-                   "none to learn")
+            yield f"train: {len(never)} categories are in no image, none to learn: {never[:5]}"
         for i, first in enumerate(twins(split.paths)):
             if first != i:
                 differ = (split.labels[first] * split.labels[i] < 0).any()

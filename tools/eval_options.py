@@ -18,8 +18,7 @@ def parse(argv, about):
     command("--compare", nargs="+", metavar="RUN", help="zero-shot, this run and these")
     command("--categories", action="store_true", help="a line per category, labels that look wrong")
     command("--ensemble", nargs="+", metavar="RUN", help="average probabilities with these runs")
-    add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, "
-        "--clip, --size and the like in the place of a run")
+    add("--zero-shot", action="store_true", help="--suggest by CLIP without training: --data, ...")
     add("--size", type=int, help="--zero-shot: side of the input in pixels")
     for name in WITHOUT_RUN[1:]:
         add(flag(name), help="--zero-shot: as train.py has it")
@@ -48,8 +47,7 @@ def parse(argv, about):
     cold = args.zero_shot and args.suggest and args.data and not args.run
     args.places = {name: value for name in (*MOVED, *WITHOUT_RUN, "workers")
                    if (value := getattr(args, name)) is not None}
-    extra = [flag(name) for name in WITHOUT_RUN if name in args.places]
-    if extra and not cold:
+    if not cold and (extra := [flag(name) for name in WITHOUT_RUN if name in args.places]):
         raise UserError(f"{' '.join(extra)} belongs to --zero-shot, a run has its own: drop it")
     if not cold and (args.zero_shot or not args.run):
         raise UserError("expected a run, or --zero-shot with --data and --suggest")

@@ -37,18 +37,16 @@ def region_tiles(predictor, path, p, maps, top, truth=None):
     p (C,) probabilities, maps (C, N) of the image, as Predictor.iterate gives them; truth (C,) in
     {1, -1, 0} tells which verdicts are right. "area" is the share of the locations above half the
     peak. "flat": over 80 % of them are, or the peak is below 0.05; it says nothing of a place,
-    although `heat`, which scales by the peak, draws it red.
-    """
+    although `heat`, which scales by the peak, draws it red."""
     image = fit(augment.read(path), SIDE)
     tiles = [(image, Path(path).name[-32:])]
     for c in np.argsort(-p, kind="stable")[:top]:
         present = p[c] >= predictor.threshold[c]
         verdict = f"present: {p[c]:.2f} >=" if present else f"absent: {p[c]:.2f} <"
         verdict += f" {predictor.threshold[c]:.2f}"
-        if truth is not None and truth[c] == 0:
-            verdict += ", truth unknown"
-        elif truth is not None:
-            verdict += ", right" if (truth[c] == 1) == present else ", wrong"
+        if truth is not None:
+            right = "right" if (truth[c] == 1) == present else "wrong"
+            verdict += f", {right if truth[c] else 'truth unknown'}"
         peak = maps[c].max()
         area = np.mean(maps[c] > peak / 2)
         flat = ", flat" if area > 0.8 or peak < 0.05 else ""

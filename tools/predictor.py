@@ -5,7 +5,6 @@ n images, B of a batch, C categories, N = h*w locations, D dims.
 import dataclasses
 import functools
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,13 +16,13 @@ import clip
 import data
 from clip.features import FeatureLoader, set_precision
 from config import restored
+from datasets.csv_sheet import note
 from support import UserError
 from support.checkpoint import changed, read_checkpoint, writable
 from support.cli import best_device
 from support.distributed import gather
 from tools import inspection
-from tools.zero_shot import (probabilities, probability_arrays, scores_of, zero_shot,
-                             zero_shot_text)
+from tools.zero_shot import probabilities, probability_arrays, scores_of, zero_shot, zero_shot_text
 from trm import TRM, Output
 
 
@@ -49,8 +48,7 @@ def score_split(model, g_pos, g_neg, loader, g_zero, maps=None):
         rows = slice(i * loader.batch, min(n, (i + 1) * loader.batch))  # of all processes
         out = model(f, x, g_pos, g_neg)
         for name, part in scores_of(out, f, x, g_zero).items():  # (B, C)
-            # One tensor for the split: a small one a batch, between the batch's large ones, would
-            # keep their memory from being given back (3 GiB at COCO's size).
+            # one tensor a split: small ones, one a batch, would keep 3 GiB from being freed (COCO)
             if name not in scores:
                 scores[name] = part.new_empty(n, part.shape[1])
             scores[name][rows] = gather(part, rows.stop - rows.start)
@@ -123,15 +121,13 @@ class Predictor:
 
     def row(self, image, p):
         """One image's probabilities (C,) as `predict` returns them."""
-        ranked = np.argsort(-p, kind="stable")
-        return {"image": data.name_of(image),
-                "scores": {self.names[c]: float(p[c]) for c in ranked},
-                "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
+        order = np.argsort(-p, kind="stable")
+        return {"image": data.name_of(image), "scores": {self.names[c]: float(p[c]) for c in order},
+                "present": [self.names[c] for c in order if p[c] >= self.threshold[c]]}
 
     def iterate(self, images, batch=32, workers=0, unreadable=None):
-        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy; ZeroShot
-        has cosines for probabilities. One that cannot be decoded goes into the list `unreadable`;
-        without a list it raises UserError."""
+        """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy; of ZeroShot
+        cosines. One that cannot be decoded goes into the list `unreadable`, else UserError."""
         split = data.Split("images", images, self.names, labels=None)
         pixels = data.Images(split, self.cfg.size, lenient=unreadable is not None)
         loader = FeatureLoader(pixels, self.encoder, batch, workers, device=self.device,
@@ -154,8 +150,7 @@ class Predictor:
                             f" ({differ or 'in another order'}): put the data back, or train anew")
         photos = splits if self.cfg.images == "photos" else splits[1:]  # it learned from captions
         for name in changed(self.run, photos):
-            print(f"note: {name} is not what {self.run} was trained with: it has other names, "
-                  "prompts or labels", file=sys.stderr)
+            note(f"{name} is not what {self.run} was trained with: other names, prompts or labels")
         return dict(zip(("train", "val", "test"), splits))
 
     def loader(self, split):
@@ -181,8 +176,7 @@ class ZeroShot(Predictor):
         return self.complete
 
     def probabilities(self, split):
-        batches = self.loader(split).batches(0, shuffle=False)
-        score = zero_shot(self.g, batches)["both"]  # (n, C)
+        score = zero_shot(self.g, self.loader(split).batches(0, shuffle=False))["both"]  # (n, C)
         z = (score - score.mean(0)) / np.maximum(score.std(0), 1e-6)
         return 1 / (1 + np.exp(-2 * (z - 1)))
 

@@ -60,8 +60,7 @@ def info_nce(image, text, scale, same):
     """CLIP's symmetric loss. image, text (B, D); scale = 1/temperature; same (B, B) bool: text j is
     one of image i's own captions word for word, so off the diagonal it is no negative."""
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
-    other = same & ~torch.eye(len(logits), dtype=torch.bool)
-    logits = logits.masked_fill(other, -torch.inf)
+    logits = logits.masked_fill(same & ~torch.eye(len(logits), dtype=torch.bool), -torch.inf)
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -122,9 +121,8 @@ def pretrain(out=TINY, canvases=50000, epochs=6, batch=128, lr=1e-3, seed=0, tun
                      seconds=seconds, zero_shot_tune2014_global=mAP["global"],
                      zero_shot_tune2014_dense=mAP["dense"])
         write_atomically(out, as_bytes(tensors, {k: str(v) for k, v in about.items()}))
-        print(f"epoch {epoch}: loss {np.mean(losses):.3f}, zero-shot mAP on {tune} scenes of "
-              f"tune2014: global {mAP['global']:.1f}, dense {mAP['dense']:.1f}; {seconds} s, "
-              f"written to {out}", flush=True)
+        print(f"epoch {epoch}: loss {np.mean(losses):.3f}, zero-shot mAP on tune2014: global "
+              f"{mAP['global']:.1f}, dense {mAP['dense']:.1f}; {seconds} s -> {out}", flush=True)
     return mAP
 
 

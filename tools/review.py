@@ -40,9 +40,8 @@ def write_page(file, title, cells, photos, grid, then):
     cells = sorted(cells, key=lambda cell: cell["category"])  # kinds stay in their order
     # answers are kept in the browser under the name of the list
     key = hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
-    content = dict(title=title, cells=cells, photos=photos, grid=grid, key=key, then=then,
-                   save=f"{file.stem}-answers.csv")
-    text = json.dumps(content).replace("<", "\\u003c")
+    text = json.dumps(dict(title=title, cells=cells, photos=photos, grid=grid, key=key, then=then,
+                           save=f"{file.stem}-answers.csv")).replace("<", "\\u003c")
     template = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
     write_atomically(file, template.replace("{{DATA}}", text))
 
@@ -64,9 +63,8 @@ def read_answers(path):
 
 def row_of(address, rows, uploads):
     """The image that a task of Label Studio shows: one of `rows`, the sheet's, or else its path;
-    and what stands before it, or None. /data/local-files/?d=photos/in/a.jpg, or any URL, ends in
-    the image's name; an uploaded one is /data/upload/1/0f3a9c21-a.jpg. uploads: {that name: [rows]}
-    """
+    what stands before it, or None. /data/local-files/?d=photos/in/a.jpg, or any URL, ends in its
+    name; an uploaded one is /data/upload/1/0f3a9c21-a.jpg. uploads: {that name: [rows]}"""
     if "://" in address and "?d=" not in address:
         address = address.split("?")[0]  # a signature
     path = nfc(urllib.parse.unquote(address.split("?d=")[-1]))
@@ -233,8 +231,7 @@ def export(suggestions, tasks, folder):
         result = {"from_name": "category", "to_name": "image", "type": "choices",
                   "value": {"choices": names}}
         place = posixpath.normpath(posixpath.join(folder, image.replace("\\", "/")))
-        address = "/data/local-files/?d=" + urllib.parse.quote(place)
-        data = {"image": address, "offered": categories}  # these for the way back
+        data = {"image": "/data/local-files/?d=" + urllib.parse.quote(place), "offered": categories}
         tasks.append({"data": data, "predictions": [{"result": [result]}]})
     write_atomically(file, json.dumps(tasks, indent=1))
     choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in categories)

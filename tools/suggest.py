@@ -30,8 +30,7 @@ def choose_cells(p, labels, threshold, most=10_000):
 
     present    passes its category's threshold; the most probable first
     uncertain  nearest to the threshold on the scale of logits; half as many as pass, at least 10
-    absent     the least probable, as many as pass
-    """
+    absent     the least probable, as many as pass"""
     unknown = np.flatnonzero(labels == data.UNKNOWN)  # of the n * C cells, row after row
     of_scores, of_threshold = (torch.as_tensor(x).logit(eps=1e-6) for x in (p, threshold))
     margin = (of_scores - of_threshold).numpy().ravel()[unknown]
@@ -86,10 +85,9 @@ def suggest(predictor, args):
     for kind, i, c in shown:
         # scaled by its peak; cosines, which a method without a mask shows, are nearly alike
         region = maps[i][c] - (0 if predictor.cfg.matching == "carl" else maps[i][c].min())
-        region = region / max(region.max(), 1e-6)
         cells.append({"photo": i, "image": listed[i], "category": predictor.names[c], "kind": kind,
                       "probability": round(float(p[i, c]), 2),
-                      "region": (255 * region).astype(int).tolist()})
+                      "region": (255 * (region / max(region.max(), 1e-6))).astype(int).tolist()})
     then, sheet = "", predictor.cfg.data
     if is_sheet(sheet):
         minus_one = f" --minus-one {predictor.cfg.minus_one}" if predictor.cfg.minus_one else ""
