@@ -60,7 +60,7 @@ class Config:
     dropout: float = option(0.1, "of the region module; raise it against overfitting", high=0.9)
     queries: str = option("text", "start of the category queries", "random|text")
     context: int = option(16, "learned tokens of a prompt", low=1)
-    score: str = option("region", "of inference; mixed: plus zero-shot's", "region|query|mean|mixed")
+    score: str = option("region", "that counts; mixed: plus zero-shot's", "region|query|mean|mixed")
     # ---- losses
     alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)")
     beta: float = option(0.05, "weight of distillation (Eq. 15)")
