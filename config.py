@@ -40,7 +40,7 @@ class Config:
     test: str = option(None, "test CSV of a sheet")
     ignore: str = option(None, "columns of a sheet that are no category: a,b")
     minus_one: str = option(None, "what a sheet's -1 is (absent: 0 is unknown)", "absent|unknown")
-    unlisted: str = option(None, "what empty cells, or names a list lacks, mean", "absent|unknown")
+    unlisted: str = option(None, "meaning of empty cells, and of what lists lack", "absent|unknown")
     names: str = option(None, "file of prompt names (vg200: of categories), one a line")
     prompt_names: str = option("peers", "whose category words the prompts use", "peers|official")
     lists: str = option(None, "folder or training list of the splc setup (else --root)")
@@ -60,7 +60,8 @@ class Config:
     dropout: float = option(0.1, "of the region module; raise it against overfitting", high=0.9)
     queries: str = option("text", "start of the category queries", "random|text")
     context: int = option(16, "learned tokens of a prompt", low=1)
-    score: str = option("region", "that counts; mixed: plus zero-shot's", "region|query|mean|mixed")
+    score: str = option("region", "score of inference; mixed: the run's and zero-shot CLIP's",
+                        "region|query|mean|mixed")
     # ---- losses
     alpha: float = option(1.0, "weight of the region score's loss (Eq. 15)")
     beta: float = option(0.05, "weight of distillation (Eq. 15)")
@@ -73,8 +74,8 @@ class Config:
     kd_temperature: float = option(1.0, "temperature of Eq. 6", above=0)
     tau: float = option(0.07, "temperature of Eq. 13 (not Eq. 1's)", above=0)
     # ---- memory
-    topk: int = option(3, "K of Eq. 7: locations that enter the bank; 1 to 10 are alike", low=1)
-    queue: int = option(64, "L: prototypes kept per category; 16 to 256 are alike", low=1)
+    topk: int = option(3, "K of Eq. 7: locations that enter the bank; 1 to 10 score alike", low=1)
+    queue: int = option(64, "L: prototypes kept per category; 16 to 256 score alike", low=1)
     eta: float = option(0.99, "moving average of the thresholds (Eq. 11)", high=1)
     stage_one: float = option(1 / 3, "share of the epochs before mmcp and mmcl join", high=1)
     pseudo_in_contrastive: bool = option(False, "let pseudo-labelled regions into Eq. 13 too")
@@ -107,8 +108,8 @@ class Config:
         if {"visual", "text"} <= self.left_out:
             raise UserError("--without visual,text leaves no prototype: say --without mmcp")
         if (self.without or self.carl_from) and self.matching != "carl":
-            part = flag("carl_from" if self.carl_from else "without")
-            raise UserError(f"{part} needs --matching carl, got {self.matching}")
+            given = "--carl-from" if self.carl_from else "--without"
+            raise UserError(f"{given} needs --matching carl, got {self.matching}")
         if self.images == "captions" and (self.ratio != 1 or self.single_positive or self.mask):
             raise UserError("captions bring their labels: drop --ratio, --single-positive, --mask")
         if not is_sheet(self.data):

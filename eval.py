@@ -95,7 +95,7 @@ def best_threshold(scores, positive):
 def best_thresholds(scores, truth, k):
     """(C,) thresholds with the best F1, 0.5 where all known labels are alike. Few labels say
     little, so two steps follow on the scale of logits (docs/readings.md): t is the mean over 25
-    resamples (Breiman's bagging, 1996), and t of n positives becomes n t / (n + k), towards 0.5.
+    resamples (Breiman's bagging, 1996), then n positives draw it towards 0.5, to n t / (n + k).
     scores (n, C) probabilities, truth (n, C) in {1, -1, 0}"""
     logits = torch.as_tensor(scores).logit(eps=1e-6).numpy()  # (n, C)
     thresholds = np.full(truth.shape[1], 0.5)

@@ -73,7 +73,7 @@ class FeatureLoader:
         self.reader = ThreadPoolExecutor(1)
         self.cores = torch.get_num_threads()
         self.threads = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads,
-                                           initargs=(1,))
+                                          initargs=(1,))
         encode = encoder.encode_dense
         self.encode_dense = torch.compile(encode) if compiled else encode
         images.mean, images.std = encoder.mean, encoder.std
@@ -122,7 +122,8 @@ class FeatureLoader:
 
     def load(self, epoch, parts):
         """Iterator over (images (B, 3, size, size), index (B,)). The workers stay for the next."""
-        self.keys[:] = [[(epoch, i) for i in part.tolist()] for part in parts]  # the loader's list
+        # in place: the DataLoader holds this list
+        self.keys[:] = [[(epoch, i) for i in part.tolist()] for part in parts]
         if self.loader is None:
             self.loader = DataLoader(self.images, batch_sampler=self.keys, pin_memory=self.pinned,
                                      num_workers=self.workers, worker_init_fn=end_with_parent,

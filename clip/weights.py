@@ -4,7 +4,8 @@ configuration beside them says is obeyed (heads, activation, mean and std) or re
     clip.load("tiny")                                  the small CLIP that ships (tools/pretrain.py)
     clip.load("RN101")                                 OpenAI's, downloaded once into ~/.cache/clip
     clip.load("openai/clip-vit-base-patch32")          in Hugging Face's local cache
-    clip.load("model.safetensors", activation="gelu")  a file, or a folder with its configuration"""
+    clip.load("model.safetensors", activation="gelu")  a file, or a folder with its configuration
+"""
 import hashlib
 import json
 import math

@@ -75,8 +75,9 @@ def listing(file, equation, longest=35):
         covered.update(span)
         code = re.sub("(^|  )(# .*)$", r"\1<i>\2</i>", html.escape(code, quote=False), flags=re.M)
         marked = [f"<b>{row}</b>" if equation in cited(row) else row for row in code.split("\n")]
-        shown[first] = (f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p><pre '
-                        f'data-file="{file}" data-first="{first}">' + "\n".join(marked) + "</pre>")
+        shown[first] = (f'<p class="where"><a href="../{file}#L{first}">{file}:{first}</a></p>'
+                        f'<pre data-file="{file}" data-first="{first}">' + "\n".join(marked) +
+                        "</pre>")
     return "".join(shown[first] for first in sorted(shown))
 
 

@@ -157,7 +157,8 @@ MUTANTS = (  # file, the words that are replaced, what replaces them
     ("kernels/topk_prototypes.py", "(count * k)[c][:, None] - L",
      "(count * k)[c][:, None] - L - 1"),
     # A second hundred, thought of without the list above; most of these were not noticed at first.
-    ("trm.py", "if M + longest > encoder.context_length", "if M + longest >= clip.context_length"),
+    ("trm.py", "if M + longest > encoder.context_length",
+     "if M + longest >= encoder.context_length"),
     ("trm.py", "for linear in (self.q, self.k, self.v, self.out):",
      "for linear in (self.q, self.k, self.v):"),
     ("trm.py", "nn.init.xavier_uniform_(self.v.weight)", "nn.init.eye_(self.v.weight)"),

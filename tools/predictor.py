@@ -121,9 +121,10 @@ class Predictor:
 
     def row(self, image, p):
         """One image's probabilities (C,) as `predict` returns them."""
-        order = np.argsort(-p, kind="stable")
-        return {"image": data.name_of(image), "scores": {self.names[c]: float(p[c]) for c in order},
-                "present": [self.names[c] for c in order if p[c] >= self.threshold[c]]}
+        ranked = np.argsort(-p, kind="stable")
+        return {"image": data.name_of(image),
+                "scores": {self.names[c]: float(p[c]) for c in ranked},
+                "present": [self.names[c] for c in ranked if p[c] >= self.threshold[c]]}
 
     def iterate(self, images, batch=32, workers=0, unreadable=None):
         """Yields (index, probabilities (C,), region maps (C, N)) of each image, numpy; of ZeroShot

@@ -7,7 +7,7 @@ from tools.predictor import Predictor
 
 
 def of_start(run, cfg, split, trainable, zero):
-    """Prints the data, the size of trainable (a list), mAP of zero-shot CLIP (zero: by split)."""
+    """Prints split, number of trainable parameters, zero-shot mAP (zero: its numbers by split)."""
     count = sum(p.numel() for p in trainable) / 2**20
     print(f"{run}: {data.describe(split)}; {len(split.names)} categories, {count:.2f} Mi "
           f"trainable; {kernels.chosen()}")

@@ -231,7 +231,8 @@ def export(suggestions, tasks, folder):
         result = {"from_name": "category", "to_name": "image", "type": "choices",
                   "value": {"choices": names}}
         place = posixpath.normpath(posixpath.join(folder, image.replace("\\", "/")))
-        data = {"image": "/data/local-files/?d=" + urllib.parse.quote(place), "offered": categories}
+        address = "/data/local-files/?d=" + urllib.parse.quote(place)
+        data = {"image": address, "offered": categories}  # these for the way back
         tasks.append({"data": data, "predictions": [{"result": [result]}]})
     write_atomically(file, json.dumps(tasks, indent=1))
     choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in categories)

@@ -85,9 +85,10 @@ def suggest(predictor, args):
     for kind, i, c in shown:
         # scaled by its peak; cosines, which a method without a mask shows, are nearly alike
         region = maps[i][c] - (0 if predictor.cfg.matching == "carl" else maps[i][c].min())
+        region = region / max(region.max(), 1e-6)
         cells.append({"photo": i, "image": listed[i], "category": predictor.names[c], "kind": kind,
                       "probability": round(float(p[i, c]), 2),
-                      "region": (255 * (region / max(region.max(), 1e-6))).astype(int).tolist()})
+                      "region": (255 * region).astype(int).tolist()})
     then, sheet = "", predictor.cfg.data
     if is_sheet(sheet):
         minus_one = f" --minus-one {predictor.cfg.minus_one}" if predictor.cfg.minus_one else ""

@@ -61,7 +61,8 @@ def zero_shot_scale(scores, positives):
     mean and the deviation of the run's logit over some images, and its weight for n known positives
     in training, (n^2 + 25) / (2 n^2 + 25): two thirds for five, half for many (docs/readings.md). A
     run may deny all images alike: the deviation is 1 at least, so that zero-shot still ranks them;
-    and where no positive is known the scale is 2 (z - 1), that without a run, so that some pass.
+    and where no positive is known the scale is that of a score without a run, 2 (z - 1), so that
+    some images pass.
     scores: those images' as `scores_of` gives them, positives (C,)"""
     logit, zero = scores.get("mean", scores["region"]).clamp(-SURE, SURE), scores["zero-shot"]
     n = torch.as_tensor(positives, dtype=torch.float32)
